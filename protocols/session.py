@@ -1,0 +1,126 @@
+"""What every secure-aggregation protocol looks like from outside, and the loop that drives one in this process.
+
+A protocol is a frozen set of parameters with two sans-I/O roles. One *stage* is one request from the server to each
+node that is still in, and one reply from each node that is still there:
+
+    server.outbound() -> {node: request}          client.step(kept, request, source) -> (kept', reply)
+    server.receive(node, reply)  ... any order    RemoteError(culprits) leaves the state unchanged: exclude that node
+    server.close()                                 ends the stage; TooFewSurvivors(have, threshold) ends the session
+
+After the last `close`, `server.result` holds the sum in the ring. Requests and replies are bytes (or flat uint8 views of
+big vectors, not copied); `kept` is bytes too, so that a node can persist it before it answers. Neither role reads a clock,
+a socket or a global; randomness is an argument that defaults to the operating system.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol as TypingProtocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview
+Random = Callable[[int], bytes]
+"""`random(n)` returns n uniform bytes; `os.urandom` unless a test says otherwise."""
+
+Source = Callable[[], NDArray[np.uint64]]
+"""Called once, at the stage that needs the input: returns the ring vector, uint32 or uint64 of length `dimension`,
+entries below 2**bits. Lets a node train only after the key stages succeeded."""
+
+os_random: Random = os.urandom
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The public facts on which all parties of one session must agree; `digest()` binds them into every key.
+
+    nodes: ascending distinct ids > 0. dimension: entries of the vector. bits: the ring is Z_2^bits, 1..64.
+    binding: 32 bytes, H(model, shared configuration), equal on every node or the masks do not cancel.
+    round: rises with every session of a run; a client refuses one that does not. action: "train", "evaluate", ...
+    """
+
+    run: int
+    round: int
+    action: str
+    nodes: tuple[int, ...]
+    dimension: int
+    bits: int
+    binding: bytes = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A node's long-term Ed25519 key and the roster it trusts (node -> public key, 32 bytes), for active security."""
+
+    node: int
+    secret_key: bytes = field(repr=False)
+    roster: Mapping[int, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a node refuses, whatever the server asks. The defaults suit tests; deployments raise them."""
+
+    min_cohort: int = 2
+    min_threshold: int = 2
+    min_neighbours: int = 1
+    min_bits: int = 8
+    require_active: bool = False
+    min_round: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RingSum:
+    """total: uint64[dimension], the sum mod 2**bits over `survivors`, the nodes whose input is in it."""
+
+    total: NDArray[np.uint64]
+    survivors: frozenset[int]
+
+
+class Client(TypingProtocol):
+    """One node's part in one session."""
+
+    def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
+        """Answer one request. `kept` is b"" before the first. Raises RemoteError when the request breaks a rule."""
+        ...
+
+
+class Server(TypingProtocol):
+    """The server's part in one session."""
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that is open; "" when done."""
+        ...
+
+    @property
+    def result(self) -> RingSum | None: ...
+
+    def outbound(self) -> dict[int, Buffer]:
+        """Requests of the open stage, by node. Equal requests are the same object, so that they are sent once."""
+        ...
+
+    def receive(self, node: int, reply: Buffer) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Protocol(TypingProtocol):
+    """Frozen parameters of a secure-aggregation protocol."""
+
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+
+    def server(self, session: Session, *, random: Random = os_random) -> Server: ...
+
+    def client(
+        self,
+        node: int,
+        *,
+        identity: Identity | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        random: Random = os_random,
+    ) -> Client: ...
