@@ -3,8 +3,8 @@
 SecAgg+ [BBGLR+20] gives every node k neighbours instead of n - 1. It is safe only if nobody who profits chose
 the graph, if no node has t corrupt neighbours, and if the honest nodes left after dropouts stay connected.
 `solve_parameters` finds the least k and t for which each of these fails with negligible probability, exactly;
-`neighbours` draws the graph from a 32-byte seed, so that every party computes the same one; `beacon_seed` makes
-that seed from one contribution per node.
+`neighbours` draws the graph from a 32-byte seed, so that every party computes the same one; `beacon_seed`
+makes that seed from one contribution per node.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _check(n: int, adversarial: float, dropout: float) -> None:
 
 
 def _hypergeometric(n: int, marked: int, drawn: int) -> tuple[int, NDArray[np.float64]]:
-    """First value and probabilities of the marked among `drawn` of n, by ratios of neighbours in log space."""
+    """First value and probabilities of the marked among `drawn` of n, from ratios of terms in log space."""
     low, high = max(0, drawn + marked - n), min(drawn, marked)
     x = np.arange(low, high, dtype=np.float64)
     logs = np.zeros(high - low + 1)
@@ -90,7 +90,7 @@ def _live_quantile(n: int, live: int, drawn: int) -> int:
 
 
 def _connected_degree(n: int, bad: int) -> int:
-    """Least even k for which losing `bad` random nodes disconnects the rest with probability <= 2^-(SIGMA + 1).
+    """Least even k at which losing `bad` random nodes splits the rest with probability <= 2^-(SIGMA + 1).
 
     To disconnect a Harary graph two disjoint runs of k / 2 nodes of its ring must be bad; there are
     n (n - k - 1) / 2 pairs of places, and k given places are all bad with probability C(bad, k) / C(n, k).
@@ -106,7 +106,7 @@ def _connected_degree(n: int, bad: int) -> int:
 
 
 def solve_parameters(n: int, adversarial: float, dropout: float, active: bool) -> Parameters:
-    """Find the least even degree k < n - 1 and the least threshold t >= 2 of a random Harary graph on n nodes.
+    """Find the least even degree k < n - 1 and least threshold t >= 2 of a random Harary graph on n nodes.
 
     adversarial, dropout: shares of the nodes that may be corrupt, and that may vanish; counts are floored.
     Union bounds over exact hypergeometric tails [BBGLR+20]:
@@ -128,7 +128,7 @@ def solve_parameters(n: int, adversarial: float, dropout: float, active: bool) -
         missing = least - _live_quantile(n, n - gone, k)
         if missing <= 0:
             return Parameters(k, least)
-        # Per added neighbour the live quantile rises by at most one and `least` by at least 0 (active: a half):
+        # Per added neighbour the live quantile rises by at most 1 and `least` by at least 0 (active: a half):
         # the next degree that can work is `missing` (active: twice that) away; none feasible is jumped over.
         k += 2 * missing if active else missing + missing % 2
     return INFEASIBLE
@@ -137,7 +137,7 @@ def solve_parameters(n: int, adversarial: float, dropout: float, active: bool) -
 def full_graph_thresholds(n: int, corrupt: int, gone: int, active: bool) -> range:
     """Thresholds that are safe and available when every node is everyone's neighbour; empty if there is none.
 
-    Semi-honest: corrupt < t <= n - gone. Active: also 2 t > n + corrupt. t >= 2: no share is the secret itself.
+    Semi-honest: corrupt < t <= n - gone. Active: also 2 t > n + corrupt. t >= 2: a share is no secret.
     """
     least = (n + corrupt) // 2 + 1 if active else corrupt + 1
     return range(max(2, least), n - gone + 1)
@@ -174,7 +174,7 @@ def _steps(n: int, degree: int) -> NDArray[np.int64]:
 
 
 def neighbours(nodes: Sequence[int], degree: int, seed: bytes) -> dict[int, tuple[int, ...]]:
-    """Draw the neighbour graph: a Harary graph over a random order of the nodes, equal for all with this seed.
+    """Draw the neighbour graph: a Harary graph over a random order of the nodes, the same for everyone.
 
     nodes: distinct ids > 0, in any order. degree: even, or len(nodes) - 1 for the full graph. seed: 32 bytes.
     Returns node -> its `degree` neighbours, ascending; b is a neighbour of a exactly when a is one of b.
@@ -208,11 +208,11 @@ def beacon_seed(
 ) -> bytes:
     """Make the 32-byte seed from every committed contribution; uniform if one committed node is honest.
 
-    commitments: node -> `beacon_commitment`, fixed before any contribution is seen; their nodes are the graph's.
+    commitments: node -> `beacon_commitment`, fixed before any contribution is seen, one per node.
     contributions: node -> the 32 bytes it revealed, or that t of its peers' shares recovered.
     There is no seed without all of them: a server free to withhold some could pick among 2^corrupt seeds.
-    Raises RemoteError: beacon-unopened (culprits did not reveal: recover their shares or abort), beacon-mismatch
-    (culprits revealed something else), beacon-foreign (server added contributions), beacon-empty.
+    Raises RemoteError: beacon-unopened (culprits did not reveal: recover their shares or abort),
+    beacon-mismatch (they revealed something else), beacon-foreign (server added some), beacon-empty.
     """
     if not commitments:
         raise RemoteError("beacon-empty", (0,), "nobody committed")
