@@ -1,0 +1,62 @@
+"""The context of an app: who it is, what it was configured with, and the state it keeps between messages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from privfed.record import RecordDict
+
+UserConfigValue = bool | float | int | str
+UserConfig = dict[str, UserConfigValue]
+
+
+@dataclass(slots=True)
+class Context:
+    """What an app is given with every message.
+
+    state: records kept between messages of one run on one node; committed with the reply, lost with a failed one.
+    run_config: the run's settings. node_config: the node's own ("partition-id", "num-partitions" in a simulation).
+    seed: the run's seed, or None; see `rng`.
+    """
+
+    run_id: int = 0
+    node_id: int = 0
+    node_config: UserConfig = field(default_factory=dict)
+    state: RecordDict = field(default_factory=RecordDict)
+    run_config: UserConfig = field(default_factory=dict)
+    seed: int | None = None
+    mod_states: dict[str, RecordDict] = field(default_factory=dict, repr=False)
+
+    def mod_state(self, name: str) -> RecordDict:
+        """Return the records that the mod `name` keeps, apart from the app's own state."""
+        return self.mod_states.setdefault(name, RecordDict())
+
+    def rng(self, *labels: int | str) -> np.random.Generator:
+        """Return a generator for data, initialisation and training; never for a mask or a noise.
+
+        With a seed it depends on (seed, partition, labels) alone, so it is the same in every engine and after a resume;
+        pass the round among the labels. Without a seed it is fresh from the operating system.
+        """
+        return derived_rng(self.seed, self.node_config.get("partition-id", self.node_id), *labels)
+
+
+def derived_rng(seed: int | None, *labels: object) -> np.random.Generator:
+    """Return a numpy generator that depends on the seed and the labels alone, or a fresh one when seed is None."""
+    if seed is None:
+        return np.random.default_rng()
+    text = repr((seed, *labels)).encode()
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest(), "big"))
+
+
+def check_user_config(config: Mapping[str, object], where: str) -> UserConfig:
+    """Return a copy of the config, or raise TypeError naming the key whose value is no bool, int, float or str."""
+    checked: UserConfig = {}
+    for key, value in config.items():
+        if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
+            raise TypeError(f"{where}[{key!r}] must be bool, int, float or str, got {type(value).__name__}")
+        checked[key] = value
+    return checked
