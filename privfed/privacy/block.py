@@ -1,0 +1,185 @@
+"""Exact sampling of wide integer laws: pick a block by inversion, a point in it uniformly, and accept or redraw.
+
+Blocks of about sigma / 16 leave the mode on both sides. A block is drawn in proportion to its largest mass (at the end
+nearest the mode), so a point is accepted with the ratio of its mass to that one: about 97 in 100 are. The ratio is
+compared in floating point with 32 uniform bits and, in the rare case that rounding could matter, again in integers
+with as many bits as it takes. The law of what is accepted is the target, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from privfed.privacy.interval import Enclosure, exp_negative, log, log_factorial
+from privfed.privacy.inversion import Float64s, Int64s, InversionSampler, Weights
+from privfed.privacy.keystream import Keystream
+
+# Absolute error of `loss` in floating point. Losses within a block are below 4; the terms they are the difference
+# of are below 256 and carry fewer than 2^8 roundings of relative size 2^-53 each, so 2^-37 bounds the error with
+# room; exp and the comparison add a few 2^-53.
+_SLACK = 2.0**-36
+_CHUNK = 1 << 15
+_TERMS = 14  # of the series of (1+x) ln(1+x) - x: for |x| < 0.1 the rest is below 2^-53 of the sum
+
+
+class Curve(Protocol):
+    """A unimodal law on the integers, by its logarithm relative to the mode."""
+
+    @property
+    def mode(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Block width, a power of two up to 2^32."""
+
+    def loss(self, head: Int64s, point: Int64s) -> Float64s:
+        """Return ln p(head) - ln p(point), with an absolute error below 2^-37."""
+
+    def enclose(self, point: int, bits: int) -> tuple[Fraction, Fraction]:
+        """Bound ln p(mode) - ln p(point), which is not negative, to about 2^-bits."""
+
+
+def _width(sigma: float) -> int:
+    return 1 << max(0, int(math.log2(sigma)) - 4)
+
+
+@dataclass(frozen=True)
+class GaussianCurve:
+    """The discrete Gaussian of parameter `variance`."""
+
+    variance: Fraction
+    mode = 0
+
+    @cached_property
+    def width(self) -> int:
+        """Block width in lattice steps."""
+        return _width(math.sqrt(self.variance))
+
+    @cached_property
+    def _scale(self) -> float:
+        return 0.5 / float(self.variance)
+
+    def loss(self, head: Int64s, point: Int64s) -> Float64s:
+        """Return (point - head)(point + head) / (2 variance): a product, so nothing cancels."""
+        return (point - head).astype(np.float64) * (point + head) * self._scale
+
+    def enclose(self, point: int, bits: int) -> tuple[Fraction, Fraction]:
+        """Return point^2 / (2 variance), exactly."""
+        value = point * point / (2 * self.variance)
+        return value, value
+
+
+@dataclass(frozen=True)
+class PoissonCurve:
+    """The Poisson law of a large `mean`."""
+
+    mean: Fraction
+
+    @cached_property
+    def mode(self) -> int:
+        """The largest integer up to the mean."""
+        return int(self.mean)
+
+    @cached_property
+    def width(self) -> int:
+        """Block width in lattice steps."""
+        return _width(math.sqrt(self.mean))
+
+    def _log(self, point: Int64s) -> Float64s:
+        """Return -ln p(point) up to a constant, by the saddle-point form of Stirling's series [Loader00]."""
+        mean = float(self.mean)
+        x = (point - self.mode) / mean + float(self.mode - self.mean) / mean
+        # mean * ((1+x) ln(1+x) - x) = mean * x^2 * sum (-x)^n / ((n+1)(n+2)), summed where |x| is small
+        series = np.full_like(x, 1 / (_TERMS * (_TERMS + 1)))
+        for n in range(_TERMS - 2, -1, -1):
+            series = 1 / ((n + 1) * (n + 2)) - x * series
+        return mean * x * x * series + 0.5 * np.log1p(x) + 1 / (12.0 * point)
+
+    def loss(self, head: Int64s, point: Int64s) -> Float64s:
+        """Return ln p(head) - ln p(point)."""
+        return self._log(point) - self._log(head)
+
+    def enclose(self, point: int, bits: int) -> tuple[Fraction, Fraction]:
+        """Bound (point - mode) ln mean - ln(point! / mode!), negated."""
+        guard = bits + abs(point - self.mode).bit_length() + 4
+        log_low, log_high = log(self.mean, guard)
+        steps = self.mode - point
+        a, b = sorted((steps * log_low, steps * log_high))
+        top, bottom = log_factorial(point, guard), log_factorial(self.mode, guard)
+        unit = 1 << guard
+        low, high = a + top[0] - bottom[1], b + top[1] - bottom[0]
+        return Fraction(max(0, low), unit), Fraction(max(0, high), unit)
+
+
+def _heads(curve: Curve, bits: int) -> Weights:
+    """Enclose the mass at the head of each block, outward until it no longer counts at `bits`."""
+    work = bits + 32
+
+    def side(start: int, step: int) -> tuple[list[Enclosure], int]:
+        cells: list[Enclosure] = []
+        head = start
+        while True:
+            low, high = exp_negative(*curve.enclose(head, work + 8), work)
+            if cells and high < 1 << 16:
+                before = cells[-1][0]
+                # A log-concave law shrinks from block to block by ever more than high / before.
+                return cells, 1 + high * before // (before - high)
+            cells.append((low, high))
+            head += step
+
+    right, above = side(curve.mode, curve.width)
+    left, below = side(curve.mode - 1, -curve.width)
+    return Weights(-len(left), [*reversed(left), *right], below, above)
+
+
+class BlockSampler:
+    """Draw exactly from a wide unimodal law, at about 50 ns a sample whatever its width."""
+
+    __slots__ = ("_blocks", "_curve")
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+        self._blocks = InversionSampler(lambda bits: _heads(curve, bits))
+
+    def sample(self, size: int, stream: Keystream) -> Int64s:
+        """Draw `size` independent outcomes."""
+        out = np.empty(size, np.int64)
+        done = 0
+        while done < size:
+            batch = self._accepted(min(_CHUNK, size - done + (size - done) // 16 + 16), stream)[: size - done]
+            out[done : done + batch.size] = batch
+            done += batch.size
+        return out
+
+    def _accepted(self, size: int, stream: Keystream) -> Int64s:
+        width = self._curve.width
+        blocks = self._blocks.sample(size, stream)
+        words = stream.uint64(size)
+        point = blocks * width + (self._curve.mode)
+        head = point + np.where(blocks < 0, width - 1, 0)
+        point += (words >> np.uint64(32)).view(np.int64) & (width - 1)
+        ratio = np.exp(-self._curve.loss(head, point)) * 2.0**32
+        uniform = (words & np.uint64(0xFFFFFFFF)).astype(np.float64)
+        accepted = uniform + 1 <= ratio * (1 - _SLACK)
+        for index in np.flatnonzero(~accepted & (uniform < ratio * (1 + _SLACK))):
+            accepted[index] = self._resolve(int(uniform[index]), int(head[index]), int(point[index]), stream)
+        return point[accepted]
+
+    def _resolve(self, word: int, head: int, point: int, stream: Keystream) -> bool:
+        """Compare a uniform number, 32 bits of it drawn, with p(point) / p(head)."""
+        bits, have = 64, 32
+        while True:
+            word = word << (bits - have) | stream.bits(bits - have)
+            near, far = self._curve.enclose(head, bits + 8), self._curve.enclose(point, bits + 8)
+            low, high = exp_negative(max(Fraction(0), far[0] - near[1]), far[1] - near[0], bits)
+            if word + 1 <= low:
+                return True
+            if word >= high:
+                return False
+            bits, have = 2 * bits, bits
