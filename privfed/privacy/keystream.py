@@ -19,8 +19,8 @@ RandomBytes = Callable[[int], bytes]
 class Keystream:
     """Expand 32 bytes of `random` into an unlimited stream of uniform words.
 
-    Distinguishing the stream from uniform bits means breaking AES-256; 2^64 blocks may be read before the
-    birthday bound of a 128-bit block reaches 2^-1, so a stream serves one call and is then thrown away.
+    Distinguishing b blocks (16 bytes each) from uniform bits means breaking AES-256, but for a permutation's
+    advantage of b^2 / 2^129. A stream serves one call and is thrown away, so b is 2^23 for ten million samples.
     Raises ValueError if `random` returns fewer bytes than asked for.
     """
 
@@ -35,7 +35,7 @@ class Keystream:
     def uint8(self, size: int) -> npt.NDArray[np.uint8]:
         """Draw `size` uniform bytes, writable."""
         out = np.empty(size + 15, np.uint8)
-        done = self._encryptor.update_into(memoryview(bytes(size)), memoryview(out))
+        done = self._encryptor.update_into(memoryview(bytes(size)), out.data)
         return out[:done]
 
     def uint16(self, size: int) -> npt.NDArray[np.uint16]:
