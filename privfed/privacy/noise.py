@@ -12,12 +12,16 @@ import os
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+
 from privfed.privacy.block import BlockSampler, GaussianCurve, PoissonCurve
 from privfed.privacy.interval import Enclosure, exp_negative, shift_up
 from privfed.privacy.inversion import Int64s, InversionSampler, Weights, outward
 from privfed.privacy.keystream import Keystream, RandomBytes
 
 MAX_STANDARD_DEVIATION = 2.0**36  # blocks stay below 2^32 and samples below 2^42
+_DIGIT = 10  # bits of a digit of a discrete Laplace magnitude
+_CHUNK = 1 << 16
 _DIRECT = 128  # standard deviation up to which one table holds every outcome
 
 
@@ -78,6 +82,63 @@ def binomial_weights(trials: int, probability: Fraction, bits: int) -> Weights:
     )
 
 
+def geometric_weights(rate: Fraction, length: int | None, bits: int) -> Weights:
+    """Enclose exp(-rate k) for k = 0, 1, ..., `length` of them or all."""
+    work = bits + 32
+    ratio_low, ratio_high = exp_negative(rate, rate, work)
+    one = low = high = 1 << work
+    cells: list[Enclosure] = []
+    while high > 1 and (length is None or len(cells) < length):
+        cells.append((low, high))
+        low, high = low * ratio_low >> work, shift_up(high * ratio_high, work)
+    left_out = 0 if len(cells) == length else -(-one * high // (one - ratio_high))
+    return Weights(0, cells, 0, left_out)
+
+
+class LaplaceSampler:
+    """Draw exactly from exp(-|k| / scale): the digits of a geometric magnitude are independent.
+
+    A negative zero is drawn again, so that zero is not counted twice.
+    """
+
+    __slots__ = ("_digits",)
+
+    def __init__(self, scale: Fraction) -> None:
+        places = 0
+        while 1 << (_DIGIT * places) < scale:
+            places += 1
+        self._digits = [
+            self._digit(Fraction(1 << (_DIGIT * place)) / scale, place < places) for place in range(places + 1)
+        ]
+
+    def _digit(self, rate: Fraction, bounded: bool) -> InversionSampler:
+        length = 1 << _DIGIT if bounded else None
+        return InversionSampler(lambda bits: geometric_weights(rate, length, bits))
+
+    def sample(self, size: int, stream: Keystream) -> Int64s:
+        """Draw `size` independent outcomes."""
+        out = np.empty(size, np.int64)
+        done = 0
+        while done < size:
+            batch = self._some(min(_CHUNK, 2 * (size - done) + 16), stream)[: size - done]
+            out[done : done + batch.size] = batch
+            done += batch.size
+        return out
+
+    def _some(self, size: int, stream: Keystream) -> Int64s:
+        magnitude = np.zeros(size, np.int64)
+        for place, digit in enumerate(self._digits):
+            magnitude += digit.sample(size, stream) << (_DIGIT * place)
+        negative = (stream.uint8(size) & 1).astype(np.bool_)
+        signed = np.where(negative, -magnitude, magnitude)
+        return signed[(magnitude > 0) | ~negative]
+
+
+@lru_cache(maxsize=64)
+def _laplace(scale: Fraction) -> LaplaceSampler:
+    return LaplaceSampler(scale)
+
+
 @lru_cache(maxsize=64)
 def _gaussian(variance: Fraction) -> InversionSampler | BlockSampler:
     if variance <= _DIRECT**2:
@@ -114,6 +175,14 @@ def discrete_gaussian_variance(variance: Fraction, size: int, random: RandomByte
     if not 0 < variance <= Fraction(MAX_STANDARD_DEVIATION) ** 2:
         raise ValueError(f"variance: must be above 0 and at most 2^72 squared steps, not {float(variance):g}")
     return _gaussian(variance).sample(_size(size), Keystream(random))
+
+
+def discrete_laplace(size: int, scale: float | Fraction, random: RandomBytes = os.urandom) -> Int64s:
+    """Draw integers with mass proportional to exp(-|k| / scale) [CKS20]; `scale` up to 2^36. Returns int64[size]."""
+    exact = positive("scale", scale)
+    if exact > 2**36:
+        raise ValueError(f"scale: at most 2^36 lattice steps, not {float(exact):g}; choose a coarser granularity")
+    return _laplace(exact).sample(_size(size), Keystream(random))
 
 
 def poisson(size: int, mean: float | Fraction, random: RandomBytes = os.urandom) -> Int64s:
