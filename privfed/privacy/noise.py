@@ -83,12 +83,12 @@ def binomial_weights(trials: int, probability: Fraction, bits: int) -> Weights:
 
 
 def geometric_weights(rate: Fraction, length: int | None, bits: int) -> Weights:
-    """Enclose exp(-rate k) for k = 0, 1, ..., `length` of them or all."""
-    work = bits + 32
+    """Enclose exp(-rate k) for k = 0, 1, ..., `length` of them or all; rate is at least 2^-20."""
+    work = bits + 48
     ratio_low, ratio_high = exp_negative(rate, rate, work)
     one = low = high = 1 << work
     cells: list[Enclosure] = []
-    while high > 1 and (length is None or len(cells) < length):
+    while high >> 24 and (length is None or len(cells) < length):  # rounding up stalls near 1 / rate units
         cells.append((low, high))
         low, high = low * ratio_low >> work, shift_up(high * ratio_high, work)
     left_out = 0 if len(cells) == length else -(-one * high // (one - ratio_high))
