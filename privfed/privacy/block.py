@@ -24,8 +24,7 @@ from privfed.privacy.keystream import Keystream
 # of are below 256 and carry fewer than 2^8 roundings of relative size 2^-53 each, so 2^-37 bounds the error with
 # room; exp and the comparison add a few 2^-53.
 _SLACK = 2.0**-36
-_CHUNK = 1 << 15
-_TERMS = 14  # of the series of (1+x) ln(1+x) - x: for |x| < 0.1 the rest is below 2^-53 of the sum
+_CHUNK = 1 << 14
 
 
 class Curve(Protocol):
@@ -91,14 +90,22 @@ class PoissonCurve:
         """Block width in lattice steps."""
         return _width(math.sqrt(self.mean))
 
+    @cached_property
+    def _terms(self) -> int:
+        """Count the terms whose rest is below 2^-53 of the sum within 15 standard deviations."""
+        reach = 15 / math.sqrt(self.mean)
+        return next(terms for terms in range(3, 40) if 2 * reach**terms < terms**2 * 2.0**-53)
+
     def _log(self, point: Int64s) -> Float64s:
         """Return -ln p(point) up to a constant, by the saddle-point form of Stirling's series [Loader00]."""
         mean = float(self.mean)
         x = (point - self.mode) / mean + float(self.mode - self.mean) / mean
         # mean * ((1+x) ln(1+x) - x) = mean * x^2 * sum (-x)^n / ((n+1)(n+2)), summed where |x| is small
-        series = np.full_like(x, 1 / (_TERMS * (_TERMS + 1)))
-        for n in range(_TERMS - 2, -1, -1):
-            series = 1 / ((n + 1) * (n + 2)) - x * series
+        terms = self._terms
+        series = np.full_like(x, 1 / (terms * (terms + 1)))
+        for n in range(terms - 2, -1, -1):
+            series *= -x
+            series += 1 / ((n + 1) * (n + 2))
         return mean * x * x * series + 0.5 * np.log1p(x) + 1 / (12.0 * point)
 
     def loss(self, head: Int64s, point: Int64s) -> Float64s:
