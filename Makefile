@@ -1,0 +1,60 @@
+# Every target sets up what it needs. Needs git, make and Python >= 3.11 with venv; nothing else.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do \
+	if command -v $$p >/dev/null 2>&1 && $$p -c 'import ensurepip, venv' >/dev/null 2>&1; then command -v $$p; break; fi; done)
+BIN := $(VENV)/bin
+# Two workers suit two cores; the accountants and masks are single-threaded numpy.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-long test-torch test-postgres check bench clean python
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train one model over twenty private clients (installs what it needs)"
+	@echo "make test       run the tests"
+	@echo "make test-long  run the long sweeps too"
+	@echo "make check      lint, types, floors"
+	@echo "make bench      measure speed and memory"
+	@echo "make clean      remove the virtual environment and caches"
+
+python:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "make: no python3.11, python3.12 or python3.13 with the venv module was found." >&2; \
+	  echo "Install one, e.g. 'apt-get install python3.11 python3.11-venv', or say PYTHON=/path/to/python." >&2; \
+	  exit 1; fi
+
+$(BIN)/python: | python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# One stamp a set of extras, so that `make demo` does not install the test tools.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' --constraint constraints.txt --config-settings editable_mode=compat
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt --config-settings editable_mode=compat
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/privfed run examples/quickstart --seed 1
+
+test: $(VENV)/.dev
+	$(PYTEST) -n $(WORKERS) -m "not long and not torch and not postgres"
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -n $(WORKERS) -m "not torch and not postgres"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
