@@ -28,15 +28,18 @@ def stream(label: str) -> Random:
 
 
 def identities(nodes: tuple[int, ...], impostor: int = 0) -> dict[int, Identity]:
-    """An identity per node over one roster; the impostor's key is not the roster's."""
+    """An identity per node over one roster; the impostor's key is on no roster but its own."""
     secrets = {node: stream(f"identity {node}")(32) for node in nodes}
-    roster = {
-        node: Ed25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
-        for node, secret in secrets.items()
-    }
+    roster = {node: _public(secret) for node, secret in secrets.items()}
+    known = {node: Identity(node, secret, roster) for node, secret in secrets.items()}
     if impostor:
-        secrets[impostor] = stream("impostor")(32)
-    return {node: Identity(node, secret, roster) for node, secret in secrets.items()}
+        forged = stream("impostor")(32)
+        known[impostor] = Identity(impostor, forged, {**roster, impostor: _public(forged)})
+    return known
+
+
+def _public(secret: bytes) -> bytes:
+    return Ed25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
 @dataclass(frozen=True, slots=True)
