@@ -76,12 +76,15 @@ def check_terms(
 
 
 def check_peers(
-    peers: Mapping[int, Advertisement], terms: Terms, roster: Mapping[int, bytes] | None, own: Advertisement
+    peers: Mapping[int, Advertisement],
+    nodes: tuple[int, ...],
+    roster: Mapping[int, bytes] | None,
+    own: Advertisement,
 ) -> None:
     """Refuse keys that their nodes did not sign, for this session and this model."""
     keys: dict[bytes, int] = {}
     for peer, seen in peers.items():
-        if peer not in terms.session.nodes:
+        if peer not in nodes:
             raise deviation("foreign-node", f"node {peer} is not in the session")
         if roster is not None and seen.verify_key != roster[peer]:
             raise RemoteError("unknown-identity", (SERVER, peer), f"node {peer}'s key is not the roster's")
@@ -201,7 +204,7 @@ class _View:
         self._subset(tuple(peers), self.session.nodes, "advertisers")
         if peers[self.node] != own:
             raise deviation("swapped-key", "this node's own keys came back changed")
-        check_peers(peers, self.terms, self.roster, own)
+        check_peers(peers, self.session.nodes, self.roster, own)
         mine, dimension, bits = self.secrets.exchange_key(), self.session.dimension, self.session.bits
         holders = [node for node in peers if node != self.node]
         places = [self.session.nodes.index(node) for node in holders]

@@ -26,6 +26,7 @@ _ACTION = 64
 _HEAD = b"privfed lightsecagg v1\0"
 
 T = TypeVar("T")
+Table = tuple[tuple[int, memoryview], ...]
 
 
 class Reader:
@@ -51,7 +52,7 @@ class Reader:
         _ascending(found)
         return found
 
-    def table(self, size: int) -> tuple[tuple[int, memoryview], ...]:
+    def table(self, size: int) -> Table:
         """A count and that many (id, `size` bytes)."""
         found = tuple((self.number(8), self.take(size)) for _ in range(self._count(8 + size)))
         _ascending(tuple(node for node, _ in found))
