@@ -305,9 +305,7 @@ def test_ciphertext_is_what_the_definition_says() -> None:
 
 def test_vector_of_one_ciphertext() -> None:
     case = VECTORS["ciphertext"]
-    entries = (
-        np.arange(case["dimension"], dtype=np.uint64) * np.uint64(case["step"]) % np.uint64(1 << case["bits"])
-    )
+    entries = np.arange(case["dimension"], dtype=np.uint64) * np.uint64(case["step"]) % np.uint64(1 << case["bits"])
     chosen = packing.choose(case["bits"], case["n"], case["slots"], case["bounded"])
     secret = sampler.draw(ring.N, stream(bytes.fromhex(case["secret_seed"])))
     public, noise = stream(bytes.fromhex(case["public_seed"])), stream(bytes.fromhex(case["noise_seed"]))

@@ -53,7 +53,7 @@ class _Planes:
 
 
 def _fourth(top: Bytes) -> Bytes:
-    """Six-bit lanes of the last quarter, from the spare two bits of the other three: uint8[3, x] -> uint8[x]."""
+    """Six-bit lanes of the last quarter, from the spare bits of the other three: uint8[3, x] -> uint8[x]."""
     out: Bytes = top[0] >> np.uint8(6)
     out |= (top[1] >> np.uint8(6)) << np.uint8(2)
     out |= (top[2] >> np.uint8(6)) << np.uint8(4)
@@ -79,7 +79,7 @@ def to_wire(words: Words) -> Bytes:
 
 
 class Accumulator:
-    """Sum of ciphertexts modulo 2^54, in wire form plus one byte of carries for each of the two lower planes."""
+    """Sum of ciphertexts modulo 2^54: wire form, and a byte of carries per entry of the two lower planes."""
 
     def __init__(self, coefficients: int) -> None:
         self._sum = _Planes.of(np.zeros(wire_size(coefficients), dtype=np.uint8))
@@ -144,8 +144,8 @@ def encrypt(
 ) -> Bytes:
     """Encrypt ring entries: a*s + e + (q/T)*m over as many public polynomials a as they need, in wire form.
 
-    entries: uint32 or uint64[d] below 2^bits. secret: int8[2048]. public: keystream of the session's polynomials.
-    noise: fresh secret keystream, from which the errors e are drawn.
+    entries: uint32 or uint64[d] below 2^bits. secret: int8[2048]. public: keystream of the session's
+    polynomials. noise: fresh secret keystream, from which the errors e are drawn.
     """
     multiplier = Multiplier.of(secret)
     total = packing.coefficients(len(entries))
@@ -165,8 +165,8 @@ def decrypt(
 ) -> Words:
     """Recover the summed entries: uint64[coefficients], summed secret int64[2048] -> uint64[dimension].
 
-    n: ciphertexts in the sum. Raises RemoteError("garbage-ciphertext") when what is left beside the message is not
-    the noise of n honest clients; nothing about the sum may then be released.
+    n: ciphertexts in the sum. Raises RemoteError("garbage-ciphertext") when what is left beside the message
+    is not the noise of n honest clients; nothing about the sum may then be released.
     """
     multiplier = Multiplier.of(secret)
     messages = np.empty(len(sums), dtype=np.uint64)

@@ -1,11 +1,11 @@
-"""How ring entries share a coefficient, and how many ciphertexts may be added before the noise reaches the message.
+"""How ring entries share a coefficient, and how many ciphertexts fit before the noise reaches the message.
 
-A coefficient of 54 bits holds, from the top: `slots` entries, the highest at the very top, and below them `shift` bits
-for noise. Sums that wrap modulo 2^bits would carry into the entry above, so entries are `width` >= bits apart:
+A coefficient of 54 bits holds, from the top, `slots` entries and below them `shift` bits for noise. Sums that
+wrap modulo 2^bits would carry into the entry above, so entries are `width` >= bits apart:
 
 * width = bits + ceil(log2 n): any entries, exact in Z_2^bits;
-* width = bits (`bounded`): entries are read as signed, and whoever quantised them promises that every signed sum
-  fits `bits` bits; then a borrow is known and undone.
+* width = bits (`bounded`): entries are read as signed, and whoever quantised them promises that every signed
+  sum fits `bits` bits; then a borrow is known and undone.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _fits(bits: int, slots: int, n: int, bounded: bool) -> Packing | None:
 
 
 def choose(bits: int, n: int, slots: int | None, bounded: bool) -> Packing:
-    """Choose the packing with the most entries per coefficient (or exactly `slots`) that n ciphertexts leave readable.
+    """Choose the most slots per coefficient (or exactly `slots`) whose sum of n ciphertexts can be read.
 
-    Raises LocalError when there is none: the sum would drown in the noise.
+    Raises LocalError when there is no such packing: the sum would drown in the noise.
     """
     for count in range(MAX_SLOTS, 0, -1) if slots is None else (slots,):
         packing = _fits(bits, count, n, bounded)
@@ -114,10 +114,11 @@ def choose(bits: int, n: int, slots: int | None, bounded: bool) -> Packing:
 
 
 def is_noise(error: NDArray[np.int64], n: int) -> bool:
-    """Tell the error of n honest ciphertexts from that of garbage, polynomial by polynomial: int64[blocks, 2048].
+    """Tell the error of n honest ciphertexts from that of garbage, each polynomial of int64[blocks, 2048].
 
-    Honest: no coefficient beyond `noise_bound`, and a mean square below twice its expectation; wrong with probability
-    2^-40 for 2^32 coefficients. Garbage is uniform, with at least 33 times the mean square: missed below 2^-1000.
+    Honest: no coefficient beyond `noise_bound`, and a mean square below twice its expectation; wrong with
+    probability 2^-40 for 2^32 coefficients. Garbage is uniform, with 33 times the mean square: missed with
+    probability below 2^-1000.
     """
     bound = noise_bound(n)
     if int(error.max(initial=0)) > bound or int(error.min(initial=0)) < -bound:

@@ -1,13 +1,15 @@
 """Arithmetic in R_q = Z_q[X]/(X^2048 + 1), q = 2^54, exact, with float64 FFTs.
 
-Coefficients are stored *folded*: row j of a polynomial is (x_0, x_1024, x_1, x_1025, ...), so that one row read as
-complex numbers is the polynomial modulo X^1024 - i, and a negacyclic product is one twisted complex FFT of length 1024.
-Residues are uint64 modulo 2^64; only the low 54 bits count, and nothing masks them before the wire does.
+Coefficients are stored *folded*: a polynomial is the row (x_0, x_1024, x_1, x_1025, ...), which read as
+complex numbers is the polynomial modulo X^1024 - i, so that a negacyclic product is a twisted FFT of length
+1024. Residues are uint64 modulo 2^64; only the low 54 bits count, and nothing masks them before the wire
+does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -43,12 +45,12 @@ _TWIST = _twist()
 _UNTWIST = _TWIST.conj()
 
 
-def fold(plain: NDArray[np.generic]) -> NDArray[np.generic]:
+def fold(plain: NDArray[Any]) -> NDArray[Any]:
     """Reorder the last axis from x_0, x_1, ... to folded order."""
     return np.stack([plain[..., :_HALF], plain[..., _HALF:]], axis=-1).reshape(plain.shape)
 
 
-def unfold(folded: NDArray[np.generic]) -> NDArray[np.generic]:
+def unfold(folded: NDArray[Any]) -> NDArray[Any]:
     """Reorder the last axis from folded order to x_0, x_1, ..."""
     pairs = folded.reshape(*folded.shape[:-1], _HALF, 2)
     return np.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1)
@@ -69,7 +71,7 @@ def _backward(spectrum: NDArray[np.complex128]) -> NDArray[np.float64]:
 
 
 def limbs_from(keystream: bytes | bytearray | memoryview) -> Limbs:
-    """Read public polynomials, 16384 keystream bytes each: int32[blocks, 2, 2048], low limb first, centred."""
+    """Read public polynomials of 16384 keystream bytes: int32[blocks, 2, 2048], low limb first, centred."""
     words = np.frombuffer(keystream, dtype="<u4").reshape(-1, 2, N)
     out: Limbs = (words >> np.uint32(32 - LIMB)).view(np.int32)
     out -= np.int32(1 << (LIMB - 1))
@@ -83,7 +85,7 @@ def value(limbs: Limbs) -> Words:
 
 
 def _split(limbs: Limbs, parts: int) -> tuple[NDArray[np.float64], int]:
-    """(float64[..., parts, 2048], width): the same residues modulo 2^54 as `parts` signed limbs of `width` bits."""
+    """(float64[..., parts, 2048], width): the same residues as `parts` signed limbs of `width` bits."""
     if parts == 2:
         return limbs.astype(np.float64), LIMB
     width = -(-LOG_Q // parts)
@@ -110,7 +112,7 @@ class Multiplier:
 
     @classmethod
     def of(cls, small: NDArray[np.signedinteger], parts: int | None = None) -> Multiplier:
-        """Prepare signed int[2048] in folded order. Raises ValueError when no split into at most 6 limbs is exact."""
+        """Prepare signed int[2048] in folded order. Raises ValueError when not even 6 limbs are exact."""
         values = small.astype(np.float64)
         if parts is None:
             parts = _parts(float(np.linalg.norm(values)))
@@ -137,7 +139,7 @@ class Multiplier:
 
 
 def _parts(norm: float) -> int:
-    """Fewest limbs whose products with a factor of this Euclidean norm err by less than 1/4 in the worst case."""
+    """Fewest limbs whose products with a factor of this norm err by less than 1/4 in the worst case."""
     for parts in range(2, 7):
         largest = 2.0 ** (-(-LOG_Q // parts) - 1) * N**0.5
         if _FFT_ERROR * largest * norm < _GUARD:

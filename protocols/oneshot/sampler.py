@@ -1,9 +1,10 @@
-"""True discrete Gaussians of standard deviation 6.4, drawn by inverting a table of the cumulative distribution.
+"""True discrete Gaussians of standard deviation 6.4, drawn by inverting a table of cumulative probabilities.
 
-A draw compares 80 uniform bits with 170 thresholds, each the exact cumulative probability times 2^80, rounded.
-Sixteen bits decide all but 0.3 % of the draws (first level: a table of 65536 answers); the others read 64 bits
-more (second level: the thresholds that share those sixteen bits). No binomial or rounded continuous Gaussian:
-the argument of docs/oneshot-security.md needs the discrete one. Table look-ups are not constant time.
+A draw compares 80 uniform bits with 170 thresholds, each the exact cumulative probability times 2^80,
+rounded. Sixteen bits decide all but 0.3 % of the draws (first level: a table of 65536 answers); the others
+read 64 more (second level: the thresholds that share those sixteen bits). No binomial, no rounded continuous
+Gaussian: the argument of docs/oneshot-security.md needs the discrete one. Table look-ups are not constant
+time.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _table() -> _Table:
 def draw(count: int, keystream: Callable[[int], bytes]) -> NDArray[np.int8]:
     """Draw `count` independent discrete Gaussians of standard deviation 6.4, |value| <= 85.
 
-    keystream(n) returns the next n secret uniform bytes: 2 per value, then 8 for each undecided one, in order.
+    keystream(n) returns the next n secret uniform bytes: 2 per value, then 8 per undecided one, in order.
     A value is the number of thresholds <= the 80 bits read (little-endian prefix first), minus 85.
     """
     table = _table()

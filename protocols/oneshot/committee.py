@@ -1,0 +1,104 @@
+"""What a member of the decryption committee does: agree on the survivors, then open one sum.
+
+Two rules keep a server from opening anything but one sum. A member signs one set of survivors and adds up
+only the shares of that set; and it hands the result over once, after t members signed the very same set. Two
+sets would need 2t signatures from m members of whom the honest sign once: more than m + corrupt, which 2t > m
++ corrupt rules out. Without the signatures a server could tell members different sets and combine their
+answers.
+"""
+
+from __future__ import annotations
+
+from privfed.protocols.errors import SERVER, DecodeError, RemoteError
+from privfed.protocols.oneshot import sharing
+from privfed.protocols.oneshot.agreement import Agreement
+from privfed.protocols.oneshot.messages import Bundle, Header, Quorum, Share, Signature, numbers
+from privfed.protocols.oneshot.sealing import open_box, sign, verify
+from privfed.protocols.oneshot.sharing import PRIME, Residues
+from privfed.protocols.session import Buffer, Identity, Policy
+
+
+def header_content(node: int, public: bytes) -> bytes:
+    """What a node signs when it contributes: its id and the key its boxes are sealed under."""
+    return numbers((node,)) + public
+
+
+def _check_survivors(
+    agreement: Agreement, identity: Identity, policy: Policy, survivors: tuple[int, ...]
+) -> None:
+    foreign = set(survivors) - set(agreement.session.nodes)
+    if foreign:
+        raise RemoteError("foreign-survivor", (SERVER,), f"{sorted(foreign)} are not in the session")
+    if identity.node not in survivors:
+        raise RemoteError(
+            "own-input-missing", (SERVER,), "a member that contributed is not among the survivors"
+        )
+    fewest = max(policy.min_cohort, agreement.fewest_survivors)
+    if len(survivors) < fewest:
+        raise RemoteError("cohort-too-small", (SERVER,), f"{len(survivors)} survivors, {fewest} are needed")
+
+
+def _check_header(agreement: Agreement, identity: Identity, node: int, header: Header) -> None:
+    if header.digest != agreement.digest:
+        raise RemoteError(
+            "inconsistent-session", (SERVER, node), "it contributed to another model, configuration or round"
+        )
+    content = header_content(node, header.public)
+    if not verify(identity.roster, node, "contribution", agreement.digest, content, header.signature):
+        raise RemoteError(
+            "bad-signature", (SERVER, node), "its session key is not signed by the roster's key"
+        )
+
+
+def _open_share(agreement: Agreement, identity: Identity, node: int, header: Header, box: bytes) -> Residues:
+    wire = open_box(box, header.public, agreement.digest, node, identity)
+    try:
+        return sharing.from_wire(wire)
+    except DecodeError as error:
+        raise RemoteError("bad-share", (node,), str(error)) from error
+
+
+def confirm(
+    agreement: Agreement, identity: Identity, policy: Policy, own_share: bytes, request: Buffer
+) -> tuple[bytes, bytes, bytes]:
+    """Answer the confirm stage: (survivors, sum of their shares, reply), the first two to be kept.
+
+    Raises RemoteError for survivors that are foreign, too few or lack this member, for a contribution to
+    another session or one not signed by the roster's key, and for a box that does not open.
+    """
+    bundle = Bundle.decode(request, identity.node)
+    _check_survivors(agreement, identity, policy, bundle.survivors)
+    total = sharing.from_wire(own_share)
+    for node, header, box in zip(bundle.survivors, bundle.headers, bundle.boxes, strict=True):
+        _check_header(agreement, identity, node, header)
+        if node != identity.node:
+            total += _open_share(agreement, identity, node, header, box)
+    total %= PRIME
+    survivors = numbers(bundle.survivors)
+    signature = sign(identity, "survivors", agreement.digest, survivors)
+    return survivors, sharing.to_wire(total), Signature(signature).encode()
+
+
+def open_sum(
+    agreement: Agreement, identity: Identity, survivors: bytes, share: bytes, request: Buffer
+) -> bytes:
+    """Answer the open stage: the share of the sum, if t members signed the survivors that this one signed.
+
+    Raises RemoteError("foreign-signer") for a signer outside the committee, ("split-survivors") when fewer
+    than t signatures hold for this member's own set.
+    """
+    quorum = Quorum.decode(request)
+    foreign = set(quorum.signers) - set(agreement.committee)
+    if foreign:
+        raise RemoteError("foreign-signer", (SERVER,), f"{sorted(foreign)} are not in the committee")
+    valid = {identity.node}
+    for node, signature in zip(quorum.signers, quorum.signatures, strict=True):
+        if verify(identity.roster, node, "survivors", agreement.digest, survivors, signature):
+            valid.add(node)
+    if len(valid) < agreement.threshold:
+        raise RemoteError(
+            "split-survivors",
+            (SERVER,),
+            f"{len(valid)} members signed the survivors this one was told, {agreement.threshold} are needed",
+        )
+    return Share(share).encode()

@@ -1,0 +1,88 @@
+"""OneShot: secure aggregation with one message per client, from ring learning with errors.
+
+    send      each node:    s, e <- discrete Gaussians; c = a s + e + (q/T) m; a sealed share of s per member
+    confirm   each member:  checks the survivors U, adds their shares, signs U
+    open      each member:  its share of the sum of the secrets, once t members signed the same U
+    server                  sum of c - a (sum of s), rounded
+
+Nodes that are not on the committee send once and may vanish; the server adds n vectors and decrypts once,
+whoever drops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from privfed.protocols.oneshot.agreement import Agreement, agree
+from privfed.protocols.oneshot.client import OneShotClient
+from privfed.protocols.oneshot.sealing import check_identity
+from privfed.protocols.oneshot.server import STAGES, OneShotServer
+from privfed.protocols.session import Identity, Policy, Random, Session, os_random
+
+
+@dataclass(frozen=True, slots=True)
+class OneShot:
+    """Parameters of the one-shot protocol. Every client needs an identity.
+
+    threshold: members t that open a sum: a count, a share of the committee, or None, solved for a third
+        corrupt and a tenth gone. 2t > m + corrupt is required of the m members.
+    committee: their ids (see `draw_committee`), or None: every node of the session.
+    corrupt: nodes that may collude with the server; every sum holds at least corrupt + 2 inputs.
+    slots: ring entries per coefficient, 1 to 3; None: as many as the noise of n nodes leaves room for.
+    bounded: True promises that every signed sum fits the ring's bits, as a quantiser ensures; it saves the
+        bits that otherwise keep sums which wrap apart, so that 2 x 21 or 3 x 14 bits fit for 1010 nodes.
+
+    Guarantees: the server and up to `corrupt` nodes learn the sum of the survivors and nothing else about an
+    honest input [Hint-RLWE with standard deviation 3.2, docs/oneshot-security.md]. Source: [KP24], [CPV24].
+    """
+
+    threshold: int | float | None = None
+    committee: tuple[int, ...] | None = None
+    corrupt: int = 0
+    slots: int | None = None
+    bounded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            whole = isinstance(self.threshold, int)
+            if (whole and self.threshold < 2) or (not whole and not 0 < self.threshold <= 1):
+                raise ValueError(
+                    f"threshold must be a count of at least 2 or a share in (0, 1], got {self.threshold}"
+                )
+        if self.committee is not None:
+            ids = tuple(self.committee)
+            if any(low >= high for low, high in zip((0, *ids), ids, strict=False)):
+                raise ValueError("committee must hold ascending distinct ids > 0")
+        if self.corrupt < 0:
+            raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
+        if self.slots not in (None, 1, 2, 3):
+            raise ValueError(f"slots must be 1, 2, 3 or None, got {self.slots}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """("send", "confirm", "open")."""
+        return STAGES
+
+    @property
+    def mode(self) -> str:
+        """Always "active": the server may deviate."""
+        return "active"
+
+    def agree(self, session: Session) -> Agreement:
+        """Resolve the parameters for a session. Raises LocalError when they are unsafe or do not fit it."""
+        return agree(session, self.threshold, self.committee, self.corrupt, self.slots, self.bounded)
+
+    def server(self, session: Session, *, random: Random = os_random) -> OneShotServer:
+        """Start a session on the server, which draws nothing. LocalError when the parameters do not fit."""
+        return OneShotServer(self.agree(session))
+
+    def client(
+        self,
+        node: int,
+        *,
+        identity: Identity | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        random: Random = os_random,
+    ) -> OneShotClient:
+        """Start a node's part. Raises LocalError without an identity that is this node's own."""
+        return OneShotClient(node, self.agree, check_identity(identity, node), policy, random)
