@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from privfed.protocols import graph
+from privfed.protocols import graph, keys
+from privfed.protocols.codec import MAX_ACTION, MAX_DIMENSION, MAX_NODE
 from privfed.protocols.errors import LocalError
 from privfed.protocols.oneshot.ciphertext import Keystream, wire_size
-from privfed.protocols.oneshot.messages import Invitation, in_range
+from privfed.protocols.oneshot.messages import Invitation
 from privfed.protocols.oneshot.packing import Packing, choose
 from privfed.protocols.oneshot.sealing import keystream
 from privfed.protocols.oneshot.sharing import MAX_COMMITTEE, MAX_NODES
@@ -60,11 +60,11 @@ class Agreement:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that bind session and parameters into every key, signature and public polynomial."""
-        return hashlib.sha256(b"privfed oneshot session\x00" + self.request).digest()
+        return keys.digest(b"oneshot session", self.request)
 
     def public(self) -> Keystream:
         """Keystream of the session's public polynomials: the same for everyone, fresh for every digest."""
-        return keystream("public", self.digest)
+        return keystream(b"public", self.digest)
 
     @cached_property
     def _place(self) -> dict[int, int]:
@@ -89,14 +89,18 @@ def check_session(session: Session) -> None:
         raise LocalError(
             f"session.nodes holds {len(nodes)} nodes; secrets of {MAX_NODES} fit the share field"
         )
-    if session.dimension < 1:
-        raise LocalError(f"session.dimension must be at least 1, got {session.dimension}")
+    if nodes[-1] > MAX_NODE:
+        raise LocalError("session.nodes must be below 2^63")
+    if not 1 <= session.dimension <= MAX_DIMENSION:
+        raise LocalError(f"session.dimension must be 1..2^36, got {session.dimension}")
     if not 1 <= session.bits <= 64:
         raise LocalError(f"session.bits must be 1..64, got {session.bits}")
     if len(session.binding) != 32:
         raise LocalError(f"session.binding must be 32 bytes, got {len(session.binding)}")
-    if not in_range((session.run, session.round, session.dimension, *nodes)):
-        raise LocalError("session.run, round, dimension and nodes must fit 64 bits")
+    if not (0 <= session.run < 1 << 64 and 0 <= session.round < 1 << 64):
+        raise LocalError("session.run and session.round must be 0..2^64 - 1")
+    if len(session.action.encode()) > MAX_ACTION:
+        raise LocalError(f"session.action must be at most {MAX_ACTION} bytes")
 
 
 def resolve_threshold(threshold: int | float | None, members: int, corrupt: int) -> int:
@@ -154,6 +158,6 @@ def draw_committee(roster: Mapping[int, bytes] | Sequence[int], size: int, seed:
         raise ValueError(f"seed must be 32 bytes, got {len(seed)}")
 
     def ticket(node: int) -> bytes:
-        return hashlib.sha256(b"privfed oneshot committee\x00" + seed + node.to_bytes(8, "little")).digest()
+        return keys.digest(b"oneshot committee", seed, keys.node_bytes(node))
 
     return tuple(sorted(sorted(nodes, key=ticket)[:size]))

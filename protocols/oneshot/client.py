@@ -10,17 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
+from privfed.protocols.keys import KEY_BYTES, exchange_public
 from privfed.protocols.oneshot import committee, sharing
 from privfed.protocols.oneshot.agreement import Agreement
 from privfed.protocols.oneshot.ciphertext import encrypt
-from privfed.protocols.oneshot.messages import Contribution, Header, Invitation, Reader, number
+from privfed.protocols.oneshot.messages import Contribution, Invitation, Kept
 from privfed.protocols.oneshot.ring import N
 from privfed.protocols.oneshot.sampler import draw
-from privfed.protocols.oneshot.sealing import KEY_BYTES, SessionKey, keystream, sign
-from privfed.protocols.oneshot.sharing import SHARE_BYTES
+from privfed.protocols.oneshot.sealing import keystream, seal_box
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Session, Source
-
-_SENT, _SIGNED, _DONE = b"kept: sent", b"kept: signed", b"kept: done"
 
 
 def _compare(mine: Agreement, theirs: Invitation) -> None:
@@ -67,15 +65,20 @@ class OneShotClient:
         try:
             if not kept:
                 return self._send(request, source)
-            if kept.startswith(_SENT):
-                return self._confirm(kept, request)
-            if kept.startswith(_SIGNED):
-                return self._open(kept, request)
+            state = self._recall(kept)
+            if state.stage == "confirm":
+                return self._confirm(state, request)
+            if state.stage == "open":
+                return self._open(state, request)
         except DecodeError as error:
             raise RemoteError("malformed-request", (SERVER,), str(error)) from error
-        if kept != _DONE:
-            raise LocalError("kept is no state of this protocol")
-        raise RemoteError("second-request", (SERVER,), "this session's only answer has been given")
+        raise RemoteError("second-request", (SERVER,), "this node has given its only answer of the session")
+
+    def _recall(self, kept: bytes) -> Kept:
+        try:
+            return Kept.decode(kept)
+        except DecodeError as error:
+            raise LocalError(f"kept is no state of this protocol: {error}") from error
 
     def _agree(self, invitation: Invitation) -> Agreement:
         """Check the invitation against this node's policy and parameters."""
@@ -109,43 +112,39 @@ class OneShotClient:
         agreement = self._agree(Invitation.decode(request))
         entries = _entries(source, agreement.session)
         # Fresh s and e in every session; s leaves this function only as shares, e not at all.
-        secret = draw(N, keystream("secret", self.random(32)))
-        noise = keystream("error", self.random(32))
+        secret = draw(N, keystream(b"secret", self.random(32)))
+        noise = keystream(b"error", self.random(32))
         ciphertext = encrypt(entries, secret, agreement.packing, agreement.public(), noise)
+        own, boxes, public_key = self._share(agreement, secret)
+        header = committee.sign_header(agreement.digest, self.identity, public_key)
+        # A node that is no member is done.
+        kept = Kept("confirm" if own else "", agreement.request, own)
+        return kept.encode(), Contribution(header, ciphertext.data, boxes).encode()
+
+    def _share(self, agreement: Agreement, secret: NDArray[np.int8]) -> tuple[bytes, bytes, bytes]:
+        """Share the secret: (this node's own share or b"", the others' boxes, public key they are sealed under)."""
+        members = agreement.committee
         shares = sharing.split(
-            secret, agreement.threshold, len(agreement.committee), keystream("shares", self.random(32))
+            secret, agreement.threshold, len(members), keystream(b"shares", self.random(32))
         )
-        key = SessionKey(self.random(KEY_BYTES))
-        own, boxes, digest = b"", [], agreement.digest
-        for member, share in zip(agreement.committee, shares, strict=True):
+        secret_key = self.random(KEY_BYTES)
+        own, boxes = b"", []
+        for member, share in zip(members, shares, strict=True):
             wire = sharing.to_wire(share)
             if member == self.node:
                 own = wire
             else:
-                boxes.append(key.seal(wire, digest, self.node, member, self.identity.roster[member]))
-        content = committee.header_content(self.node, key.public)
-        header = Header(digest, key.public, sign(self.identity, "contribution", digest, content))
-        kept = _SENT + number(len(agreement.request)) + agreement.request + own
-        return kept, Contribution(header, ciphertext.data, b"".join(boxes)).encode()
+                boxes.append(seal_box(secret_key, agreement.digest, self.identity, member, wire))
+        return own, b"".join(boxes), exchange_public(secret_key)
 
-    def _recall(self, reader: Reader) -> Agreement:
-        return self.agree(Invitation.decode(reader.take(reader.number())).session)
+    def _confirm(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
+        agreement = self.agree(Invitation.decode(state.invitation).session)
+        survivors, share, reply = committee.confirm(
+            agreement, self.identity, self.policy, state.share, request
+        )
+        return Kept("open", state.invitation, share, survivors).encode(), reply
 
-    def _confirm(self, kept: bytes, request: Buffer) -> tuple[bytes, bytes]:
-        reader = Reader(kept, _SENT)
-        agreement = self._recall(reader)
-        if self.node not in agreement.committee:
-            raise RemoteError(
-                "foreign-committee", (SERVER,), f"node {self.node} is no member of the committee"
-            )
-        own = reader.take(SHARE_BYTES)
-        survivors, share, reply = committee.confirm(agreement, self.identity, self.policy, own, request)
-        head = _SIGNED + number(len(agreement.request)) + agreement.request
-        return head + share + survivors, reply
-
-    def _open(self, kept: bytes, request: Buffer) -> tuple[bytes, bytes]:
-        reader = Reader(kept, _SIGNED)
-        agreement = self._recall(reader)
-        share = reader.take(SHARE_BYTES)
-        survivors = reader.rest()
-        return _DONE, committee.open_sum(agreement, self.identity, survivors, share, request)
+    def _open(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
+        agreement = self.agree(Invitation.decode(state.invitation).session)
+        reply = committee.open_sum(agreement, self.identity, state.survivors, state.share, request)
+        return Kept("", state.invitation, b"").encode(), reply

@@ -9,18 +9,23 @@ answers.
 
 from __future__ import annotations
 
+from privfed.protocols.codec import node_list
 from privfed.protocols.errors import SERVER, DecodeError, RemoteError
+from privfed.protocols.keys import node_bytes, sign, verified
 from privfed.protocols.oneshot import sharing
 from privfed.protocols.oneshot.agreement import Agreement
-from privfed.protocols.oneshot.messages import Bundle, Header, Quorum, Share, Signature, numbers
-from privfed.protocols.oneshot.sealing import open_box, sign, verify
+from privfed.protocols.oneshot.messages import Bundle, Header, Quorum, Share, Signature
+from privfed.protocols.oneshot.sealing import open_box
 from privfed.protocols.oneshot.sharing import PRIME, Residues
 from privfed.protocols.session import Buffer, Identity, Policy
 
+CONTRIBUTION, SURVIVORS = b"oneshot contribution", b"oneshot survivors"
 
-def header_content(node: int, public: bytes) -> bytes:
-    """What a node signs when it contributes: its id and the key its boxes are sealed under."""
-    return numbers((node,)) + public
+
+def sign_header(digest: bytes, identity: Identity, public_key: bytes) -> Header:
+    """Sign, for one session, this node's id and the key that its boxes are sealed under."""
+    signature = sign(identity.secret_key, CONTRIBUTION, digest, node_bytes(identity.node), public_key)
+    return Header(digest, public_key, signature)
 
 
 def _check_survivors(
@@ -43,15 +48,15 @@ def _check_header(agreement: Agreement, identity: Identity, node: int, header: H
         raise RemoteError(
             "inconsistent-session", (SERVER, node), "it contributed to another model, configuration or round"
         )
-    content = header_content(node, header.public)
-    if not verify(identity.roster, node, "contribution", agreement.digest, content, header.signature):
+    parts = (agreement.digest, node_bytes(node), header.public_key)
+    if not verified(identity.roster[node], header.signature, CONTRIBUTION, *parts):
         raise RemoteError(
             "bad-signature", (SERVER, node), "its session key is not signed by the roster's key"
         )
 
 
 def _open_share(agreement: Agreement, identity: Identity, node: int, header: Header, box: bytes) -> Residues:
-    wire = open_box(box, header.public, agreement.digest, node, identity)
+    wire = open_box(box, header.public_key, agreement.digest, node, identity)
     try:
         return sharing.from_wire(wire)
     except DecodeError as error:
@@ -74,8 +79,8 @@ def confirm(
         if node != identity.node:
             total += _open_share(agreement, identity, node, header, box)
     total %= PRIME
-    survivors = numbers(bundle.survivors)
-    signature = sign(identity, "survivors", agreement.digest, survivors)
+    survivors = node_list(bundle.survivors)
+    signature = sign(identity.secret_key, SURVIVORS, agreement.digest, survivors)
     return survivors, sharing.to_wire(total), Signature(signature).encode()
 
 
@@ -88,12 +93,12 @@ def open_sum(
     than t signatures hold for this member's own set.
     """
     quorum = Quorum.decode(request)
-    foreign = set(quorum.signers) - set(agreement.committee)
+    foreign = set(quorum.signatures) - set(agreement.committee)
     if foreign:
         raise RemoteError("foreign-signer", (SERVER,), f"{sorted(foreign)} are not in the committee")
     valid = {identity.node}
-    for node, signature in zip(quorum.signers, quorum.signatures, strict=True):
-        if verify(identity.roster, node, "survivors", agreement.digest, survivors, signature):
+    for node, signature in quorum.signatures.items():
+        if verified(identity.roster[node], signature, SURVIVORS, agreement.digest, survivors):
             valid.add(node)
     if len(valid) < agreement.threshold:
         raise RemoteError(

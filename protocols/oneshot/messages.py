@@ -7,76 +7,38 @@
     -> every signer      open      the signatures Share         member -> server            open      of the
     sum of the survivors' secrets
 
-Numbers are little-endian, 8 bytes each. A contribution starts with 136 bytes so that its vector lies aligned.
+Every message starts with 8 bytes that name it; a contribution's vector starts at byte 136, so it lies
+aligned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from privfed.protocols import codec
+from privfed.protocols.codec import Reader, node_list, table, u8, u32
 from privfed.protocols.errors import DecodeError
-from privfed.protocols.oneshot.sealing import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
+from privfed.protocols.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
 from privfed.protocols.oneshot.sharing import SHARE_BYTES
 from privfed.protocols.session import Buffer, Session
 
 DIGEST_BYTES = 32
 BOX_BYTES = SHARE_BYTES + TAG_BYTES
 
-_LARGEST = 1 << 64
+T = TypeVar("T")
 
 
-def number(value: int) -> bytes:
-    """Encode 0 <= value < 2^64."""
-    return value.to_bytes(8, "little")
+def decode(wire: Buffer, tag: bytes, read: Callable[[Reader], T]) -> T:
+    """Read a whole message that starts with `tag`."""
 
+    def tagged(reader: Reader) -> T:
+        if bytes(reader.take(len(tag))) != tag:
+            raise DecodeError(f"not a message {tag.decode()!r}")
+        return read(reader)
 
-def numbers(values: Sequence[int]) -> bytes:
-    """Encode a list of numbers, its length first."""
-    return b"".join(map(number, (len(values), *values)))
-
-
-class Reader:
-    """Takes a message apart from the front; every way to run past the end is a DecodeError."""
-
-    def __init__(self, wire: Buffer, tag: bytes) -> None:
-        self._view = memoryview(wire).cast("B")
-        self._at = 0
-        if self.take(len(tag)) != tag:
-            raise DecodeError(f"not a {tag[:8].decode().strip()} message")
-
-    def view(self, size: int) -> memoryview:
-        """The next `size` bytes, not copied."""
-        if size > len(self._view) - self._at:
-            raise DecodeError(f"message ends {size - len(self._view) + self._at} bytes early")
-        self._at += size
-        return self._view[self._at - size : self._at]
-
-    def take(self, size: int) -> bytes:
-        return bytes(self.view(size))
-
-    def number(self) -> int:
-        return int.from_bytes(self.view(8), "little")
-
-    def numbers(self) -> tuple[int, ...]:
-        count = self.number()
-        raw = self.view(8 * count)
-        return tuple(int.from_bytes(raw[8 * i : 8 * i + 8], "little") for i in range(count))
-
-    def nodes(self) -> tuple[int, ...]:
-        """A list of node ids: positive, ascending, distinct."""
-        found = self.numbers()
-        if any(low >= high for low, high in zip((0, *found), found, strict=False)):
-            raise DecodeError("node ids are not positive, ascending and distinct")
-        return found
-
-    def rest(self) -> bytes:
-        """Everything not taken yet."""
-        return self.take(len(self._view) - self._at)
-
-    def end(self) -> None:
-        if self._at != len(self._view):
-            raise DecodeError(f"{len(self._view) - self._at} bytes follow the message")
+    return codec.decode(wire, tagged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,44 +52,23 @@ class Invitation:
     slots: int
     bounded: bool
 
-    TAG = b"invite 1"
+    TAG = b"OS inv 1"
 
     def encode(self) -> bytes:
-        session = self.session
-        action = session.action.encode()
-        return b"".join(
-            (
-                self.TAG,
-                numbers((session.run, session.round, session.dimension, session.bits)),
-                number(len(action)) + action,
-                session.binding,
-                numbers(session.nodes),
-                numbers((self.threshold, self.corrupt, self.slots, int(self.bounded))),
-                numbers(self.committee),
-            )
-        )
+        numbers = u32(self.threshold) + u32(self.corrupt) + u8(self.slots) + u8(self.bounded)
+        return self.TAG + codec.encode_session(self.session) + numbers + node_list(self.committee)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Invitation:
+        session = codec.read_session(reader)
+        threshold, corrupt, slots, bounded = (reader.number(size) for size in (4, 4, 1, 1))
+        if bounded > 1:
+            raise DecodeError(f"bounded is 0 or 1, got {bounded}")
+        return cls(session, threshold, corrupt, reader.nodes(), slots, bool(bounded))
 
     @classmethod
     def decode(cls, wire: Buffer) -> Invitation:
-        reader = Reader(wire, cls.TAG)
-        facts = reader.numbers()
-        try:
-            action = reader.take(reader.number()).decode()
-        except UnicodeDecodeError as error:
-            raise DecodeError("the action is no UTF-8") from error
-        binding, nodes, parameters, committee = (
-            reader.take(32),
-            reader.nodes(),
-            reader.numbers(),
-            reader.nodes(),
-        )
-        reader.end()
-        if len(facts) != 4 or len(parameters) != 4 or parameters[3] > 1:
-            raise DecodeError("an invitation has four facts and four parameters")
-        run, round_, dimension, bits = facts
-        threshold, corrupt, slots, bounded = parameters
-        session = Session(run, round_, action, nodes, dimension, bits, binding)
-        return cls(session, threshold, corrupt, committee, slots, bool(bounded))
+        return decode(wire, cls.TAG, cls.read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +76,18 @@ class Header:
     """What a member must see of each contribution: the digest it is for and the signed session key."""
 
     digest: bytes
-    public: bytes
+    public_key: bytes
     signature: bytes
 
     SIZE = DIGEST_BYTES + KEY_BYTES + SIGNATURE_BYTES
 
     def encode(self) -> bytes:
-        return self.digest + self.public + self.signature
+        return self.digest + self.public_key + self.signature
 
     @classmethod
     def read(cls, reader: Reader) -> Header:
-        return cls(reader.take(DIGEST_BYTES), reader.take(KEY_BYTES), reader.take(SIGNATURE_BYTES))
+        digest, public_key, signature = map(reader.take, (DIGEST_BYTES, KEY_BYTES, SIGNATURE_BYTES))
+        return cls(bytes(digest), bytes(public_key), bytes(signature))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,44 +98,47 @@ class Contribution:
     ciphertext: Buffer
     boxes: bytes = field(repr=False)
 
-    TAG = b"contrib1"
+    TAG = b"OS con 1"
 
     def encode(self) -> bytes:
         return b"".join((self.TAG, self.header.encode(), self.ciphertext, self.boxes))
 
     @classmethod
     def decode(cls, wire: Buffer, ciphertext_bytes: int, boxes: int) -> Contribution:
-        reader = Reader(wire, cls.TAG)
-        header = Header.read(reader)
-        ciphertext = reader.view(ciphertext_bytes)
-        sealed = reader.take(BOX_BYTES * boxes)
-        reader.end()
-        return cls(header, ciphertext, sealed)
+        """Decode without copying the ciphertext."""
+
+        def read(reader: Reader) -> Contribution:
+            header, vector = Header.read(reader), reader.take(ciphertext_bytes)
+            return cls(header, vector, bytes(reader.take(BOX_BYTES * boxes)))
+
+        return decode(wire, cls.TAG, read)
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What one member needs to sign and open. The member's own box is b""."""
+    """What one member needs to sign and to open. The box from the member itself is b""."""
 
     survivors: tuple[int, ...]
     headers: tuple[Header, ...]
     boxes: tuple[bytes, ...] = field(repr=False)
 
-    TAG = b"bundle 1"
+    TAG = b"OS bun 1"
 
     def encode(self) -> bytes:
-        headers = b"".join(header.encode() for header in self.headers)
-        return b"".join((self.TAG, numbers(self.survivors), headers, *self.boxes))
+        headers = (header.encode() for header in self.headers)
+        return b"".join((self.TAG, node_list(self.survivors), *headers, *self.boxes))
 
     @classmethod
     def decode(cls, wire: Buffer, node: int) -> Bundle:
-        """Decode the bundle meant for `node`, which has no box from itself."""
-        reader = Reader(wire, cls.TAG)
-        survivors = reader.nodes()
-        headers = tuple(Header.read(reader) for _ in survivors)
-        boxes = tuple(b"" if peer == node else reader.take(BOX_BYTES) for peer in survivors)
-        reader.end()
-        return cls(survivors, headers, boxes)
+        """Decode the bundle meant for `node`."""
+
+        def read(reader: Reader) -> Bundle:
+            survivors = reader.nodes()
+            headers = tuple(Header.read(reader) for _ in survivors)
+            sizes = (0 if peer == node else BOX_BYTES for peer in survivors)
+            return cls(survivors, headers, tuple(bytes(reader.take(size)) for size in sizes))
+
+        return decode(wire, cls.TAG, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,38 +147,31 @@ class Signature:
 
     signature: bytes
 
-    TAG = b"signed 1"
+    TAG = b"OS sig 1"
 
     def encode(self) -> bytes:
         return self.TAG + self.signature
 
     @classmethod
     def decode(cls, wire: Buffer) -> Signature:
-        reader = Reader(wire, cls.TAG)
-        signature = reader.take(SIGNATURE_BYTES)
-        reader.end()
-        return cls(signature)
+        return decode(wire, cls.TAG, lambda reader: cls(bytes(reader.take(SIGNATURE_BYTES))))
 
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """The members that signed, ascending, and their signatures."""
+    """The members that signed and their signatures."""
 
-    signers: tuple[int, ...]
-    signatures: tuple[bytes, ...]
+    signatures: dict[int, bytes]
 
-    TAG = b"quorum 1"
+    TAG = b"OS quo 1"
 
     def encode(self) -> bytes:
-        return self.TAG + numbers(self.signers) + b"".join(self.signatures)
+        return self.TAG + table(self.signatures.items())
 
     @classmethod
     def decode(cls, wire: Buffer) -> Quorum:
-        reader = Reader(wire, cls.TAG)
-        signers = reader.nodes()
-        signatures = tuple(reader.take(SIGNATURE_BYTES) for _ in signers)
-        reader.end()
-        return cls(signers, signatures)
+        rows = decode(wire, cls.TAG, lambda reader: reader.table(SIGNATURE_BYTES))
+        return cls({node: bytes(signature) for node, signature in rows.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,19 +180,38 @@ class Share:
 
     share: bytes = field(repr=False)
 
-    TAG = b"opened 1"
+    TAG = b"OS shr 1"
 
     def encode(self) -> bytes:
         return self.TAG + self.share
 
     @classmethod
     def decode(cls, wire: Buffer) -> Share:
-        reader = Reader(wire, cls.TAG)
-        share = reader.take(SHARE_BYTES)
-        reader.end()
-        return cls(share)
+        return decode(wire, cls.TAG, lambda reader: cls(bytes(reader.take(SHARE_BYTES))))
 
 
-def in_range(values: Iterable[int]) -> bool:
-    """Tell whether every value fits the eight bytes of `number`."""
-    return all(0 <= value < _LARGEST for value in values)
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a node keeps between stages. stage: the one it waits for. survivors: the encoded list it signed."""
+
+    stage: str
+    invitation: bytes
+    share: bytes = field(repr=False)
+    survivors: bytes = b""
+
+    TAG = b"OS kep 1"
+    WAITING = ("confirm", "open", "")
+
+    def encode(self) -> bytes:
+        parts = (self.invitation, self.share, self.survivors)
+        return self.TAG + u8(self.WAITING.index(self.stage)) + b"".join(map(codec.blob, parts))
+
+    @classmethod
+    def decode(cls, kept: bytes) -> Kept:
+        def read(reader: Reader) -> Kept:
+            place = reader.number(1)
+            if place >= len(cls.WAITING):
+                raise DecodeError("no such stage")
+            return cls(cls.WAITING[place], *(bytes(reader.blob()) for _ in range(3)))
+
+        return decode(kept, cls.TAG, read)

@@ -57,9 +57,7 @@ class OneShotServer:
         if self.stage == "confirm":
             return {member: self._bundle(member) for member in sorted(self._asked)}
         if self.stage == "open":
-            signers = tuple(sorted(self._signatures))
-            quorum = Quorum(signers, tuple(self._signatures[node] for node in signers)).encode()
-            return dict.fromkeys(signers, quorum)
+            return dict.fromkeys(sorted(self._asked), Quorum(self._signatures).encode())
         return {}
 
     def _bundle(self, member: int) -> bytes:

@@ -13,13 +13,14 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.protocols import shamir
 from privfed.protocols.errors import DecodeError, RemoteError
 from privfed.protocols.oneshot.ciphertext import Keystream
 from privfed.protocols.oneshot.ring import N
 from privfed.protocols.oneshot.sampler import CUT
 
-PRIME = (1 << 21) - 9
-MAX_COMMITTEE = 2047
+PRIME = shamir.P
+MAX_COMMITTEE = shamir.MAX_THRESHOLD
 """Members, and so the threshold, for which float64 products are exact."""
 MAX_NODES = (PRIME // 2) // CUT
 """12336 nodes: the sum of as many secrets stays below half the prime, so its sign is known."""
@@ -58,20 +59,9 @@ def _powers(members: int, threshold: int) -> Residues:
     return out
 
 
-def _uniform(count: int, keystream: Keystream) -> Residues:
-    """Uniform residues by rejection: 4 keystream bytes a try, the top 21 bits of each word."""
-    out, have = np.empty(count, dtype=np.int64), 0
-    while have < count:
-        tries = np.frombuffer(keystream(4 * (count - have)), dtype="<u4") >> np.uint32(11)
-        good = tries[tries < PRIME]
-        out[have : have + len(good)] = good
-        have += len(good)
-    return out
-
-
 def split(secret: NDArray[np.int8], threshold: int, members: int, keystream: Keystream) -> Residues:
     """Share a secret int8[2048] among 1..members: int64[members, 2048]. keystream: fresh and secret."""
-    coefficients = _uniform(threshold * N, keystream).reshape(threshold, N)
+    coefficients = shamir.uniform(threshold * N, keystream).reshape(threshold, N)
     coefficients[0] = secret.astype(np.int64) % PRIME
     return _product(_powers(members, threshold), coefficients)
 
