@@ -86,9 +86,7 @@ def check_session(session: Session) -> None:
     if len(nodes) < 2 or any(low >= high for low, high in zip((0, *nodes), nodes, strict=False)):
         raise LocalError("session.nodes must be at least two ascending distinct ids > 0")
     if len(nodes) > MAX_NODES:
-        raise LocalError(
-            f"session.nodes holds {len(nodes)} nodes; secrets of {MAX_NODES} fit the share field"
-        )
+        raise LocalError(f"session.nodes holds {len(nodes)} nodes; secrets of {MAX_NODES} fit the share field")
     if nodes[-1] > MAX_NODE:
         raise LocalError("session.nodes must be below 2^63")
     if not 1 <= session.dimension <= MAX_DIMENSION:

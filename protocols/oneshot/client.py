@@ -36,8 +36,7 @@ def _entries(source: Source, session: Session) -> NDArray[np.unsignedinteger[Any
     entries = source()
     if entries.dtype not in (np.uint32, np.uint64) or entries.shape != (session.dimension,):
         raise LocalError(
-            f"source returned {entries.dtype}{entries.shape}; "
-            f"uint32 or uint64 of length {session.dimension} is needed"
+            f"source returned {entries.dtype}{entries.shape}; uint32 or uint64 of length {session.dimension} is needed"
         )
     if int(entries.max()) >> session.bits:
         raise LocalError(f"source returned an entry of 2^{session.bits} or more")
@@ -86,9 +85,7 @@ class OneShotClient:
         if self.node not in session.nodes:
             raise RemoteError("foreign-session", (SERVER,), f"node {self.node} is not in the session")
         if set(session.nodes) - set(self.identity.roster):
-            raise RemoteError(
-                "foreign-node", (SERVER,), "the session holds nodes that the roster does not know"
-            )
+            raise RemoteError("foreign-node", (SERVER,), "the session holds nodes that the roster does not know")
         if session.round < policy.min_round:
             raise RemoteError("stale-round", (SERVER,), f"round {session.round} is below {policy.min_round}")
         if len(session.nodes) < policy.min_cohort:
@@ -101,9 +98,7 @@ class OneShotClient:
             raise RemoteError("unsafe-session", (SERVER,), str(error)) from error
         _compare(agreement, invitation)
         if agreement.threshold < policy.min_threshold:
-            raise RemoteError(
-                "threshold-too-low", (SERVER,), f"{agreement.threshold} members could open a sum"
-            )
+            raise RemoteError("threshold-too-low", (SERVER,), f"{agreement.threshold} members could open a sum")
         if len(agreement.committee) <= policy.min_neighbours:
             raise RemoteError("committee-too-small", (SERVER,), f"{len(agreement.committee)} members")
         return agreement
@@ -122,11 +117,10 @@ class OneShotClient:
         return kept.encode(), Contribution(header, ciphertext.data, boxes).encode()
 
     def _share(self, agreement: Agreement, secret: NDArray[np.int8]) -> tuple[bytes, bytes, bytes]:
-        """Share the secret: (this node's own share or b"", the others' boxes, public key they are sealed under)."""
+        """Share the secret: (own share or b"", the others' boxes, the public key they are sealed under)."""
         members = agreement.committee
-        shares = sharing.split(
-            secret, agreement.threshold, len(members), keystream(b"shares", self.random(32))
-        )
+        fresh = keystream(b"shares", self.random(32))
+        shares = sharing.split(secret, agreement.threshold, len(members), fresh)
         secret_key = self.random(KEY_BYTES)
         own, boxes = b"", []
         for member, share in zip(members, shares, strict=True):
@@ -139,9 +133,7 @@ class OneShotClient:
 
     def _confirm(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
         agreement = self.agree(Invitation.decode(state.invitation).session)
-        survivors, share, reply = committee.confirm(
-            agreement, self.identity, self.policy, state.share, request
-        )
+        survivors, share, reply = committee.confirm(agreement, self.identity, self.policy, state.share, request)
         return Kept("open", state.invitation, share, survivors).encode(), reply
 
     def _open(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:

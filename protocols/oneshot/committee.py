@@ -28,16 +28,12 @@ def sign_header(digest: bytes, identity: Identity, public_key: bytes) -> Header:
     return Header(digest, public_key, signature)
 
 
-def _check_survivors(
-    agreement: Agreement, identity: Identity, policy: Policy, survivors: tuple[int, ...]
-) -> None:
+def _check_survivors(agreement: Agreement, identity: Identity, policy: Policy, survivors: tuple[int, ...]) -> None:
     foreign = set(survivors) - set(agreement.session.nodes)
     if foreign:
         raise RemoteError("foreign-survivor", (SERVER,), f"{sorted(foreign)} are not in the session")
     if identity.node not in survivors:
-        raise RemoteError(
-            "own-input-missing", (SERVER,), "a member that contributed is not among the survivors"
-        )
+        raise RemoteError("own-input-missing", (SERVER,), "a member that contributed is not among the survivors")
     fewest = max(policy.min_cohort, agreement.fewest_survivors)
     if len(survivors) < fewest:
         raise RemoteError("cohort-too-small", (SERVER,), f"{len(survivors)} survivors, {fewest} are needed")
@@ -50,9 +46,7 @@ def _check_header(agreement: Agreement, identity: Identity, node: int, header: H
         )
     parts = (agreement.digest, node_bytes(node), header.public_key)
     if not verified(identity.roster[node], header.signature, CONTRIBUTION, *parts):
-        raise RemoteError(
-            "bad-signature", (SERVER, node), "its session key is not signed by the roster's key"
-        )
+        raise RemoteError("bad-signature", (SERVER, node), "its session key is not signed by the roster's key")
 
 
 def _open_share(agreement: Agreement, identity: Identity, node: int, header: Header, box: bytes) -> Residues:
@@ -84,9 +78,7 @@ def confirm(
     return survivors, sharing.to_wire(total), Signature(signature).encode()
 
 
-def open_sum(
-    agreement: Agreement, identity: Identity, survivors: bytes, share: bytes, request: Buffer
-) -> bytes:
+def open_sum(agreement: Agreement, identity: Identity, survivors: bytes, share: bytes, request: Buffer) -> bytes:
     """Answer the open stage: the share of the sum, if t members signed the survivors that this one signed.
 
     Raises RemoteError("foreign-signer") for a signer outside the committee, ("split-survivors") when fewer

@@ -192,7 +192,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a node keeps between stages. stage: the one it waits for. survivors: the encoded list it signed."""
+    """What a node keeps. stage: the one it waits for, or "". survivors: the encoded list it signed."""
 
     stage: str
     invitation: bytes

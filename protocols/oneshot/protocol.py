@@ -46,9 +46,7 @@ class OneShot:
         if self.threshold is not None:
             whole = isinstance(self.threshold, int)
             if (whole and self.threshold < 2) or (not whole and not 0 < self.threshold <= 1):
-                raise ValueError(
-                    f"threshold must be a count of at least 2 or a share in (0, 1], got {self.threshold}"
-                )
+                raise ValueError(f"threshold must be a count of at least 2 or a share in (0, 1], got {self.threshold}")
         if self.committee is not None:
             ids = tuple(self.committee)
             if any(low >= high for low, high in zip((0, *ids), ids, strict=False)):

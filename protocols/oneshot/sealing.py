@@ -23,11 +23,9 @@ _FIELD = (1 << 255) - 19
 
 
 def keystream(label: bytes, secret: bytes) -> Keystream:
-    """Stream of a labelled secret (or public value): the i-th call gets bytes from the i-th seed derived of it."""
+    """Stream of a labelled secret or public value: the i-th call reads from the i-th derived seed."""
     calls = count()
-    return lambda size: prg.keystream(
-        derive(secret, b"oneshot " + label, u64(next(calls)), prg.SEED_BYTES), size
-    )
+    return lambda size: prg.keystream(derive(secret, b"oneshot " + label, u64(next(calls)), prg.SEED_BYTES), size)
 
 
 @lru_cache(maxsize=4096)
@@ -49,7 +47,7 @@ def seal_box(secret_key: bytes, digest: bytes, identity: Identity, receiver: int
 
 
 def open_box(box: bytes, public_key: bytes, digest: bytes, sender: int, identity: Identity) -> bytes:
-    """Open what `sender` sealed for us under its session key. Raises RemoteError "bad-share" for anything else."""
+    """Open what `sender` sealed for us under its session key. RemoteError "bad-share" for anything else."""
     own = hashlib.sha512(identity.secret_key).digest()[:KEY_BYTES]
     return Channel(agree(own, sender, public_key), digest).open(sender, identity.node, box)
 

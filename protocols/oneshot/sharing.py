@@ -113,9 +113,7 @@ def combine(answers: dict[int, Residues], threshold: int, members: Sequence[int]
     shares = np.stack([answers[node] for node in nodes])
     wrong = _mismatches(points, shares, threshold)
     if wrong.any():
-        liars = [
-            nodes[position] for position in _liars(points, shares[:, np.flatnonzero(wrong)[:8]], threshold)
-        ]
+        liars = [nodes[position] for position in _liars(points, shares[:, np.flatnonzero(wrong)[:8]], threshold)]
         raise RemoteError("inconsistent-share", liars, "the committee's answers lie on no common polynomial")
     weights = _lagrange(points[:threshold], np.zeros(1, dtype=np.int64))
     total: Residues = _product(weights, shares[:threshold])[0]
