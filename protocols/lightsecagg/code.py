@@ -150,9 +150,9 @@ class Code:
         stacked = np.zeros((self.threshold * self.ring.degree, length), dtype=words(self.bits))
         flat = stacked[: self.data_rows].reshape(-1)
         flat[: len(vector)] = vector
-        stacked[self.data_rows :] = noise.reshape(-1, length)
+        stacked[self.data_rows :] = noise.reshape(self.privacy * self.ring.degree, length)
         coded = product(self.generator(range(self.n) if shares is None else shares), stacked, self.bits)
-        return coded.reshape(-1, self.ring.degree * length)
+        return coded.reshape(coded.shape[0] // self.ring.degree, self.ring.degree * length)
 
     def decode(self, shares: dict[int, Words], dimension: int, weights: bytes = b"") -> Words | None:
         """Recover the vector from `threshold` shares; None when the further ones contradict them.
@@ -167,7 +167,7 @@ class Code:
         if further:
             plan = self._with_check(solve, further, weights)
         length = self.width(dimension)
-        rows = np.stack([shares[i] for i in used]).reshape(-1, length)
+        rows = np.stack([shares[i] for i in used]).reshape(len(used) * self.ring.degree, length)
         found = product(signed(self.ring.matrices(signed(plan, self.bits)).view(np.uint64), self.bits), rows, self.bits)
         if found[self.data_rows :].any():
             return None
