@@ -1,0 +1,61 @@
+"""One exchange: the instructions of a round, and everything a stage must know to bring back what they yield."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from privfed.grid import Grid
+from privfed.message import Message
+from privfed.record import ArrayRecord, MetricRecord, RecordDict
+from privfed.strategies.metric import MetricsFunction
+from privfed.strategies.view import Sum, View
+
+MESSAGE_BUDGET = 64 << 20
+"""Bytes of replies that may be in flight at once when a round is streamed."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """content: the same object for every node, sent once. deadline: time.monotonic() seconds. need: the view to bring.
+
+    weight_key None: every reply weighs 1 (a privacy plan). clip: the plan's bound on one update's L2 norm, or None.
+    """
+
+    grid: Grid
+    round: int
+    kind: str
+    content: RecordDict
+    nodes: tuple[int, ...]
+    deadline: float
+    model: ArrayRecord
+    arrays_key: str
+    weight_key: str | None
+    metrics_function: MetricsFunction
+    need: type[View] = Sum
+    clip: float | None = None
+    content_for: Callable[[int], RecordDict] | None = field(default=None, repr=False)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, at least 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def messages(self) -> Iterator[Message]:
+        """Yield one instruction per node, ascending; equal contents are one object."""
+        ttl = max(self.remaining, 0.001)
+        group = str(self.round)
+        for node in self.nodes:
+            content = self.content if self.content_for is None else self.content_for(node)
+            yield Message(content, node, self.kind, ttl=ttl, group_id=group)
+
+    def replies(self) -> Iterable[Message]:
+        """Send the instructions and yield replies in the order of the nodes, at most so many bytes of them at a time."""
+        size = max(1, self.model.count_bytes())
+        window = min(1024, max(4, MESSAGE_BUDGET // size))
+        return self.grid.stream(self.messages(), timeout=self.remaining, window=window, ordered=True)
+
+    def aggregate(self, contents: list[RecordDict]) -> MetricRecord:
+        """Aggregate the metrics of valid replies."""
+        return self.metrics_function(contents, self.weight_key or "") if contents else MetricRecord()

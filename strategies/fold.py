@@ -1,0 +1,75 @@
+"""Fold replies into a running sum: memory is O(model), and the order of the replies is the caller's."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.array import element_count
+from privfed.record import ArrayRecord
+from privfed.strategies.view import Sum
+from privfed.update import BLOCK, dimension, flatten
+
+Float64s = NDArray[np.float64]
+
+
+class MeanFold:
+    """Accumulate weighted replies, full weights and updates alike, in float64."""
+
+    def __init__(self, model: ArrayRecord) -> None:
+        self._model = model
+        self._sum: Float64s = np.zeros(dimension(model), np.float64)
+        self._buffer: Float64s = np.empty(min(BLOCK, max(1, self._sum.size)), np.float64)
+        self._absolute = 0.0  # weight of the replies that were full weights
+        self.weight = 0.0
+
+    def add(self, arrays: ArrayRecord, weight: float, *, update: bool) -> None:
+        """Add a checked reply."""
+        place = 0
+        for name, expected in self._model.items():
+            values = arrays[name].compute().reshape(-1)
+            for start in range(0, element_count(expected.shape), BLOCK):
+                block = values[start : start + BLOCK]
+                part = self._buffer[: block.size]
+                np.multiply(block, weight, out=part, dtype=np.float64)
+                target = self._sum[place + start : place + start + block.size]
+                target += part
+            place += values.size
+        self.weight += weight
+        if not update:
+            self._absolute += weight
+
+    def finish(self) -> Sum:
+        """Return the mean update; the fold is used up. The caller has checked that the weight is above 0."""
+        mean = self._sum
+        if self._absolute:
+            # sum(w x) - W received = sum(w (x - received)); in float64 this loses 2^-53 of the weights' size.
+            mean -= self._absolute * flatten(self._model)
+        mean /= self.weight
+        return Sum(mean, self.weight)
+
+
+class RowFold:
+    """Collect updates as float32 rows, for strategies that must see each."""
+
+    def __init__(self, model: ArrayRecord, capacity: int) -> None:
+        self._model = model
+        self._base = flatten(model)
+        self._rows: NDArray[np.float32] = np.empty((capacity, self._base.size), np.float32)
+        self.sources: list[int] = []
+        self.weights: list[float] = []
+
+    def add(self, source: int, arrays: ArrayRecord, weight: float, *, update: bool) -> None:
+        """Add a checked reply as the next row."""
+        flat = flatten(arrays, self._model)
+        if not update:
+            flat -= self._base
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and rules exclude it
+            self._rows[len(self.sources)] = flat
+        self.sources.append(source)
+        self.weights.append(weight)
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """The rows added so far."""
+        return self._rows[: len(self.sources)]

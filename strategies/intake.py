@@ -1,0 +1,68 @@
+"""The intake of a stage: every reply is read once and either counts or is excluded with its node and cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from privfed.message import Message
+from privfed.record import RecordDict
+from privfed.strategies.exchange import Exchange
+from privfed.strategies.reply import BadReply, Reply, read_evaluate, read_train
+from privfed.strategies.view import Exclusion, Outcome, Sum, Unreleased, Updates
+
+
+class Intake:
+    """Read the replies of an exchange in the order of its nodes."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._metrics: list[RecordDict] = []
+        self._rejected = False
+        size = exchange.content.count_bytes()
+        self.outcome = Outcome(bytes_down=size * len(exchange.nodes))
+
+    def train(self) -> Iterator[Reply]:
+        """Yield valid training replies; `reject` during the loop's body excludes the one at hand."""
+        exchange = self._exchange
+        return self._read(lambda m: read_train(m, exchange.model, exchange.arrays_key, exchange.weight_key))
+
+    def evaluate(self) -> Iterator[Reply]:
+        """Yield valid evaluation replies."""
+        return self._read(lambda message: read_evaluate(message, self._exchange.weight_key))
+
+    def reject(self, node: int, cause: str) -> None:
+        """Exclude the reply that was yielded last."""
+        self._rejected = True
+        self.outcome.excluded.append(Exclusion(node, cause))
+
+    def void(self, cause: str) -> None:
+        """Let no reply of the exchange count."""
+        self.outcome.excluded.append(Exclusion(0, cause))
+        self.outcome.valid = 0
+        self._metrics.clear()
+
+    def finish(self, view: Sum | Updates | Unreleased | None) -> Outcome:
+        """Return the outcome."""
+        self.outcome.view = view
+        self.outcome.metrics = self._exchange.aggregate(self._metrics)
+        return self.outcome
+
+    def _read(self, read: Callable[[Message], Reply]) -> Iterator[Reply]:
+        silent = set(self._exchange.nodes)
+        for message in self._exchange.replies():
+            node = message.metadata.src_node_id
+            silent.discard(node)
+            if message.has_content():
+                self.outcome.bytes_up += message.content.count_bytes()
+            try:
+                reply = read(message)
+            except BadReply as cause:
+                self.outcome.excluded.append(Exclusion(node, str(cause)))
+                continue
+            self._rejected = False
+            yield reply
+            if not self._rejected:
+                self.outcome.valid += 1
+                self._metrics.append(reply.metrics)
+        for node in sorted(silent):
+            self.outcome.excluded.append(Exclusion(node, "no reply before the deadline"))
