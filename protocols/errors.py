@@ -1,10 +1,11 @@
 """Errors of the protocols: whose fault it is decides the class.
 
-    ProtocolError
-    ├── LocalError            the caller did something wrong; nothing was sent
-    ├── RemoteError           a peer did; `culprits` names the nodes (0 is the server), `deviation` the rule it broke
-    ├── DecodeError           bytes that are no message; drivers turn it into a RemoteError of the sender
-    └── TooFewSurvivors       nobody's fault: `have` nodes are left, `threshold` are needed
+ProtocolError
+├── LocalError            the caller did something wrong; nothing was sent
+│   └── RangeError        an input or a sum that does not fit the ring (an OverflowError too)
+├── RemoteError           a peer did; `culprits` names the nodes (0 is the server), `deviation` the rule it broke
+├── DecodeError           bytes that are no message; drivers turn it into a RemoteError of the sender
+└── TooFewSurvivors       nobody's fault: `have` nodes are left, `threshold` are needed
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ class ProtocolError(Exception):
 
 class LocalError(ProtocolError):
     """The caller's own mistake: bad parameters, an input out of range, a step out of order."""
+
+
+class RangeError(LocalError, OverflowError):
+    """An input, or a possible sum, does not fit: raised before anything could wrap."""
 
 
 class RemoteError(ProtocolError):
@@ -39,7 +44,7 @@ class DecodeError(ProtocolError):
     """Bytes that do not encode a message of the expected kind, canonically."""
 
 
-class TooFewSurvivors(ProtocolError):  # noqa: N818 - the promised name
+class TooFewSurvivors(ProtocolError):
     """Fewer nodes answered than the protocol needs; no sum was computed."""
 
     def __init__(self, have: int, threshold: int, stage: str = "") -> None:

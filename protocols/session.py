@@ -7,9 +7,9 @@ node that is still in, and one reply from each node that is still there:
     server.receive(node, reply)  ... any order    RemoteError(culprits) leaves the state unchanged: exclude that node
     server.close()                                 ends the stage; TooFewSurvivors(have, threshold) ends the session
 
-After the last `close`, `server.result` holds the sum in the ring. Requests and replies are bytes (or flat uint8 views of
-big vectors, not copied); `kept` is bytes too, so that a node can persist it before it answers. Neither role reads a clock,
-a socket or a global; randomness is an argument that defaults to the operating system.
+After the last `close`, `server.result` holds the sum in the ring. Requests and replies are bytes (or flat uint8 views
+of big vectors, not copied); `kept` is bytes too, so that a node can persist it before it answers. Neither role reads a
+clock, a socket or a global; randomness is an argument that defaults to the operating system.
 """
 
 from __future__ import annotations
@@ -121,6 +121,15 @@ class Protocol(TypingProtocol):
         node: int,
         *,
         identity: Identity | None = None,
-        policy: Policy = Policy(),  # noqa: B008 - frozen
+        policy: Policy = Policy(),
         random: Random = os_random,
     ) -> Client: ...
+
+
+def __getattr__(name: str) -> object:
+    """`secure_sum` drives a session in this process; it needs every part of a protocol, so it loads on first use."""
+    if name == "secure_sum":
+        from privfed.protocols.loop import secure_sum
+
+        return secure_sum
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,194 @@
+"""Canonical bytes: one value, one encoding; anything else is a DecodeError.
+
+Integers are big-endian and of fixed size. A blob is a 4-byte length and its bytes. Lists of nodes ascend strictly.
+Vectors are little-endian, packed to exactly `bits` bits an entry; unused bits of the last byte are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.protocols.errors import DecodeError
+from privfed.protocols.prg import Words, word
+from privfed.protocols.session import Buffer, Session
+
+MAX_NODE = (1 << 63) - 1
+MAX_ACTION = 64
+MAX_DIMENSION = 1 << 36
+_PACK_BLOCK = 1 << 16
+
+T = TypeVar("T")
+
+
+def u8(value: int) -> bytes:
+    return value.to_bytes(1, "big")
+
+
+def u32(value: int) -> bytes:
+    return value.to_bytes(4, "big")
+
+
+def u64(value: int) -> bytes:
+    return value.to_bytes(8, "big")
+
+
+def blob(data: Buffer) -> bytes:
+    return u32(len(data)) + bytes(data)
+
+
+def node_list(nodes: Iterable[int]) -> bytes:
+    ids = sorted(nodes)
+    return u32(len(ids)) + b"".join(map(u64, ids))
+
+
+def table(rows: Iterable[tuple[int, bytes]]) -> bytes:
+    """Encode (node, data) rows, data of one size."""
+    ordered = sorted(rows)
+    return u32(len(ordered)) + b"".join(u64(node) + data for node, data in ordered)
+
+
+class Reader:
+    """Takes a message apart from the front; `end` insists that nothing is left."""
+
+    __slots__ = ("_at", "_view")
+
+    def __init__(self, message: Buffer) -> None:
+        self._view = memoryview(message).cast("B")
+        self._at = 0
+
+    def take(self, size: int) -> memoryview:
+        """Return the next `size` bytes, not copied."""
+        if size < 0 or self._at + size > len(self._view):
+            raise DecodeError(f"the message ends at byte {len(self._view)}, {self._at + size} are needed")
+        part = self._view[self._at : self._at + size]
+        self._at += size
+        return part
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def blob(self, limit: int = 1 << 31) -> memoryview:
+        size = self.number(4)
+        if size > limit:
+            raise DecodeError(f"a part of {size} bytes is longer than {limit}")
+        return self.take(size)
+
+    def rest(self) -> memoryview:
+        return self.take(len(self._view) - self._at)
+
+    def nodes(self) -> tuple[int, ...]:
+        """Read ids, distinct and ascending from 1."""
+        found = tuple(self.number(8) for _ in range(self._count(8)))
+        _ascending(found)
+        return found
+
+    def table(self, size: int) -> dict[int, memoryview]:
+        """Read rows of a node and `size` bytes, nodes ascending."""
+        rows = [(self.number(8), self.take(size)) for _ in range(self._count(8 + size))]
+        _ascending([node for node, _ in rows])
+        return dict(rows)
+
+    def _count(self, size: int) -> int:
+        count = self.number(4)
+        if count * size > len(self._view) - self._at:
+            raise DecodeError(f"the message is too short for the {count} entries it announces")
+        return count
+
+    def end(self) -> None:
+        if self._at != len(self._view):
+            raise DecodeError(f"{len(self._view) - self._at} bytes follow the end of the message")
+
+
+def _ascending(nodes: Sequence[int]) -> None:
+    if any(left >= right for left, right in pairwise((0, *nodes))) or (nodes and nodes[-1] > MAX_NODE):
+        raise DecodeError("node ids must be distinct, ascending and between 1 and 2^63 - 1")
+
+
+def decode(message: Buffer, read: Callable[[Reader], T]) -> T:
+    """Read a whole message; raises DecodeError for anything but one canonical encoding."""
+    reader = Reader(message)
+    try:
+        value = read(reader)
+    except (ValueError, OverflowError, UnicodeDecodeError) as fault:
+        raise DecodeError(str(fault)) from None
+    reader.end()
+    return value
+
+
+def encode_session(session: Session) -> bytes:
+    action = session.action.encode()
+    return b"".join(
+        [
+            u64(session.run),
+            u64(session.round),
+            u8(len(action)),
+            action,
+            node_list(session.nodes),
+            u64(session.dimension),
+            u8(session.bits),
+            session.binding,
+        ]
+    )
+
+
+def read_session(reader: Reader) -> Session:
+    run, number = reader.number(8), reader.number(8)
+    size = reader.number(1)
+    action = bytes(reader.take(size)).decode()
+    nodes = reader.nodes()
+    dimension, bits = reader.number(8), reader.number(1)
+    binding = bytes(reader.take(32))
+    if size > MAX_ACTION or dimension > MAX_DIMENSION or not 1 <= bits <= 64 or not nodes:
+        raise DecodeError(f"no session: {len(nodes)} nodes, dimension {dimension}, {bits} bits, action of {size} bytes")
+    return Session(run, number, action, nodes, dimension, bits, binding)
+
+
+def vector_bytes(dimension: int, bits: int) -> int:
+    """Return the size of a packed vector."""
+    return (dimension * bits + 7) // 8
+
+
+def encode_vector(vector: Words, bits: int) -> Buffer:
+    """Pack entries below 2^bits. Not copied when an entry fills its word."""
+    kind = np.dtype(word(bits)).newbyteorder("<")
+    values = np.ascontiguousarray(vector, dtype=kind)
+    if bits == kind.itemsize * 8:
+        return values.view(np.uint8).data
+    if bits % 8 == 0:
+        return np.ascontiguousarray(values.view(np.uint8).reshape(-1, kind.itemsize)[:, : bits // 8]).reshape(-1).data
+    out = np.empty(vector_bytes(len(values), bits), dtype=np.uint8)
+    for start in range(0, len(values), _PACK_BLOCK):
+        part = values[start : start + _PACK_BLOCK].view(np.uint8).reshape(-1, kind.itemsize)
+        packed = np.packbits(np.unpackbits(part, axis=1, count=bits, bitorder="little"), bitorder="little")
+        at = start * bits // 8
+        out[at : at + len(packed)] = packed
+    return out.data
+
+
+def decode_vector(data: Buffer, dimension: int, bits: int) -> Words:
+    """Unpack `dimension` entries below 2^bits; a read-only view when an entry fills its word."""
+    kind = np.dtype(word(bits)).newbyteorder("<")
+    raw: NDArray[np.uint8] = np.frombuffer(data, dtype=np.uint8)
+    if len(raw) != vector_bytes(dimension, bits):
+        raise DecodeError(
+            f"{dimension} entries of {bits} bits need {vector_bytes(dimension, bits)} bytes, got {len(raw)}"
+        )
+    if bits == kind.itemsize * 8:
+        return raw.view(kind)
+    wide = np.zeros((dimension, kind.itemsize), dtype=np.uint8)
+    if bits % 8 == 0:
+        wide[:, : bits // 8] = raw.reshape(dimension, bits // 8)
+        return wide.reshape(-1).view(kind)
+    for start in range(0, dimension, _PACK_BLOCK):
+        count = min(_PACK_BLOCK, dimension - start)
+        part = np.unpackbits(raw[start * bits // 8 :], count=count * bits, bitorder="little").reshape(count, bits)
+        packed = np.packbits(part, axis=1, bitorder="little")
+        wide[start : start + count, : packed.shape[1]] = packed
+    if dimension * bits % 8 and raw[-1] >> (dimension * bits % 8):
+        raise DecodeError("unused bits of the last byte are not zero")
+    return wide.reshape(-1).view(kind)

@@ -1,0 +1,211 @@
+"""The server's part in SecAgg and SecAgg+: relay, add, unmask [BIK+17, figure 4]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from privfed.protocols import keys
+from privfed.protocols.codec import Reader, decode, decode_vector, node_list
+from privfed.protocols.errors import DecodeError, LocalError, RemoteError, TooFewSurvivors
+from privfed.protocols.graph import neighbours
+from privfed.protocols.prg import Words, add_masks, reduce, word
+from privfed.protocols.secagg.messages import (
+    ADVERTISE,
+    CONFIRM,
+    MASK,
+    OF_MASK_KEY,
+    OF_SELF_SEED,
+    REVEAL,
+    ROW_BYTES,
+    SHARE,
+    STAGE_NAMES,
+    Advertisement,
+    Terms,
+    encode_advertisements,
+    encode_sealed,
+    encode_signatures,
+    head,
+    read_head,
+    read_revealed,
+    read_sealed,
+)
+from privfed.protocols.secagg.neighbourhood import is_full
+from privfed.protocols.secagg.unmasking import Secrets, recover, unmask
+from privfed.protocols.session import Buffer, Random, RingSum
+
+_KINDS = {name: kind for kind, name in STAGE_NAMES.items()}
+
+
+class SecAggServer:
+    """One session. `receive` a stage's replies in any order, `close` it, send `outbound`; at the end read `result`."""
+
+    def __init__(self, terms: Terms, stages: tuple[str, ...], random: Random, threads: int) -> None:
+        self._terms = terms
+        self._bound = terms.digest()
+        self._stages = stages
+        self._at = 0
+        self._threads = threads
+        self._seed = bytes(32) if terms.active or not terms.degree else random(32)
+        self._rows: dict[int, Advertisement] = {}
+        self._graph: dict[int, tuple[int, ...]] = {}
+        self._sealed: dict[int, dict[int, bytes]] = {}
+        self._masked: set[int] = set()
+        self._signatures: dict[int, bytes] = {}
+        self._revealed: dict[int, dict[int, tuple[int, bytes]]] = {}
+        kind = np.dtype(word(terms.session.bits)).newbyteorder("<")
+        self._total: Words = np.zeros(terms.session.dimension, dtype=kind)
+        self._result: RingSum | None = None
+        self.culprits: tuple[int, ...] = ()
+        """Nodes whose shares were wrong and were left out."""
+
+    @property
+    def stage(self) -> str:
+        return self._stages[self._at] if self._at < len(self._stages) else ""
+
+    @property
+    def result(self) -> RingSum | None:
+        return self._result
+
+    @property
+    def threshold(self) -> int:
+        """Nodes that must answer at the end (on a sparse graph: of every node's neighbours)."""
+        return self._terms.threshold
+
+    def outbound(self) -> dict[int, Buffer]:
+        """Return the requests of the open stage, by node."""
+        if self.stage == "advertise":
+            return dict.fromkeys(self._terms.session.nodes, self._terms.encode())
+        if self.stage == "share":
+            body = head(SHARE, self._bound) + self._seed + encode_advertisements(self._rows)
+            return dict.fromkeys(self._rows, body)
+        if self.stage == "mask":
+            return {node: self._relay(node) for node in self._sealed}
+        if self.stage == "confirm":
+            return dict.fromkeys(sorted(self._masked), head(CONFIRM, self._bound) + node_list(self._masked))
+        if self.stage == "reveal":
+            body = head(REVEAL, self._bound) + node_list(self._masked)
+            if self._terms.active:
+                body += encode_signatures(self._signatures)
+            return dict.fromkeys(sorted(self._signatures if self._terms.active else self._masked), body)
+        raise LocalError("the session is over: read `result`")
+
+    def _relay(self, node: int) -> bytes:
+        live = (holder for holder in self._holders(node) if holder in self._sealed)
+        texts = {sender: rows[node] for sender, rows in self._sealed.items() if node in rows}
+        return head(MASK, self._bound) + node_list(live) + encode_sealed(texts)
+
+    def _holders(self, node: int) -> tuple[int, ...]:
+        if is_full(self._terms, tuple(self._rows)):
+            return tuple(self._rows)
+        return tuple(self._sealed[node]) if self._terms.active else self._graph[node]
+
+    def receive(self, node: int, reply: Buffer) -> None:
+        """Take one node's reply. Raises RemoteError naming the node; the state is then unchanged."""
+        kind = _KINDS.get(self.stage, 0)
+        expected = self._expected()
+        if node not in expected:
+            raise RemoteError("unexpected-reply", (node,), f"no reply of this node is due at stage {self.stage!r}")
+        try:
+            self._take(kind, node, reply)
+        except DecodeError as fault:
+            raise RemoteError("malformed", (node,), str(fault)) from None
+
+    def _expected(self) -> set[int]:
+        """Nodes that may still answer the open stage."""
+        if self.stage == "advertise":
+            return set(self._terms.session.nodes) - set(self._rows)
+        if self.stage == "share":
+            return set(self._rows) - set(self._sealed)
+        if self.stage == "mask":
+            return set(self._sealed) - self._masked
+        if self.stage == "confirm":
+            return self._masked - set(self._signatures)
+        if self.stage == "reveal":
+            return (set(self._signatures) if self._terms.active else self._masked) - set(self._revealed)
+        return set()
+
+    def _take(self, kind: int, node: int, reply: Buffer) -> None:
+        if kind == ADVERTISE:
+            self._rows[node] = decode(reply, lambda r: Advertisement.of(self._body(r, kind).take(ROW_BYTES)))
+        elif kind == SHARE:
+            self._take_sealed(node, decode(reply, lambda r: read_sealed(self._body(r, kind))))
+        elif kind == MASK:
+            session = self._terms.session
+            packed = decode(reply, lambda r: self._body(r, kind).rest())
+            vector = decode_vector(packed, session.dimension, session.bits)
+            np.add(self._total, vector, out=self._total)
+            self._masked.add(node)
+        elif kind == CONFIRM:
+            self._signatures[node] = decode(reply, lambda r: bytes(self._body(r, kind).take(64)))
+        elif kind == REVEAL:
+            self._take_revealed(node, decode(reply, lambda r: read_revealed(self._body(r, kind))))
+
+    def _body(self, reader: Reader, kind: int) -> Reader:
+        read_head(reader, kind, self._bound)
+        return reader
+
+    def _take_sealed(self, node: int, rows: dict[int, bytes]) -> None:
+        others = set(self._rows) - {node}
+        chosen = self._terms.active and not is_full(self._terms, tuple(self._rows))
+        due = others if is_full(self._terms, tuple(self._rows)) else set(self._graph.get(node, ()))
+        if (chosen and (len(rows) != self._terms.degree or not set(rows) <= others)) or (
+            not chosen and set(rows) != due
+        ):
+            raise RemoteError("wrong-holders", (node,), "its shares are not for its neighbours")
+        self._sealed[node] = rows
+
+    def _take_revealed(self, node: int, rows: dict[int, tuple[int, bytes]]) -> None:
+        due = {sender for sender, texts in self._sealed.items() if node in texts}
+        if is_full(self._terms, tuple(self._rows)):
+            due.add(node)
+        if set(rows) != due:
+            raise RemoteError("wrong-shares", (node,), "it reveals other shares than the ones it holds")
+        for owner, (which, _) in rows.items():
+            if which != (OF_SELF_SEED if owner in self._masked else OF_MASK_KEY):
+                raise RemoteError("wrong-shares", (node,), f"its share of node {owner} is of the other secret")
+        self._revealed[node] = rows
+
+    def close(self) -> None:
+        """End the open stage. Raises TooFewSurvivors, or RemoteError when shares do not fit their commitments."""
+        stage, full = self.stage, is_full(self._terms, tuple(self._rows))
+        sets: Mapping[str, object] = {
+            "advertise": self._rows,
+            "share": self._sealed,
+            "mask": self._masked,
+            "confirm": self._signatures,
+            "reveal": self._revealed,
+        }
+        if stage not in sets:
+            raise LocalError("the session is over: read `result`")
+        have = len(sets[stage])  # type: ignore[arg-type]  # each is a dict or a set
+        need = self._terms.threshold if full or stage == "advertise" else 2
+        if have < need:
+            raise TooFewSurvivors(have, need, stage)
+        if stage == "advertise" and not full and not self._terms.active:
+            self._graph = neighbours(tuple(self._rows), self._terms.degree, self._seed)
+        if stage == "reveal":
+            self._finish()
+        self._at += 1
+
+    def _finish(self) -> None:
+        holders_of = {owner: [n for n in self._revealed if owner in self._revealed[n]] for owner in self._sealed}
+        secrets: Secrets = recover(self._terms, self._rows, self._masked, self._revealed, holders_of)
+        self.culprits = secrets.culprits
+        plus, minus = unmask(self._terms, self._rows, self._view(), secrets, self._edges(), self._masked)
+        add_masks(self._total, plus, minus, threads=self._threads)
+        reduce(self._total, self._terms.session.bits)
+        self._result = RingSum(self._total.astype(np.uint64, copy=False), frozenset(self._masked))
+
+    def _view(self) -> bytes:
+        request = head(SHARE, self._bound) + self._seed + encode_advertisements(self._rows)
+        return keys.digest(b"secagg view", self._bound, request)
+
+    def _edges(self) -> dict[int, set[int]]:
+        """For every node that dropped before masking: the survivors that masked with it."""
+        gone = set(self._sealed) - self._masked
+        if is_full(self._terms, tuple(self._rows)):
+            return {node: set(self._masked) for node in gone}
+        chose = {node: set(rows) for node, rows in self._sealed.items()}
+        return {node: {peer for peer in self._masked if peer in chose[node] or node in chose[peer]} for node in gone}
