@@ -132,11 +132,9 @@ def filled(current: int = 2) -> tuple[Run, Buffer]:
 def rewrite(request: Buffer, current: int | None = None, **change: object) -> bytes:
     """The same buffer with another version, or with its first entry changed."""
     digest = bytes(memoryview(request)[1:33])
-    at, entries = messages.whole(request, buffered.BUFFER, digest, buffered.read_buffer)
+    at, entries = messages.body(request, buffered.BUFFER, digest, buffered.read_buffer)
     entries = (replace(entries[0], **change), *entries[1:])  # type: ignore[arg-type]  # names checked by replace
-    table = messages.encode_table(tuple((e.node, e.encode()) for e in entries))
-    number = (at if current is None else current).to_bytes(8, "big")
-    return messages.sealed(buffered.BUFFER, digest, number, table)
+    return messages.sealed(buffered.BUFFER, digest, buffered.listing(at if current is None else current, entries))
 
 
 def refusal(run: Run, request: Buffer, node: int = 5, step: str = "confirm") -> str:
@@ -161,7 +159,7 @@ def test_versions_beyond_the_table_or_in_the_future_are_refused() -> None:
 def test_a_foreign_node_and_a_small_buffer_are_refused() -> None:
     run, request = filled()
     digest = bytes(request[1:33])
-    current, entries = messages.whole(request, buffered.BUFFER, digest, buffered.read_buffer)
+    current, entries = messages.body(request, buffered.BUFFER, digest, buffered.read_buffer)
 
     def listing(rows: tuple[tuple[int, bytes], ...]) -> bytes:
         number = current.to_bytes(8, "big")
@@ -202,11 +200,13 @@ def test_a_holder_opens_only_what_it_signed_and_once() -> None:
 def parts(request: Buffer) -> tuple[bytes, bytes, messages.Table, messages.Table]:
     """An open request taken apart: head with listing, listing alone, signatures, shares."""
     digest, size = bytes(memoryview(request)[1:33]), TERMS.sealed_size
-    reader = messages.body(request, buffered.OPEN, digest)
-    current, entries = buffered.read_buffer(reader)
-    signed, shares = reader.table(messages.SIGNATURE), reader.table(size)
-    table = messages.encode_table(tuple((e.node, e.encode()) for e in entries))
-    return digest, current.to_bytes(8, "big") + table, signed, shares
+    (current, entries), signed, shares = messages.body(
+        request,
+        buffered.OPEN,
+        digest,
+        lambda r: (buffered.read_buffer(r), r.table(messages.SIGNATURE), r.table(size)),
+    )
+    return digest, buffered.listing(current, entries), signed, shares
 
 
 def test_signatures_and_shares_are_checked_before_opening() -> None:
@@ -216,18 +216,17 @@ def test_signatures_and_shares_are_checked_before_opening() -> None:
     digest, listing, signed, shares = parts(run.server.ask()[5])
 
     def asked(signed: messages.Table, shares: messages.Table) -> bytes:
-        tables = (messages.encode_table(signed), messages.encode_table(shares))
+        tables = (messages.encode_table(signed.items()), messages.encode_table(shares.items()))
         return messages.sealed(buffered.OPEN, digest, listing, *tables)
 
     def judged(signed: messages.Table, shares: messages.Table) -> str:
         return refusal(run, asked(signed, shares), step="open")
 
-    swapped = ((1, signed[1][1]), *signed[1:])
-    assert judged(swapped, shares) == "split-buffer"
-    assert judged(signed[:3], shares) == "too-few-confirmations"
-    assert judged((*signed, (8, signed[0][1])), shares) == "foreign-node"
-    assert judged(signed, shares[:-1]) == "wrong-shares"
-    assert judged(signed, ((1, shares[1][1]), *shares[1:])) == "bad-share"
+    assert judged({**signed, 1: signed[2]}, shares) == "split-buffer"
+    assert judged({node: signed[node] for node in (1, 2, 3)}, shares) == "too-few-confirmations"
+    assert judged({**signed, 8: signed[1]}, shares) == "foreign-node"
+    assert judged(signed, {node: shares[node] for node in (1, 2)}) == "wrong-shares"
+    assert judged(signed, {**shares, 1: shares[2]}) == "bad-share"
     assert refusal(run, asked(signed, shares) + b"\0", step="open") == "malformed-request"
     run.open(5, asked(signed, shares))
 

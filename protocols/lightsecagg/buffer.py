@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
+from privfed.protocols import codec, keys
+from privfed.protocols.codec import Reader
 from privfed.protocols.errors import DecodeError, LocalError, RemoteError, TooFewSurvivors
-from privfed.protocols.lightsecagg import buffered, messages, seal
-from privfed.protocols.lightsecagg.buffered import BufferTerms, Entry, buffer_statement
+from privfed.protocols.lightsecagg import buffered, messages
+from privfed.protocols.lightsecagg.buffered import BufferTerms, Entry, buffer_statement, listing
 from privfed.protocols.lightsecagg.exact import Words, words
-from privfed.protocols.lightsecagg.messages import Advertisement, Reader, T
+from privfed.protocols.lightsecagg.messages import Advertisement, T
 from privfed.protocols.session import Buffer, Random, os_random
 
 
@@ -54,7 +54,7 @@ class BufferedServer:
     ) -> None:
         self._terms, self._random, self._digest = terms, random, terms.digest()
         self._roster = roster
-        self._probe = X25519PrivateKey.from_private_bytes(random(32))
+        self._probe = random(32)
         self._keys: dict[int, Advertisement] = {}
         self._context = b""
         self._waiting: dict[int, _Contribution] = {}
@@ -76,7 +76,7 @@ class BufferedServer:
 
     def _read(self, node: int, message: Buffer, kind: int, read: Callable[[Reader], T]) -> T:
         try:
-            return messages.whole(message, kind, self._digest, read)
+            return messages.body(message, kind, self._digest, read)
         except DecodeError as error:
             raise RemoteError("malformed-reply", (node,), str(error)) from error
 
@@ -86,23 +86,23 @@ class BufferedServer:
 
     def join(self, node: int, message: Buffer) -> None:
         """Take a node's keys, before the roster settles."""
-        keys = self._read(node, message, buffered.JOIN, lambda r: Advertisement.decode(r.take(Advertisement.SIZE)))
+        given = self._read(node, message, buffered.JOIN, lambda r: Advertisement.decode(r.take(Advertisement.SIZE)))
         if node not in self._terms.nodes or node in self._keys or self._context:
             raise RemoteError("foreign-node", (node,), "it may not join, or not again, or not any more")
-        if keys.digest != self._digest or not seal.verified(keys.verify_key, keys.signature, keys.statement(node)):
+        if given.digest != self._digest or not given.signed_by(node):
             raise RemoteError("bad-signature", (node,), "it did not sign its keys for this run")
-        if self._roster is not None and self._roster.get(node) != keys.verify_key:
+        if self._roster is not None and self._roster.get(node) != given.verify_key:
             raise RemoteError("unknown-identity", (node,), "its key is not the roster's")
-        seal.Channel.between(self._probe, node, keys.public_key, b"")
-        self._keys[node] = keys
+        keys.agree(self._probe, node, given.public_key)
+        self._keys[node] = given
 
     def settle(self) -> bytes:
         """Fix the roster; returns what every node that joined must be given."""
         if len(self._keys) < self._terms.threshold:
             raise TooFewSurvivors(len(self._keys), self._terms.threshold, "join")
-        rows = tuple((node, self._keys[node].encode()) for node in sorted(self._keys))
+        rows = [(node, given.encode()) for node, given in sorted(self._keys.items())]
         roster = messages.sealed(buffered.ROSTER, self._digest, messages.encode_table(rows))
-        self._context = hashlib.sha256(roster).digest()
+        self._context = keys.digest(b"lightsecagg context", roster)
         return roster
 
     def contribute(self, node: int, message: Buffer) -> None:
@@ -112,14 +112,14 @@ class BufferedServer:
 
         def read(reader: Reader) -> _Contribution:
             entry = Entry.decode(node, reader.take(Entry.SIZE))
-            shares = dict(reader.table(terms.sealed_size))
-            raw = reader.take(terms.dimension * messages.entry_bytes(terms.bits))
-            return _Contribution(entry, shares, messages.decode_vector(raw, terms.dimension, terms.bits))
+            shares = reader.table(terms.sealed_size)
+            raw = reader.take(codec.vector_bytes(terms.dimension, terms.bits))
+            return _Contribution(entry, shares, codec.decode_vector(raw, terms.dimension, terms.bits))
 
         given = self._read(node, message, buffered.CONTRIBUTION, read)
         if tuple(given.shares) != tuple(other for other in sorted(self._keys) if other != node):
             raise RemoteError("wrong-shares", (node,), "its shares are not one for each other node")
-        if not seal.verified(self._keys[node].verify_key, given.entry.signature, given.entry.statement(self._context)):
+        if not given.entry.signed(self._context, self._keys[node].verify_key):
             raise RemoteError("bad-signature", (node,), "it did not sign its version")
         if given.entry.version <= self._last.get(node, -1):
             raise RemoteError("version-not-rising", (node,), f"it contributed {self._last[node]} before")
@@ -144,23 +144,19 @@ class BufferedServer:
         self._current, self._buffer = current, usable
         ahead = {n: c for n, c in self._waiting.items() if c.entry.version > current}
         self._waiting, self._signed, self._sums = ahead, {}, None
-        request = messages.sealed(buffered.BUFFER, self._digest, self._listing())
+        request = messages.sealed(buffered.BUFFER, self._digest, listing(current, self._entries))
         return dict.fromkeys(sorted(self._keys), request)
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
         return tuple(contribution.entry for contribution in self._buffer.values())
 
-    def _listing(self) -> bytes:
-        table = messages.encode_table(tuple((entry.node, entry.encode()) for entry in self._entries))
-        return self._current.to_bytes(8, "big") + table
-
     def confirmed(self, node: int, message: Buffer) -> None:
         """Take a node's signature under the buffer."""
         self._member(node)
         signature = self._read(node, message, buffered.SIGNED, lambda r: bytes(r.take(messages.SIGNATURE)))
         statement = buffer_statement(self._context, self._current, self._entries)
-        if not self._buffer or not seal.verified(self._keys[node].verify_key, signature, statement):
+        if not self._buffer or not keys.verified(self._keys[node].verify_key, signature, *statement):
             raise RemoteError("bad-confirmation", (node,), "it did not sign this buffer")
         self._signed[node] = signature
 
@@ -169,12 +165,13 @@ class BufferedServer:
         if len(self._signed) < self._terms.threshold:
             self._buffer = {}
             raise TooFewSurvivors(len(self._signed), self._terms.threshold, "confirm")
-        signed = messages.encode_table(tuple(sorted(self._signed.items())))
+        signed = codec.table(self._signed.items())
+        entries = listing(self._current, self._entries)
         requests: dict[int, Buffer] = {}
         for holder in sorted(self._signed):
-            rows = tuple((node, c.shares[holder]) for node, c in self._buffer.items() if node != holder)
+            rows = [(node, c.shares[holder]) for node, c in self._buffer.items() if node != holder]
             table = messages.encode_table(rows)
-            requests[holder] = messages.sealed(buffered.OPEN, self._digest, self._listing(), signed, table)
+            requests[holder] = messages.sealed(buffered.OPEN, self._digest, entries, signed, table)
         self._sums = {}
         return requests
 
@@ -183,10 +180,8 @@ class BufferedServer:
         if self._sums is None or node not in self._signed:
             raise RemoteError("foreign-node", (node,), "it was not asked to open a buffer")
         length, bits = self._terms.code.share_size(self._terms.dimension), self._terms.bits
-        size = length * messages.entry_bytes(bits)
-        vector = self._read(
-            node, message, buffered.OPENED, lambda r: messages.decode_vector(r.take(size), length, bits)
-        )
+        size = codec.vector_bytes(length, bits)
+        vector = self._read(node, message, buffered.OPENED, lambda r: codec.decode_vector(r.take(size), length, bits))
         if node in self._sums and not np.array_equal(self._sums[node], vector):
             raise RemoteError("second-reply", (node,), "it opened this buffer before, differently")
         self._sums[node] = vector

@@ -10,22 +10,23 @@ nodes are in the buffer and how stale they are; no privacy amplification follows
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from privfed.protocols import codec, keys
+from privfed.protocols.codec import Reader
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
-from privfed.protocols.lightsecagg import messages, seal
+from privfed.protocols.lightsecagg import messages
 from privfed.protocols.lightsecagg.client import check_peers, deviation
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
-from privfed.protocols.lightsecagg.messages import Advertisement, Reader
+from privfed.protocols.lightsecagg.messages import Advertisement
+from privfed.protocols.lightsecagg.secret import Secrets
 from privfed.protocols.session import Buffer, Identity, Policy, Random, os_random
 
 JOIN, ROSTER, CONTRIBUTION, BUFFER, SIGNED, OPEN, OPENED = range(0x40, 0x47)
-_HEAD = b"privfed lightsecagg buffered v1\0"
 _NEVER = (1 << 64) - 1
 
 
@@ -60,8 +61,8 @@ class BufferTerms:
     def digest(self) -> bytes:
         numbers = [self.run, self.dimension, self.bits, self.threshold, self.privacy, self.goal]
         numbers += [len(self.weights), *self.weights]
-        packed = b"".join(number.to_bytes(8, "big") for number in numbers)
-        return hashlib.sha256(_HEAD + packed + messages.encode_nodes(self.nodes)).digest()
+        packed = b"".join(codec.u64(number) for number in numbers)
+        return keys.digest(b"lightsecagg buffered terms", packed, codec.node_list(self.nodes))
 
     @property
     def code(self) -> Code:
@@ -69,7 +70,7 @@ class BufferTerms:
 
     @property
     def sealed_size(self) -> int:
-        return self.code.share_size(self.dimension) * messages.entry_bytes(self.bits) + messages.TAG
+        return codec.vector_bytes(self.code.share_size(self.dimension), self.bits) + messages.TAG
 
     def weight(self, current: int, version: int) -> int:
         """Weight of an update of `version` in a buffer opened at version `current`; 0 when it has none."""
@@ -88,12 +89,18 @@ class Entry:
 
     SIZE = 8 + 32 + messages.SIGNATURE
 
-    def statement(self, context: bytes) -> bytes:
-        numbers = self.node.to_bytes(8, "big") + self.version.to_bytes(8, "big")
-        return _HEAD + b"version" + context + numbers + self.binding
+    def signed(self, context: bytes, key: bytes) -> bool:
+        return keys.verified(key, self.signature, *self._statement(context))
+
+    def sign(self, context: bytes, secret_key: bytes) -> Entry:
+        return replace(self, signature=keys.sign(secret_key, *self._statement(context)))
+
+    def _statement(self, context: bytes) -> tuple[bytes, bytes]:
+        numbers = codec.u64(self.node) + codec.u64(self.version)
+        return b"lightsecagg version", context + numbers + self.binding
 
     def encode(self) -> bytes:
-        return self.version.to_bytes(8, "big") + self.binding + self.signature
+        return codec.u64(self.version) + self.binding + self.signature
 
     @classmethod
     def decode(cls, node: int, raw: memoryview) -> Entry:
@@ -104,13 +111,17 @@ class Entry:
 def read_buffer(reader: Reader) -> tuple[int, tuple[Entry, ...]]:
     """Current version and entries, as confirmed and opened."""
     current = reader.number(8)
-    return current, tuple(Entry.decode(node, raw) for node, raw in reader.table(Entry.SIZE))
+    return current, tuple(Entry.decode(node, raw) for node, raw in reader.table(Entry.SIZE).items())
 
 
-def buffer_statement(context: bytes, current: int, entries: tuple[Entry, ...]) -> bytes:
-    """What holders sign: this run's keys, the current version, and every entry."""
-    table = messages.encode_table(tuple((entry.node, entry.encode()) for entry in entries))
-    return _HEAD + b"buffer" + context + current.to_bytes(8, "big") + table
+def listing(current: int, entries: tuple[Entry, ...]) -> bytes:
+    """A buffer as it is confirmed and opened."""
+    return codec.u64(current) + codec.table((entry.node, entry.encode()) for entry in entries)
+
+
+def buffer_statement(context: bytes, current: int, entries: tuple[Entry, ...]) -> tuple[bytes, bytes]:
+    """What holders sign, label and text: this run's keys, the current version, and every entry."""
+    return b"lightsecagg buffer", context + listing(current, entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,29 +140,23 @@ class Memory:
     opened: Mapping[int, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        numbers = (self.contributed + 1, self.current + 1, len(self.roster))
-        return b"".join(
-            (
-                self.root,
-                self.confirmed,
-                *(number.to_bytes(8, "big") for number in numbers),
-                self.roster,
-                messages.encode_table(tuple((k, v.to_bytes(8, "big")) for k, v in sorted(self.opened.items()))),
-            )
-        )
+        numbers = codec.u64(self.contributed + 1) + codec.u64(self.current + 1)
+        opened = codec.table((node, codec.u64(version)) for node, version in self.opened.items())
+        return self.root + self.confirmed + numbers + codec.blob(self.roster) + opened
 
     @classmethod
     def decode(cls, kept: bytes) -> Memory:
-        try:
-            reader = Reader(kept)
+        def read(reader: Reader) -> Memory:
             root, confirmed = bytes(reader.take(32)), bytes(reader.take(32))
             contributed, current = reader.number(8) - 1, reader.number(8) - 1
-            roster = bytes(reader.take(reader.number(8)))
-            opened = {node: int.from_bytes(raw, "big") for node, raw in reader.table(8)}
-            reader.end()
+            roster = bytes(reader.blob())
+            opened = {node: int.from_bytes(raw, "big") for node, raw in reader.table(8).items()}
+            return cls(root, roster, contributed, current, confirmed, opened)
+
+        try:
+            return codec.decode(kept, read)
         except DecodeError as error:
             raise LocalError("kept state is not from this protocol: join the run anew") from error
-        return cls(root, roster, contributed, current, confirmed, opened)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class BufferedNode:
         node, terms = self.identity.node, self.terms
         if node not in terms.nodes or not set(terms.nodes) <= set(self.identity.roster):
             raise LocalError(f"node {node} or some node of the run is not on the roster")
-        if self.identity.roster[node] != seal.verify_key(self.identity.secret_key):
+        if self.identity.roster[node] != keys.signing_public(self.identity.secret_key):
             raise LocalError(f"the identity is not the one that the roster holds for node {node}")
         floors = (
             (terms.goal, self.policy.min_cohort, "goal"),
@@ -184,14 +189,13 @@ class BufferedNode:
     def node(self) -> int:
         return self.identity.node
 
-    def _secrets(self, memory: Memory) -> seal.Secrets:
-        return seal.Secrets(memory.root, self.terms.digest())
+    def _secrets(self, memory: Memory) -> Secrets:
+        return Secrets(memory.root, self.terms.digest())
 
     def _advertisement(self, memory: Memory) -> Advertisement:
-        public = self._secrets(memory).exchange_key().public_key().public_bytes_raw()
         own, digest = self.identity.roster[self.node], self.terms.digest()
-        unsigned = Advertisement(public, own, digest, bytes(32), b"")
-        return replace(unsigned, signature=seal.sign(self.identity.secret_key, unsigned.statement(self.node)))
+        unsigned = Advertisement(self._secrets(memory).public_key(), own, digest, bytes(32), b"")
+        return unsigned.sign(self.node, self.identity.secret_key)
 
     def join(self) -> tuple[bytes, bytes]:
         """Draw this run's keys and announce them."""
@@ -199,8 +203,8 @@ class BufferedNode:
         return memory.encode(), messages.sealed(JOIN, self.terms.digest(), self._advertisement(memory).encode())
 
     def _peers(self, roster: bytes) -> dict[int, Advertisement]:
-        rows = messages.whole(roster, ROSTER, self.terms.digest(), lambda r: r.table(Advertisement.SIZE))
-        return {node: Advertisement.decode(raw) for node, raw in rows}
+        rows = messages.body(roster, ROSTER, self.terms.digest(), lambda r: r.table(Advertisement.SIZE))
+        return {node: Advertisement.decode(raw) for node, raw in rows.items()}
 
     def settle(self, kept: bytes, roster: Buffer) -> bytes:
         """Accept the keys of the run, once. Raises RemoteError when a node did not sign them."""
@@ -224,15 +228,15 @@ class BufferedNode:
         memory = Memory.decode(kept)
         if not memory.roster:
             raise LocalError("the node has not settled on the run's roster yet")
-        return memory, hashlib.sha256(memory.roster).digest()
+        return memory, keys.digest(b"lightsecagg context", memory.roster)
 
-    def _mask(self, memory: Memory, version: int) -> seal.Secrets:
-        """Secrets of the mask of one version."""
-        label = b"version" + version.to_bytes(8, "big")
-        return seal.Secrets(seal.derive(memory.root, self.terms.digest(), label), self.terms.digest())
+    def _mask(self, memory: Memory, version: int) -> Secrets:
+        return self._secrets(memory).version(version)
 
-    def _seal_context(self, context: bytes, version: int) -> bytes:
-        return hashlib.sha256(_HEAD + context + version.to_bytes(8, "big")).digest()
+    def _channel(self, memory: Memory, context: bytes, peer: int, version: int) -> keys.Channel:
+        """A channel for one version only, so that each key seals one text."""
+        place = keys.digest(b"lightsecagg version context", context, codec.u64(version))
+        return self._secrets(memory).channel(peer, self._peers(memory.roster)[peer].public_key, place)
 
     def contribute(self, kept: bytes, version: int, binding: bytes, vector: Words) -> tuple[bytes, bytes]:
         """Mask an update trained on `version` and share the mask. A version is used once, and versions rise."""
@@ -245,15 +249,13 @@ class BufferedNode:
             raise LocalError(f"the update must be uint32 or uint64 of shape ({terms.dimension},)")
         if bits < 64 and terms.dimension and int(given.max()) >> bits:
             raise LocalError(f"the update has an entry of 2^{bits} or more: quantise into the ring first")
-        entry = Entry(self.node, version, binding, b"")
-        entry = replace(entry, signature=seal.sign(self.identity.secret_key, entry.statement(context)))
-        peers, own = self._peers(memory.roster), self._secrets(memory).exchange_key()
-        holders = [node for node in peers if node != self.node]
+        entry = Entry(self.node, version, binding, b"").sign(context, self.identity.secret_key)
+        holders = [node for node in self._peers(memory.roster) if node != self.node]
         rows = []
         for node, share in zip(holders, self._shares(memory, version, holders), strict=True):
-            place = self._seal_context(context, version)
-            channel = seal.Channel.between(own, node, peers[node].public_key, place)
-            rows.append((node, channel.seal(self.node, node, messages.encode_vector(share, bits))))
+            text = bytes(messages.encode_vector(share, bits))
+            channel = self._channel(memory, context, node, version)
+            rows.append((node, channel.seal(self.node, node, text)))
         masked = self._mask(memory, version).mask(terms.dimension, bits)
         masked += given.astype(words(bits))
         masked &= words(bits)((1 << bits) - 1)
@@ -261,7 +263,7 @@ class BufferedNode:
             CONTRIBUTION,
             terms.digest(),
             entry.encode(),
-            messages.encode_table(tuple(rows)),
+            messages.encode_table(rows),
             messages.encode_vector(masked, bits),
         )
         return replace(memory, contributed=version).encode(), reply
@@ -288,8 +290,7 @@ class BufferedNode:
                 raise deviation("too-stale", f"version {entry.version} has no weight at version {current}")
             if entry.version <= memory.opened.get(entry.node, -1):
                 raise deviation("opened-before", f"a mask of node {entry.node} would be opened again")
-            key = self.identity.roster[entry.node]
-            if not seal.verified(key, entry.signature, entry.statement(context)):
+            if not entry.signed(context, self.identity.roster[entry.node]):
                 raise RemoteError("bad-signature", (SERVER, entry.node), "the version is not signed")
             if bindings.setdefault(entry.version, entry.binding) != entry.binding:
                 raise deviation("inconsistent-model", f"version {entry.version} stands for two models")
@@ -298,7 +299,7 @@ class BufferedNode:
         """Sign a buffer: from here on its (node, version) pairs count as opened."""
         memory, context = self._settled(kept)
         try:
-            current, entries = messages.whole(request, BUFFER, self.terms.digest(), read_buffer)
+            current, entries = messages.body(request, BUFFER, self.terms.digest(), read_buffer)
         except DecodeError as error:
             raise deviation("malformed-request", str(error)) from error
         self._check_buffer(memory, context, current, entries)
@@ -306,10 +307,10 @@ class BufferedNode:
         after = replace(
             memory,
             current=current,
-            confirmed=hashlib.sha256(statement).digest(),
+            confirmed=keys.digest(*statement),
             opened={**memory.opened, **{entry.node: entry.version for entry in entries}},
         )
-        signature = seal.sign(self.identity.secret_key, statement)
+        signature = keys.sign(self.identity.secret_key, *statement)
         return after.encode(), messages.sealed(SIGNED, self.terms.digest(), signature)
 
     def open(self, kept: bytes, request: Buffer) -> tuple[bytes, bytes]:
@@ -321,7 +322,7 @@ class BufferedNode:
             return *read_buffer(reader), reader.table(messages.SIGNATURE), reader.table(size)
 
         try:
-            current, entries, signed, shares = messages.whole(request, OPEN, self.terms.digest(), read)
+            current, entries, signed, shares = messages.body(request, OPEN, self.terms.digest(), read)
             total = self._open(memory, context, current, entries, signed, shares)
         except DecodeError as error:
             raise deviation("malformed-request", str(error)) from error
@@ -338,18 +339,17 @@ class BufferedNode:
         shares: messages.Table,
     ) -> Words:
         statement = buffer_statement(context, current, entries)
-        if hashlib.sha256(statement).digest() != memory.confirmed:
+        if keys.digest(*statement) != memory.confirmed:
             raise deviation("unconfirmed-buffer", "this is not the buffer the node signed, or it was opened")
         peers, terms = self._peers(memory.roster), self.terms
-        for node, signature in signed:
+        for node, signature in signed.items():
             if node not in peers:
                 raise deviation("foreign-node", f"node {node} is not in the run")
-            if not seal.verified(self.identity.roster[node], bytes(signature), statement):
+            if not keys.verified(self.identity.roster[node], signature, *statement):
                 raise RemoteError("split-buffer", (SERVER, node), f"node {node} did not sign this buffer")
         if len(signed) < terms.threshold:
             raise deviation("too-few-confirmations", f"{len(signed)} of {terms.threshold} signed the buffer")
-        given = dict(shares)
-        if tuple(given) != tuple(entry.node for entry in entries if entry.node != self.node):
+        if tuple(shares) != tuple(entry.node for entry in entries if entry.node != self.node):
             raise deviation("wrong-shares", "the shares to add up are not exactly the buffer's")
         kind, length = words(terms.bits), terms.code.share_size(terms.dimension)
         total: Words = np.zeros(length, dtype=kind)
@@ -357,11 +357,9 @@ class BufferedNode:
             if entry.node == self.node:
                 share = self._shares(memory, entry.version, [self.node])[0]
             else:
-                place = self._seal_context(context, entry.version)
-                own = self._secrets(memory).exchange_key()
-                channel = seal.Channel.between(own, entry.node, peers[entry.node].public_key, place)
-                text = channel.open(entry.node, self.node, given[entry.node])
-                share = messages.decode_vector(text, length, terms.bits)
+                channel = self._channel(memory, context, entry.node, entry.version)
+                text = channel.open(entry.node, self.node, shares[entry.node])
+                share = codec.decode_vector(text, length, terms.bits)
             total += share * kind(terms.weight(current, entry.version) % (1 << terms.bits))
         total &= kind((1 << terms.bits) - 1)
         return total

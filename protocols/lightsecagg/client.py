@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from privfed.protocols import codec, keys
+from privfed.protocols.codec import Reader
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
-from privfed.protocols.lightsecagg import messages, seal
+from privfed.protocols.lightsecagg import messages
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
-from privfed.protocols.lightsecagg.messages import Advertisement, Reader, Terms
+from privfed.protocols.lightsecagg.messages import Advertisement, Terms
+from privfed.protocols.lightsecagg.secret import Secrets
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
 
 _STEPS = (messages.ADVERTISE, messages.SHARE, messages.MASK, messages.CONFIRM, messages.REVEAL)
-_MOST_ENTRIES = 1 << 32
 
 
 def deviation(name: str, detail: str) -> RemoteError:
@@ -31,21 +32,19 @@ class Kept:
     requests: tuple[bytes, ...] = ()
 
     def encode(self) -> bytes:
-        parts = [self.root, len(self.requests).to_bytes(1, "big")]
-        for request in self.requests:
-            parts += (len(request).to_bytes(8, "big"), request)
-        return b"".join(parts)
+        count = codec.u8(len(self.requests))
+        return self.root + count + b"".join(codec.blob(request) for request in self.requests)
 
     @classmethod
     def decode(cls, kept: bytes) -> Kept:
-        try:
-            reader = Reader(kept)
+        def read(reader: Reader) -> Kept:
             root = bytes(reader.take(32))
-            requests = tuple(bytes(reader.take(reader.number(8))) for _ in range(reader.number(1)))
-            reader.end()
+            return cls(root, tuple(bytes(reader.blob()) for _ in range(reader.number(1))))
+
+        try:
+            return codec.decode(kept, read)
         except DecodeError as error:
             raise LocalError("kept state is not from this protocol: start a new session") from error
-        return cls(root, requests)
 
 
 def check_terms(
@@ -54,8 +53,6 @@ def check_terms(
     """Refuse a session below the node's floors; `expected`: the threshold and privacy it wants for this cohort."""
     session = terms.session
     n = len(session.nodes)
-    if session.dimension > _MOST_ENTRIES:
-        raise deviation("vector-too-long", f"{session.dimension} entries are asked for")
     if node not in session.nodes:
         raise deviation("foreign-session", f"node {node} is not among the session's nodes")
     floors = (
@@ -82,13 +79,13 @@ def check_peers(
     own: Advertisement,
 ) -> None:
     """Refuse keys that their nodes did not sign, for this session and this model."""
-    keys: dict[bytes, int] = {}
+    holder: dict[bytes, int] = {}
     for peer, seen in peers.items():
         if peer not in nodes:
             raise deviation("foreign-node", f"node {peer} is not in the session")
         if roster is not None and seen.verify_key != roster[peer]:
             raise RemoteError("unknown-identity", (SERVER, peer), f"node {peer}'s key is not the roster's")
-        if not seal.verified(seen.verify_key, seen.signature, seen.statement(peer)):
+        if not seen.signed_by(peer):
             raise RemoteError("bad-signature", (SERVER, peer), f"node {peer} did not sign these keys")
         if seen.binding != own.binding:
             detail = f"node {peer} was given another model or configuration"
@@ -96,8 +93,8 @@ def check_peers(
         if seen.digest != own.digest:
             raise deviation("inconsistent-session", f"node {peer} was asked to join under other terms")
         for key in {seen.public_key, seen.verify_key}:
-            if keys.setdefault(key, peer) != peer:
-                raise RemoteError("duplicate-key", (keys[key], peer), "two nodes have the same key")
+            if holder.setdefault(key, peer) != peer:
+                raise RemoteError("duplicate-key", (holder[key], peer), "two nodes have the same key")
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class LightSecAggClient:
             raise LocalError("the policy requires active security: give this node an identity")
         if self.identity is not None:
             own = self.identity.roster.get(self.node)
-            if self.identity.node != self.node or own != seal.verify_key(self.identity.secret_key):
+            if self.identity.node != self.node or own != keys.signing_public(self.identity.secret_key):
                 raise LocalError(f"the identity is not the one that the roster holds for node {self.node}")
 
     def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
@@ -135,7 +132,7 @@ class LightSecAggClient:
             name = "out-of-order" if known and request[0] != _STEPS[stage] else "malformed-request"
             raise deviation(name, str(error)) from error
         # The last request carries all shares and is not needed again: its hash ends the session.
-        record = bytes(request) if stage + 1 < len(_STEPS) else hashlib.sha256(request).digest()
+        record = bytes(request) if stage + 1 < len(_STEPS) else keys.digest(b"lightsecagg done", request)
         return Kept(state.root, (*state.requests, record)).encode(), reply
 
 
@@ -148,11 +145,11 @@ class _View:
         self.expect = client.expect
         self.requests = (*state.requests, request)
         self.terms = Terms.decode(self.requests[0])
-        self.secrets = seal.Secrets(state.root, self.terms.digest())
+        self.secrets = Secrets(state.root, self.terms.digest())
         self.session = self.terms.session
 
     def _read(self, kind: int, read: Callable[[Reader], messages.T]) -> messages.T:
-        return messages.whole(self.requests[kind - 1], kind, self.secrets.digest, read)
+        return messages.body(self.requests[kind - 1], kind, self.secrets.digest, read)
 
     @property
     def signing_key(self) -> bytes:
@@ -165,18 +162,16 @@ class _View:
     @property
     def context(self) -> bytes:
         """Hash of the terms and of everybody's keys, as this node was shown them."""
-        return hashlib.sha256(self.requests[1]).digest()
+        return keys.digest(b"lightsecagg context", self.requests[1])
 
     def peers(self) -> dict[int, Advertisement]:
         rows = self._read(messages.SHARE, lambda r: r.table(Advertisement.SIZE))
-        return {node: Advertisement.decode(raw) for node, raw in rows}
+        return {node: Advertisement.decode(raw) for node, raw in rows.items()}
 
     def _own_advertisement(self) -> Advertisement:
-        public = self.secrets.exchange_key().public_key().public_bytes_raw()
-        digest, binding = self.secrets.digest, self.session.binding
-        unsigned = Advertisement(public, seal.verify_key(self.signing_key), digest, binding, b"")
-        signature = seal.sign(self.signing_key, unsigned.statement(self.node))
-        return Advertisement(public, unsigned.verify_key, digest, binding, signature)
+        public, verify_key = self.secrets.public_key(), keys.signing_public(self.signing_key)
+        unsigned = Advertisement(public, verify_key, self.secrets.digest, self.session.binding, b"")
+        return unsigned.sign(self.node, self.signing_key)
 
     def advertise(self, source: Source) -> bytes:
         """Join the session under its terms with fresh keys."""
@@ -205,7 +200,7 @@ class _View:
         if peers[self.node] != own:
             raise deviation("swapped-key", "this node's own keys came back changed")
         check_peers(peers, self.session.nodes, self.roster, own)
-        mine, dimension, bits = self.secrets.exchange_key(), self.session.dimension, self.session.bits
+        dimension, bits = self.session.dimension, self.session.bits
         holders = [node for node in peers if node != self.node]
         places = [self.session.nodes.index(node) for node in holders]
         coded = self.code.encode(
@@ -215,9 +210,10 @@ class _View:
         )
         rows = []
         for node, vector in zip(holders, coded, strict=True):
-            channel = seal.Channel.between(mine, node, peers[node].public_key, self.context)
-            rows.append((node, channel.seal(self.node, node, messages.encode_vector(vector, bits))))
-        table = messages.encode_table(tuple(rows))
+            channel = self.secrets.channel(node, peers[node].public_key, self.context)
+            text = bytes(messages.encode_vector(vector, bits))
+            rows.append((node, channel.seal(self.node, node, text)))
+        table = messages.encode_table(rows)
         return messages.sealed(messages.SHARE | messages.REPLY, self.secrets.digest, table)
 
     def _sharers(self) -> tuple[int, ...]:
@@ -245,16 +241,16 @@ class _View:
         """Sign the one set of survivors this node will help to open."""
         survivors = self.survivors()
         self._subset(survivors, self._sharers(), "survivors")
-        signature = seal.sign(self.signing_key, messages.confirmation(self.context, survivors))
+        signature = keys.sign(self.signing_key, *messages.confirmation(self.context, survivors))
         return messages.sealed(messages.CONFIRM | messages.REPLY, self.secrets.digest, signature)
 
-    def _check_confirmations(self, rows: tuple[tuple[int, memoryview], ...]) -> None:
+    def _check_confirmations(self, rows: messages.Table) -> None:
         survivors, peers = self.survivors(), self.peers()
         statement = messages.confirmation(self.context, survivors)
-        for node, signature in rows:
+        for node, signature in rows.items():
             if node not in survivors:
                 raise deviation("foreign-node", f"node {node} confirms survivors it is not among")
-            if not seal.verified(peers[node].verify_key, bytes(signature), statement):
+            if not keys.verified(peers[node].verify_key, signature, *statement):
                 detail = f"node {node} did not sign the survivors this node signed"
                 raise RemoteError("split-survivors", (SERVER, node), detail)
         if len(rows) < self.terms.threshold:
@@ -265,16 +261,16 @@ class _View:
         """Add up the survivors' shares, once, when enough nodes agree on who survived."""
         dimension, bits = self.session.dimension, self.session.bits
         size = self.code.share_size(dimension)
-        sealed_size = size * messages.entry_bytes(bits) + messages.TAG
+        sealed_size = codec.vector_bytes(size, bits) + messages.TAG
         signatures, shares = self._read(messages.REVEAL, lambda r: (r.table(messages.SIGNATURE), r.table(sealed_size)))
         self._check_confirmations(signatures)
-        survivors, peers, mine = self.survivors(), self.peers(), self.secrets.exchange_key()
-        if tuple(node for node, _ in shares) != tuple(node for node in survivors if node != self.node):
+        survivors, peers = self.survivors(), self.peers()
+        if tuple(shares) != tuple(node for node in survivors if node != self.node):
             raise deviation("wrong-shares", "the shares to add up are not exactly the survivors'")
         total = self._own_share()
-        for node, text in shares:
-            channel = seal.Channel.between(mine, node, peers[node].public_key, self.context)
-            total += messages.decode_vector(channel.open(node, self.node, text), size, bits)
+        for node, text in shares.items():
+            channel = self.secrets.channel(node, peers[node].public_key, self.context)
+            total += codec.decode_vector(channel.open(node, self.node, text), size, bits)
         total &= words(bits)((1 << bits) - 1)
         reply = messages.REVEAL | messages.REPLY
         return messages.sealed(reply, self.secrets.digest, messages.encode_vector(total, bits))

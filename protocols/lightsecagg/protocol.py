@@ -89,7 +89,7 @@ class LightSecAgg:
         node: int,
         *,
         identity: Identity | None = None,
-        policy: Policy = Policy(),  # noqa: B008 - frozen
+        policy: Policy = Policy(),
         random: Random = os_random,
     ) -> LightSecAggClient:
         """Take part as `node`. Without an identity the server is trusted to relay keys unchanged."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from privfed.protocols import codec, keys
+from privfed.protocols.codec import Reader
 from privfed.protocols.errors import DecodeError, LocalError, RemoteError, TooFewSurvivors
-from privfed.protocols.lightsecagg import messages, seal
+from privfed.protocols.lightsecagg import messages
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
-from privfed.protocols.lightsecagg.messages import Advertisement, Reader, Terms
+from privfed.protocols.lightsecagg.messages import Advertisement, Terms
 from privfed.protocols.session import Buffer, Random, RingSum
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -38,7 +39,7 @@ class LightSecAggServer:
         self._context = b""
         self._signatures: dict[int, Buffer] = {}
         self._sums: dict[int, Words] = {}
-        self._probe = X25519PrivateKey.from_private_bytes(random(32))
+        self._probe = random(32)
         self._result: RingSum | None = None
 
     @property
@@ -62,7 +63,7 @@ class LightSecAggServer:
             raise RemoteError("session-over", (node,), "the sum has been opened")
         if node not in self._asked:
             raise RemoteError("foreign-node", (node,), f"it was not asked at stage {self.stage!r}")
-        mark = hashlib.sha256(reply).digest()
+        mark = keys.digest(b"lightsecagg reply", memoryview(reply))
         if node in self._received:
             if self._received[node] == mark:
                 return
@@ -70,7 +71,7 @@ class LightSecAggServer:
         take = (self._advertised, self._shared, self._masked, self._confirmed, self._revealed)[self._stage]
         try:
             kind = (self._stage + 1) | messages.REPLY
-            take(node, messages.body(reply, kind, self._digest))
+            messages.body(reply, kind, self._digest, partial(take, node))
         except DecodeError as error:
             raise RemoteError("malformed-reply", (node,), str(error)) from error
         self._received[node] = mark
@@ -94,42 +95,42 @@ class LightSecAggServer:
         turn()
 
     def _advertised(self, node: int, reader: Reader) -> None:
-        keys = Advertisement.decode(reader.take(Advertisement.SIZE))
+        given = Advertisement.decode(reader.take(Advertisement.SIZE))
         reader.end()
         session = self._terms.session
-        if keys.digest != self._digest or keys.binding != session.binding:
+        if given.digest != self._digest or given.binding != session.binding:
             raise RemoteError("inconsistent-session", (node,), "it signed another session")
-        if not seal.verified(keys.verify_key, keys.signature, keys.statement(node)):
+        if not given.signed_by(node):
             raise RemoteError("bad-signature", (node,), "it did not sign its keys")
         for other, theirs in self._keys.items():
-            if {keys.public_key, keys.verify_key} & {theirs.public_key, theirs.verify_key}:
+            if {given.public_key, given.verify_key} & {theirs.public_key, theirs.verify_key}:
                 raise RemoteError("duplicate-key", (node,), f"node {other} has the same key")
-        seal.Channel.between(self._probe, node, keys.public_key, b"")
-        self._keys[node] = keys
+        keys.agree(self._probe, node, given.public_key)
+        self._keys[node] = given
 
     def _ask_shares(self) -> None:
-        rows = tuple((node, self._keys[node].encode()) for node in self._asked)
+        rows = [(node, self._keys[node].encode()) for node in self._asked]
         request = messages.sealed(messages.SHARE, self._digest, messages.encode_table(rows))
-        self._context = hashlib.sha256(request).digest()
+        self._context = keys.digest(b"lightsecagg context", request)
         self._requests = dict.fromkeys(self._asked, request)
 
     def _sealed_size(self) -> int:
         session = self._terms.session
         entries = self._code.share_size(session.dimension)
-        return entries * messages.entry_bytes(session.bits) + messages.TAG
+        return codec.vector_bytes(entries, session.bits) + messages.TAG
 
     def _shared(self, node: int, reader: Reader) -> None:
         rows = reader.table(self._sealed_size())
         reader.end()
-        if tuple(holder for holder, _ in rows) != tuple(other for other in self._asked if other != node):
+        if tuple(rows) != tuple(other for other in self._asked if other != node):
             raise RemoteError("wrong-shares", (node,), "its shares are not one for each other node")
-        self._shares[node] = dict(rows)
+        self._shares[node] = rows
 
     def _ask_masks(self) -> None:
         self._ask_nodes(messages.MASK)
 
     def _ask_nodes(self, kind: int) -> None:
-        request = messages.sealed(kind, self._digest, messages.encode_nodes(self._asked))
+        request = messages.sealed(kind, self._digest, codec.node_list(self._asked))
         self._requests = dict.fromkeys(self._asked, request)
 
     def _masked(self, node: int, reader: Reader) -> None:
@@ -137,9 +138,9 @@ class LightSecAggServer:
 
     def _vector(self, reader: Reader, length: int) -> Words:
         bits = self._terms.session.bits
-        raw = reader.take(length * messages.entry_bytes(bits))
+        raw = reader.take(codec.vector_bytes(length, bits))
         reader.end()
-        return messages.decode_vector(raw, length, bits)
+        return codec.decode_vector(raw, length, bits)
 
     def _ask_confirmations(self) -> None:
         self._survivors = self._asked
@@ -150,15 +151,15 @@ class LightSecAggServer:
         signature = bytes(reader.take(messages.SIGNATURE))
         reader.end()
         statement = messages.confirmation(self._context, self._survivors)
-        if not seal.verified(self._keys[node].verify_key, signature, statement):
+        if not keys.verified(self._keys[node].verify_key, signature, *statement):
             raise RemoteError("bad-confirmation", (node,), "it did not sign the survivors")
         self._signatures[node] = signature
 
     def _ask_reveals(self) -> None:
-        signed = messages.encode_table(tuple((node, self._signatures[node]) for node in self._asked))
+        signed = messages.encode_table([(node, self._signatures[node]) for node in self._asked])
         requests: dict[int, Buffer] = {}
         for holder in self._asked:
-            rows = tuple((node, self._shares[node][holder]) for node in self._survivors if node != holder)
+            rows = [(node, self._shares[node][holder]) for node in self._survivors if node != holder]
             table = messages.encode_table(rows)
             requests[holder] = messages.sealed(messages.REVEAL, self._digest, signed, table)
         self._requests, self._shares = requests, {}
