@@ -14,7 +14,7 @@ from privfed.protocols.keys import KEY_BYTES, exchange_public
 from privfed.protocols.oneshot import committee, sharing
 from privfed.protocols.oneshot.agreement import Agreement
 from privfed.protocols.oneshot.ciphertext import encrypt
-from privfed.protocols.oneshot.messages import Contribution, Invitation, Kept
+from privfed.protocols.oneshot.messages import Bundle, Contribution, Invitation, Kept, Quorum
 from privfed.protocols.oneshot.ring import N
 from privfed.protocols.oneshot.sampler import draw
 from privfed.protocols.oneshot.sealing import keystream, seal_box
@@ -30,6 +30,14 @@ def _compare(mine: Agreement, theirs: Invitation) -> None:
         raise RemoteError("foreign-committee", (SERVER,), "the committee is not the one this node draws")
     if theirs != own:
         raise RemoteError("parameters-differ", (SERVER,), f"asked for {theirs}, this node runs {own}")
+
+
+def _check_order(stage: str, request: Buffer) -> None:
+    """Refuse another stage's request: each stage is answered once, in order."""
+    tags = {"send": Invitation.TAG, "confirm": Bundle.TAG, "open": Quorum.TAG}
+    tag = bytes(memoryview(request)[: len(Invitation.TAG)])
+    if tag != tags[stage] and tag in tags.values():
+        raise RemoteError("out-of-order", (SERVER,), f"this node waits for the request of stage {stage!r}")
 
 
 def _entries(source: Source, session: Session) -> NDArray[np.unsignedinteger[Any]]:
@@ -61,17 +69,17 @@ class OneShotClient:
 
         Raises RemoteError when the request breaks a rule or comes out of order; `kept` then stays the state.
         """
+        state = self._recall(kept) if kept else None
+        stage = state.stage if state else "send"
+        if not stage:
+            raise RemoteError("second-request", (SERVER,), "this node has given its last answer of the session")
+        _check_order(stage, request)
         try:
-            if not kept:
+            if state is None:
                 return self._send(request, source)
-            state = self._recall(kept)
-            if state.stage == "confirm":
-                return self._confirm(state, request)
-            if state.stage == "open":
-                return self._open(state, request)
+            return self._confirm(state, request) if stage == "confirm" else self._open(state, request)
         except DecodeError as error:
             raise RemoteError("malformed-request", (SERVER,), str(error)) from error
-        raise RemoteError("second-request", (SERVER,), "this node has given its only answer of the session")
 
     def _recall(self, kept: bytes) -> Kept:
         try:

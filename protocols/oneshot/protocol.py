@@ -79,7 +79,7 @@ class OneShot:
         node: int,
         *,
         identity: Identity | None = None,
-        policy: Policy = Policy(),  # noqa: B008 - frozen
+        policy: Policy = Policy(),
         random: Random = os_random,
     ) -> OneShotClient:
         """Start a node's part. Raises LocalError without an identity that is this node's own."""
