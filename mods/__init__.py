@@ -1,0 +1,28 @@
+"""Mods: functions around a message and its reply. `mods.NAME(...)` makes one; each is loaded on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from privfed.apps import compose
+
+_HOMES = {
+    "clip": "privfed.mods.clipping",
+    "message_size": "privfed.mods.size",
+    "secure_aggregation": "privfed.mods.masking",
+}
+
+__all__ = ["clip", "compose", "message_size", "secure_aggregation"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'privfed.mods' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

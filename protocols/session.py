@@ -62,7 +62,10 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a node refuses, whatever the server asks. The defaults suit tests; deployments raise them."""
+    """What a node refuses, whatever the server asks. The defaults suit tests; deployments raise them.
+
+    binding: the only `Session.binding` it joins, H(the model and configuration it was given itself); None: any.
+    """
 
     min_cohort: int = 2
     min_threshold: int = 2
@@ -70,6 +73,7 @@ class Policy:
     min_bits: int = 8
     require_active: bool = False
     min_round: int = 0
+    binding: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ _HOMES = {
     "FedAvg": "fedavg",
     "PlainStage": "stage",
     "Result": "result",
+    "SecureStage": "secure",
     "Stage": "stage",
     "Strategy": "strategy",
     "GroupMeans": "view",
@@ -16,7 +17,7 @@ _HOMES = {
     "Updates": "view",
 }
 
-__all__ = ["FedAvg", "GroupMeans", "PlainStage", "Result", "Stage", "Strategy", "Sum", "Updates"]
+__all__ = ["FedAvg", "GroupMeans", "PlainStage", "Result", "SecureStage", "Stage", "Strategy", "Sum", "Updates"]
 
 
 def __getattr__(name: str) -> Any:

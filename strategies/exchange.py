@@ -51,7 +51,7 @@ class Exchange:
             yield Message(content, node, self.kind, ttl=ttl, group_id=group)
 
     def replies(self) -> Iterable[Message]:
-        """Send the instructions and yield replies in the order of the nodes, at most so many bytes of them at a time."""
+        """Send the instructions and yield replies in the order of the nodes, a bounded number at a time."""
         size = max(1, self.model.count_bytes())
         window = min(1024, max(4, MESSAGE_BUDGET // size))
         return self.grid.stream(self.messages(), timeout=self.remaining, window=window, ordered=True)

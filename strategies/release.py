@@ -78,7 +78,9 @@ class Release:
 
     def instruction(self) -> ConfigRecord:
         """Return what the nodes are told of the plan."""
-        return ConfigRecord({"clip": self.plan.clip, **self.plan.terms})
+        instruction = ConfigRecord({"clip": float(self.plan.clip)})
+        instruction.update(self.plan.terms)
+        return instruction
 
     def charge(self, server_round: int, view: Unreleased | None) -> dict[str, object]:
         """Charge the ledger, only then add the noise; return what may be said about it. view None: an empty cohort."""

@@ -1,0 +1,105 @@
+"""Clip what leaves a node: its update, all arrays together, to an L2 norm."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+
+from privfed.apps import CallNext, Mod
+from privfed.array import Array
+from privfed.context import Context
+from privfed.message import Error, ErrorCode, Message
+from privfed.record import ArrayRecord, ConfigRecord, RecordDict
+from privfed.update import (
+    PLAN,
+    UPDATE,
+    UpdateError,
+    arrays_name,
+    arrays_of,
+    check_arrays,
+    is_update,
+    mark_update,
+    norm,
+    subtract,
+)
+
+log = logging.getLogger("privfed.mods")
+_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "int64": 2.0**-52}
+
+
+def clip(max_norm: float | None = None) -> Mod:
+    """Turn a training reply into an update of L2 norm at most `max_norm`, 0-dimensional arrays included.
+
+    The bound that a privacy plan asks for applies as well; without `max_norm` it is the only one. An update within
+    the bound is left as it is, a longer one is scaled; integer arrays are scaled towards zero. The norm is taken in
+    float64 and holds for what is sent, after rounding to each array's dtype. Replies that hold NaN or infinity, or do
+    not fit the arrays received, become errors (UpdateError). Other messages pass.
+
+    Guarantees: the norm of an update that leaves is at most the bound, and its direction is that of the update.
+    Raises ValueError for a max_norm that is not finite and > 0.
+    """
+    if max_norm is not None and not (math.isfinite(max_norm) and max_norm > 0):
+        raise ValueError(f"max_norm must be finite and > 0, got {max_norm}")
+
+    def clip_update(message: Message, context: Context, call_next: CallNext) -> Message:
+        reply = call_next(message, context)
+        if message.metadata.message_type.partition(".")[0] != "train" or reply.has_error():
+            return reply
+        try:
+            bound = _bound(message.content, max_norm)
+            return reply.with_content(_clipped(message.content, reply.content, bound))
+        except UpdateError as cause:
+            log.warning("node %d: the update was not sent: %s", context.node_id, cause)
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "UpdateError"), reply_to=message)
+
+    return clip_update
+
+
+def _bound(content: RecordDict, max_norm: float | None) -> float:
+    plan = content.get(PLAN)
+    asked = plan.get("clip") if isinstance(plan, ConfigRecord) else None
+    bounds = [max_norm] if max_norm is not None else []
+    if asked is not None:
+        if not isinstance(asked, int | float) or not (math.isfinite(asked) and asked > 0):
+            raise UpdateError(f"the plan's clip is {asked!r}, not a finite number > 0")
+        bounds.append(float(asked))
+    if not bounds:
+        raise UpdateError("clip() has no max_norm and the run has no privacy plan: there is nothing to clip to")
+    return min(bounds)
+
+
+def _clipped(request: RecordDict, reply: RecordDict, bound: float) -> RecordDict:
+    received, name = arrays_of(request), arrays_name(reply)
+    arrays = reply.array_records[name]
+    if is_update(reply):
+        check_arrays(received, arrays, update=True)
+        update = arrays
+    else:
+        update = subtract(arrays, received)
+    content = RecordDict(dict(reply))
+    content[name] = clip_record(update, bound)
+    content[UPDATE] = mark_update()
+    return content
+
+
+def clip_record(update: ArrayRecord, bound: float) -> ArrayRecord:
+    """Return the update scaled so that its joint norm is at most `bound`, or itself when it is."""
+    length = norm(update)
+    if length <= bound:
+        return update
+    scale = bound / length
+    # Rounding to a short dtype may lengthen a vector by an ulp or so: then scale by an ulp less.
+    ulp = max((_EPSILON[array.dtype] for array in update.values()), default=2.0**-52)
+    while True:
+        scaled = ArrayRecord({name: _scaled(array, scale) for name, array in update.items()})
+        if norm(scaled) <= bound:
+            return scaled
+        scale *= 1 - ulp
+        ulp *= 2
+
+
+def _scaled(array: Array, scale: float) -> Array:
+    values = np.multiply(array.compute(), scale, dtype=np.float64)
+    return array.replace(np.asarray(np.trunc(values) if array.dtype == "int64" else values))

@@ -1,0 +1,275 @@
+"""Secure aggregation on a node: nothing leaves it but messages of a protocol that reveals only sums."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.apps import CallNext, Mod
+from privfed.array import Array
+from privfed.context import Context
+from privfed.message import Error, ErrorCode, Message
+from privfed.protocols.errors import DecodeError, ProtocolError
+from privfed.protocols.session import Identity, Policy, Protocol
+from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
+from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout, RingOverflow, bind
+from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
+
+log = logging.getLogger("privfed.mods")
+
+STATE = "secure_aggregation"
+KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot")
+KINDS = ("train", "evaluate", "query")
+_SLACK = 1 + 2.0**-30
+
+Identities = Identity | Callable[[Context], Identity | None] | None
+Makers = Mapping[str, Callable[..., Protocol]]
+
+
+class Refused(Exception):
+    """This node does not do what it was asked; the text stays in its log, the class name is what leaves."""
+
+
+class SecureAggregationRequired(Refused):
+    """The instruction asks for a reply in the clear."""
+
+
+class SessionOutOfOrder(Refused):
+    """Another request of a stage that was answered, a stage out of order, or a session that is not new."""
+
+
+class BindingMismatch(Refused):
+    """The model or configuration is not the one the session was opened for."""
+
+
+class UpdateNotClipped(Refused):
+    """The update is longer than the privacy plan allows: put mods.clip() inside mods.secure_aggregation()."""
+
+
+class _Failed(Exception):
+    """The app, or a mod inside, answered with an error."""
+
+    def __init__(self, error: Error) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One stage's instruction, decoded."""
+
+    protocol: str
+    parameters: dict[str, object]
+    number: int
+    stage: int
+    binding: bytes
+    layout: Layout
+    with_input: bool
+    arrays_key: str
+    weight_key: str
+    request: memoryview = field(repr=False)
+    digest: bytes = b""
+
+    @classmethod
+    def read(cls, content: RecordDict) -> _Stage:
+        """Decode; Refused when the instruction is malformed."""
+        try:
+            config = content.config_records[SECURE]
+            array = content.array_records[REQUEST][BUFFER]
+            layout = Layout.from_config(content.config_records[SECURE + ".layout"])
+            given = content.config_records[SECURE + ".protocol"]
+            parameters: dict[str, object] = {name: value for name, value in given.items() if name != "name"}
+            state = hashlib.sha256(array.digest)
+            state.update(repr((list(config.items()), layout, list(given.items()))).encode())
+            binding = config["binding"]
+            if array.dtype != "uint8" or not isinstance(binding, bytes):
+                raise TypeError("request or binding is malformed")
+            return cls(
+                protocol=str(given["name"]),
+                parameters=parameters,
+                number=int(str(config["number"])),
+                stage=int(str(config["stage"])),
+                binding=binding,
+                layout=layout,
+                with_input=bool(config["input"]),
+                arrays_key=str(config["arrays-key"]),
+                weight_key=str(config["weight-key"]),
+                request=array.data,
+                digest=state.digest(),
+            )
+        except (KeyError, TypeError, ValueError) as cause:
+            raise Refused(f"the instruction is no stage of a session: {cause!r}") from cause
+
+
+def secure_aggregation(
+    policy: Policy | None = None,
+    *,
+    identity: Identities = None,
+    protocols: Makers | None = None,
+    kinds: tuple[str, ...] = KINDS,
+) -> Mod:
+    """Let updates, weights and metrics leave this node only masked; make it the outermost mod.
+
+    policy: what this node refuses, whatever the server asks. identity: its long-term key for active security, or a
+    function of the context. protocols: name -> class, the protocols it takes part in (default: those of
+    `privfed.protocols`). kinds: the messages that are protected; one in the clear is refused, it gets no reply but an
+    error. Messages of other kinds pass.
+
+    The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit
+    the model, the public ranges of the layout and the plan's clip. The session's state lives in the node's context; an
+    identical redelivery gets the same bytes, another request of the same stage is refused.
+    """
+    rules = policy if policy is not None else Policy()
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
+
+    def mask_reply(message: Message, context: Context, call_next: CallNext) -> Message:
+        if message.metadata.message_type.partition(".")[0] not in kinds:
+            return call_next(message, context)
+        try:
+            if SECURE not in message.content:
+                raise SecureAggregationRequired(f"a {message.metadata.message_type} message came in the clear")
+            session = _Session(message, context, call_next)
+            return session.answer(rules, identity, protocols)
+        except _Failed as failed:
+            return Message(failed.error, reply_to=message)
+        except (Refused, ProtocolError) as cause:
+            log.warning("node %d refuses: %s: %s", context.node_id, type(cause).__name__, cause)
+            return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
+        except (UpdateError, RingOverflow) as cause:
+            log.warning("node %d: nothing was masked: %s", context.node_id, cause)
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, type(cause).__name__), reply_to=message)
+
+    return mask_reply
+
+
+class _Session:
+    """One instruction against what the node remembers of the session."""
+
+    def __init__(self, message: Message, context: Context, call_next: CallNext) -> None:
+        self._message, self._context, self._call_next = message, context, call_next
+        self._stage = _Stage.read(message.content)
+        self._state = context.mod_state(STATE)
+
+    def answer(self, policy: Policy, identity: Identities, protocols: Makers | None) -> Message:
+        """Answer the stage once, or again with the same bytes."""
+        stage = self._stage
+        last = self._state.get("session")
+        kept = b""
+        if isinstance(last, ConfigRecord):
+            if last["digest"] == stage.digest:
+                return self._reply()
+            kept = self._continue(last)
+        elif stage.stage != 0:
+            raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
+        if stage.stage == 0:
+            floor = int(str(last["number"])) + 1 if isinstance(last, ConfigRecord) else 0
+            policy = replace(policy, min_round=max(policy.min_round, floor), binding=stage.binding)
+        protocol = make_protocol(stage.protocol, stage.parameters, protocols)
+        if not 0 <= stage.stage < len(protocol.stages):
+            raise SessionOutOfOrder(f"{stage.protocol} has no stage {stage.stage}")
+        known = identity(self._context) if callable(identity) else identity
+        client = protocol.client(self._context.node_id, identity=known, policy=policy)
+        try:
+            after, reply = client.step(kept, stage.request, self._source)
+        except DecodeError as cause:
+            raise Refused(f"the request does not decode: {cause}") from cause
+        # After the last stage nothing secret is needed again; the reply is, for a redelivery.
+        over = stage.stage + 1 == len(protocol.stages)
+        remembered: dict[str, ConfigValue] = {
+            "number": stage.number,
+            "stage": stage.stage,
+            "digest": stage.digest,
+            "binding": stage.binding,
+            "kept": b"" if over else bytes(after),
+        }
+        self._state["session"] = ConfigRecord(remembered)
+        view = memoryview(reply).cast("B")
+        self._state["reply"] = ArrayRecord({BUFFER: Array("uint8", (view.nbytes,), "raw", view)})
+        return self._reply()
+
+    def _continue(self, last: ConfigRecord) -> bytes:
+        """Return the kept state this stage continues, b"" for a new session; SessionOutOfOrder otherwise."""
+        stage, number, done = self._stage, int(str(last["number"])), int(str(last["stage"]))
+        if stage.stage == 0 and stage.number > number:
+            return b""
+        if stage.number != number or stage.stage != done + 1 or stage.binding != last["binding"]:
+            raise SessionOutOfOrder(
+                f"session {stage.number} stage {stage.stage} was asked after session {number} stage {done}"
+            )
+        kept = last["kept"]
+        if not isinstance(kept, bytes) or not kept:
+            raise SessionOutOfOrder(f"session {number} is over")
+        return kept
+
+    def _reply(self) -> Message:
+        record = self._state["reply"]
+        return Message(RecordDict({REPLY: record}), reply_to=self._message)
+
+    def _source(self) -> NDArray[np.uint64]:
+        """Run the app and return its reply as a ring vector."""
+        stage, message = self._stage, self._message
+        if not stage.with_input:
+            raise SessionOutOfOrder("the protocol asks for the input at a stage that came without the instructions")
+        kind = message.metadata.message_type
+        if bind(message.content, stage.layout, kind) != stage.binding:
+            raise BindingMismatch("the model or configuration differs from what the session was opened for")
+        inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
+        reply = self._call_next(message.with_content(inner), self._context)
+        if reply.has_error():
+            raise _Failed(reply.error)
+        update = self._update(inner, reply.content) if stage.layout.dimension else None
+        metrics = _numbers(reply.content)
+        weight = metrics.get(stage.weight_key) if stage.layout.max_weight is not None else 1.0
+        if not isinstance(weight, int | float):
+            raise RingOverflow(f"metric {stage.weight_key!r}, the weight, is {weight!r}")
+        return stage.layout.encode(update, float(weight), metrics)
+
+    def _update(self, request: RecordDict, reply: RecordDict) -> ArrayRecord:
+        received, arrays = arrays_of(request, self._stage.arrays_key), arrays_of(reply, self._stage.arrays_key)
+        if is_update(reply):
+            check_arrays(received, arrays, update=True)
+            update = ArrayRecord({name: arrays[name] for name in received})
+        else:
+            update = subtract(arrays, received)
+        plan = request.get(PLAN)
+        if isinstance(plan, ConfigRecord):
+            bound = float(str(plan["clip"]))
+            if not norm(update) <= bound * _SLACK:
+                raise UpdateNotClipped(f"the update's norm is {norm(update):g}, the plan's clip {bound:g}")
+        if dimension(update) != self._stage.layout.dimension:
+            raise UpdateError(f"the model has {dimension(update)} elements, the layout {self._stage.layout.dimension}")
+        return update
+
+
+def _is_session(name: str) -> bool:
+    return name == SECURE or name.startswith(SECURE + ".")
+
+
+def _numbers(content: RecordDict) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for record in content.metric_records.values():
+        for name, value in record.items():
+            found.setdefault(name, value)
+    return found
+
+
+def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers | None) -> Protocol:
+    """Build the protocol a session names. Raises Refused when this node does not take part in it."""
+    if protocols is not None:
+        maker = protocols.get(name)
+    else:
+        maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None
+    if maker is None:
+        raise Refused(f"this node does not take part in protocol {name!r}")
+    try:
+        return maker(**parameters)
+    except (TypeError, ValueError) as cause:
+        raise Refused(f"{name} cannot be set up as asked: {cause}") from cause

@@ -1,0 +1,225 @@
+"""The layout of a masked vector: updates, weight and metrics as integers modulo 2^bits, and back.
+
+Server and nodes agree on a layout before anything is masked. Values are rounded to a public step, a power of two, and
+the step is chosen so that the sum over the whole cohort fits the ring: what does not fit is an error on the node, and
+a sum cannot wrap. Entries are, in this order: the update (times the node's share of `max_weight`), the weight, the
+metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.errors import PrivfedError
+from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord, RecordDict
+from privfed.update import blocks, dimension
+
+Float64s = NDArray[np.float64]
+Ring = NDArray[Any]
+"""uint32 for rings up to 2^32, uint64 above."""
+
+SECURE = "privfed.secure"
+"""A ConfigRecord in an instruction: one stage of a secure-aggregation session. "privfed.secure.": its other records."""
+REQUEST = "privfed.secure.request"
+REPLY = "privfed.secure.reply"
+BUFFER = "bytes"
+
+
+class RingOverflow(PrivfedError, ValueError):
+    """A value outside the public range of the layout; nothing was masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Public parameters of a masked vector.
+
+    bits: the ring is Z_2^bits. cohort: most summands. dimension: elements of an update. max_value: largest absolute
+    value of an element. max_weight: largest weight, None when all weigh the same. metrics: (name, lowest, highest).
+    Raises ValueError when the ring is too small.
+    """
+
+    bits: int
+    cohort: int
+    dimension: int
+    max_value: float
+    max_weight: float | None
+    metrics: tuple[tuple[str, float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.bits <= 64:
+            raise ValueError(f"bits must be in [8, 64], got {self.bits}")
+        if self.cohort < 1 or self.dimension < 0:
+            raise ValueError(f"a layout needs a cohort and a dimension, got {self.cohort} and {self.dimension}")
+        if not (math.isfinite(self.max_value) and self.max_value > 0):
+            raise ValueError(f"max_value must be finite and > 0, got {self.max_value}")
+        for name, low, high in self.metrics:
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"the range of metric {name!r} must be finite and ascending, got ({low}, {high})")
+        if self.reach < 1:
+            raise ValueError(f"bits: 2^{self.bits} is too small a ring for the sum of {self.cohort} nodes")
+        if self.max_weight is not None:
+            if not (math.isfinite(self.max_weight) and self.max_weight > 0):
+                raise ValueError(f"max_weight must be finite and > 0, got {self.max_weight}")
+            if self.reach < self.max_weight:
+                raise ValueError(
+                    f"bits: {self.cohort} weights of up to {self.max_weight:g} do not fit 2^{self.bits}: "
+                    "use more bits or a lower max_weight"
+                )
+
+    @property
+    def reach(self) -> int:
+        """Largest absolute entry of one node."""
+        return int(((1 << (self.bits - 1)) - 1) // self.cohort)
+
+    @property
+    def step(self) -> float:
+        """What one unit of an update's entry stands for: a power of two."""
+        # The float quotient may round down by an ulp; the next float up keeps max_value / step <= reach.
+        return 2.0 ** math.ceil(math.log2(math.nextafter(self.max_value / self.reach, math.inf)))
+
+    @property
+    def _weight_scale(self) -> float:
+        return 2.0 ** math.floor(math.log2(self.reach / self.max_weight)) if self.max_weight is not None else 0.0
+
+    @property
+    def size(self) -> int:
+        """Entries of the vector."""
+        return self.dimension + (self.max_weight is not None) + len(self.metrics)
+
+    def to_config(self) -> ConfigRecord:
+        """Return the layout as a record."""
+        values: dict[str, ConfigValue] = {
+            "bits": self.bits,
+            "cohort": self.cohort,
+            "dimension": self.dimension,
+            "max-value": float(self.max_value),
+            "metric-names": [name for name, _, _ in self.metrics],
+            "metric-ranges": [float(bound) for _, low, high in self.metrics for bound in (low, high)],
+        }
+        if self.max_weight is not None:
+            values["max-weight"] = float(self.max_weight)
+        return ConfigRecord(values)
+
+    @classmethod
+    def from_config(cls, config: ConfigRecord) -> Layout:
+        """Read what `to_config` wrote. Raises KeyError, TypeError or ValueError."""
+        names, ranges = config["metric-names"], config["metric-ranges"]
+        numbers = {name: config[name] for name in ("bits", "cohort", "dimension")}
+        weight, value = config.get("max-weight"), config["max-value"]
+        if not (isinstance(names, list) and isinstance(ranges, list) and len(ranges) == 2 * len(names)):
+            raise ValueError("the layout's metrics are malformed")
+        if any(type(number) is not int for number in numbers.values()) or not isinstance(value, float):
+            raise TypeError("the layout's numbers are malformed")
+        bounds = [float(str(bound)) for bound in ranges]
+        return cls(
+            bits=int(str(numbers["bits"])),
+            cohort=int(str(numbers["cohort"])),
+            dimension=int(str(numbers["dimension"])),
+            max_value=value,
+            max_weight=None if weight is None else float(str(weight)),
+            metrics=tuple((str(name), bounds[2 * i], bounds[2 * i + 1]) for i, name in enumerate(names)),
+        )
+
+    def encode(self, update: ArrayRecord | None, weight: float, metrics: Mapping[str, object]) -> Ring:
+        """Return the ring vector of one node. Raises RingOverflow for a value outside the public ranges."""
+        share = 1.0
+        if self.max_weight is not None:
+            if not 0 <= weight <= self.max_weight:
+                raise RingOverflow(f"weight {weight:g} is not in [0, max_weight={self.max_weight:g}]")
+            share = weight / self.max_weight
+        kind = np.uint32 if self.bits <= 32 else np.uint64
+        vector = np.empty(self.size, kind)
+        mask = (1 << self.bits) - 1
+        place = self._encode_update(update, share, vector) if update is not None else 0
+        if place != self.dimension:
+            raise RingOverflow(f"the update has {place} elements, the layout {self.dimension}")
+        if self.max_weight is not None:
+            vector[place] = round(weight * self._weight_scale) & mask
+            place += 1
+        for name, low, high in self.metrics:
+            value = metrics.get(name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise RingOverflow(f"metric {name!r} is {value!r}, not in its public range [{low:g}, {high:g}]")
+            vector[place] = round(share * (2 * (value - low) / (high - low) - 1) * self.reach) & mask
+            place += 1
+        return vector
+
+    def _encode_update(self, update: ArrayRecord, share: float, vector: Ring) -> int:
+        place, mask = 0, np.uint64((1 << self.bits) - 1)
+        if dimension(update) != self.dimension:
+            return dimension(update)
+        factor = share / self.step
+        for name, array in update.items():
+            for _, block in blocks(array):
+                # A comparison with NaN is false, so NaN is refused here as well.
+                if not (block.size == 0 or float(np.abs(block).max()) <= self.max_value):
+                    raise RingOverflow(f"array {name!r} changes by more than max_value={self.max_value:g}")
+                block *= factor
+                steps = np.rint(block, out=block).astype(np.int64).view(np.uint64)
+                vector[place : place + block.size] = steps & mask
+                place += block.size
+        return place
+
+    def _signed(self, total: NDArray[np.uint64]) -> NDArray[np.int64]:
+        shift = np.uint64(64 - self.bits)
+        return (total << shift).view(np.int64) >> np.int64(shift)
+
+    def decode(self, total: NDArray[np.uint64], count: int) -> Decoded:
+        """Read the sum of `count` nodes' vectors."""
+        signed = self._signed(np.ascontiguousarray(total, np.uint64))
+        update = signed[: self.dimension].astype(np.float64)
+        update *= self.step
+        place, weight, scale = self.dimension, float(count), 1.0
+        if self.max_weight is not None:
+            weight = float(signed[place]) / self._weight_scale
+            scale = self.max_weight
+            place += 1
+        metrics = MetricRecord()
+        for index, (name, low, high) in enumerate(self.metrics):
+            if weight > 0:
+                share = float(signed[place + index]) / self.reach * scale / weight
+                metrics[name] = low + (share + 1) / 2 * (high - low)
+        return Decoded(update, scale, weight, metrics, count * self.step / 2 * scale / weight if weight > 0 else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """total * scale is the weighted sum of updates, weight its weight; error_bound: per element of the mean."""
+
+    total: Float64s
+    scale: float
+    weight: float
+    metrics: MetricRecord
+    error_bound: float
+
+
+def bind(content: RecordDict, layout: Layout, kind: str) -> bytes:
+    """Return H(model, shared configuration): 32 bytes that differ when any node is told anything else.
+
+    Covers every record of the content but those of the session itself, the layout, and the kind of message.
+    """
+    state = hashlib.sha256(b"privfed binding v1\0")
+
+    def put(*parts: bytes) -> None:
+        for part in parts:
+            state.update(len(part).to_bytes(8, "big"))
+            state.update(part)
+
+    put(kind.encode(), repr(layout).encode())
+    for name, record in sorted(content.items()):
+        if name == SECURE or name.startswith(SECURE + "."):
+            continue
+        put(name.encode(), type(record).__name__.encode(), len(record).to_bytes(8, "big"))
+        for key, value in record.items():
+            if isinstance(record, ArrayRecord):
+                put(key.encode(), record[key].digest)
+            else:
+                put(key.encode(), type(value).__name__.encode(), repr(value).encode())
+    return state.digest()

@@ -1,0 +1,197 @@
+"""The secure stage: the server drives a secure-aggregation protocol and sees only the sum."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar
+
+from privfed.errors import QuorumError, RunFailed
+from privfed.protocols.errors import LocalError, ProtocolError, TooFewSurvivors
+from privfed.protocols.session import Protocol, RingSum, Server, Session
+from privfed.record import ConfigRecord
+from privfed.ring import Decoded, Layout, bind
+from privfed.strategies.exchange import Exchange
+from privfed.strategies.session import SessionDrive
+from privfed.strategies.stage import Stage
+from privfed.strategies.view import Exclusion, Float64s, Outcome, RandomBytes, Sum, Unreleased, View
+from privfed.update import dimension
+
+Ranges = Mapping[str, tuple[float, float]]
+CLIP_SLACK = 2.0**-29
+"""What float rounding may add to a clipped norm, as nodes check it, doubled."""
+
+
+class SecureStage(Stage):
+    """Run one session of a protocol per exchange; nodes answer through `mods.secure_aggregation`.
+
+    protocol: any object that satisfies `privfed.protocols.session.Protocol`. bits: the ring is Z_2^bits.
+    max_value: largest change of any one element of the model; under a privacy plan its clip is used.
+    max_weight: largest weight. train_metrics, evaluate_metrics: name -> (lowest, highest) of the metrics that travel
+    inside the masked vector; every node must report them, others stay on the node. These are public; a node whose
+    value lies outside sends nothing but an error. stage_timeout: seconds each stage but the training one may take.
+
+    Guarantees: the mean's fixed-point error per element is at most `error-bound` in the round's metrics, which is
+    survivors * step / 2 * max_weight / total weight; sums never wrap.
+    """
+
+    offers: ClassVar[frozenset[type[View]]] = frozenset({Sum})
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        *,
+        bits: int = 32,
+        max_value: float = 8.0,
+        max_weight: float = 10_000,
+        train_metrics: Ranges | None = None,
+        evaluate_metrics: Ranges | None = None,
+        stage_timeout: float = 60.0,
+    ) -> None:
+        if not stage_timeout > 0:
+            raise ValueError(f"stage_timeout must be > 0 seconds, got {stage_timeout}")
+        self.protocol = protocol
+        self.bits = bits
+        self.max_value = float(max_value)
+        self.max_weight = float(max_weight)
+        self.stage_timeout = stage_timeout
+        self._metrics = {
+            kind: tuple((name, float(low), float(high)) for name, (low, high) in sorted((ranges or {}).items()))
+            for kind, ranges in (("train", train_metrics), ("evaluate", evaluate_metrics))
+        }
+        self._number = 0
+        describe_protocol(protocol)
+        for kind in self._metrics:  # ranges and caps are checked now, with the smallest cohort
+            Layout(bits, 2, 0, self.max_value, self.max_weight, self._metrics[kind])
+
+    def __repr__(self) -> str:
+        return f"SecureStage({self.protocol!r})"
+
+    def check_evaluation(self) -> None:
+        """Refuse to evaluate without public metric ranges: metrics would have to travel in the clear."""
+        if not self._metrics["evaluate"]:
+            raise ValueError(
+                f"stage: {self!r} has no metrics to aggregate in evaluation rounds; pass "
+                "SecureStage(..., evaluate_metrics={'loss': (0, 10)}) or fraction_evaluate=0"
+            )
+
+    def collect(self, exchange: Exchange) -> Outcome:
+        """Return the sum of the survivors' updates; QuorumError when too few survive, RunFailed on a deviation."""
+        private = exchange.clip is not None
+        layout = self.layout(exchange, exchange.clip if exchange.clip is not None else self.max_value, private)
+        outcome, decoded = self._run(exchange, layout)
+        if private:
+            outcome.view = Unreleased(_releaser(decoded, layout, exchange.clip or 0.0))
+            outcome.notes.clear()
+        elif decoded.weight > 0:
+            mean = decoded.total
+            mean *= decoded.scale / decoded.weight
+            outcome.view = Sum(mean, decoded.weight)
+        return outcome
+
+    def measure(self, exchange: Exchange) -> Outcome:
+        """Return the survivors' metrics."""
+        return self._run(exchange, self.layout(exchange, 1.0, False))[0]
+
+    def layout(self, exchange: Exchange, max_value: float, private: bool) -> Layout:
+        """Return the layout of an exchange. Raises RunFailed when the ring is too small for its cohort."""
+        train = exchange.kind == "train"
+        try:
+            return Layout(
+                self.bits,
+                len(exchange.nodes),
+                dimension(exchange.model) if train else 0,
+                max_value,
+                None if private or exchange.weight_key is None else self.max_weight,
+                () if private else self._metrics[exchange.kind],
+            )
+        except ValueError as cause:
+            raise RunFailed(f"{exchange.kind} round {exchange.round}: {cause}") from cause
+
+    def next_number(self) -> int:
+        """Return a session number above all before it, also those of an interrupted run that is resumed."""
+        self._number = max(self._number + 1, time.time_ns() // 1000)
+        return self._number
+
+    def _run(self, exchange: Exchange, layout: Layout) -> tuple[Outcome, Decoded]:
+        ring, outcome = self.drive(exchange, layout)
+        decoded = layout.decode(ring.total, len(ring.survivors))
+        outcome.valid = len(ring.survivors)
+        outcome.excluded = [one for one in outcome.excluded if one.node not in ring.survivors]
+        if layout.max_weight is not None and decoded.weight <= 0:
+            outcome.valid = 0
+            outcome.excluded.append(Exclusion(0, "all weights are 0"))
+            return outcome, decoded
+        outcome.metrics = decoded.metrics
+        if layout.dimension:
+            outcome.notes["error-bound"] = decoded.error_bound
+        return outcome, decoded
+
+    def drive(self, exchange: Exchange, layout: Layout) -> tuple[RingSum, Outcome]:
+        """Run a session over the exchange's nodes. Raises QuorumError or RunFailed; nothing is revealed then."""
+        where = f"{exchange.kind} round {exchange.round}"
+        session = Session(
+            run=exchange.grid.run_id,
+            round=self.next_number(),
+            action=exchange.kind,
+            nodes=exchange.nodes,
+            dimension=layout.size,
+            bits=layout.bits,
+            binding=bind(exchange.content, layout, exchange.kind),
+        )
+        drive = SessionDrive(exchange, self.protocol, session, layout, describe_protocol(self.protocol))
+        try:
+            server: Server = self.protocol.server(session)
+            while server.stage:
+                drive.run_stage(server, self.stage_timeout)
+        except TooFewSurvivors as cause:
+            counts = "; ".join(f"{count} x {text}" for text, count in drive.outcome.causes().items())
+            raise QuorumError(
+                cause.have, cause.threshold, f"{where}, {cause}" + (f": {counts}" if counts else "")
+            ) from cause
+        except LocalError as cause:
+            raise RunFailed(
+                f"{where}: {self.protocol!r} cannot run with {len(exchange.nodes)} nodes: {cause}"
+            ) from cause
+        except ProtocolError as cause:
+            raise RunFailed(f"{where}: {cause}") from cause
+        if server.result is None:
+            raise RunFailed(f"{where}: {self.protocol!r} ended without a sum")
+        return server.result, drive.outcome
+
+
+def describe_protocol(protocol: Protocol) -> ConfigRecord:
+    """Return the protocol's class name and parameters. Raises ValueError for a parameter that cannot travel."""
+    record = ConfigRecord({"name": type(protocol).__name__})
+    parameters: list[str] = [field.name for field in fields(protocol) if field.init] if is_dataclass(protocol) else []
+    for name in parameters:
+        value: Any = getattr(protocol, name)
+        if value is None:
+            continue
+        try:
+            record[name] = list(value) if isinstance(value, tuple) else value
+        except TypeError as cause:
+            raise ValueError(f"protocol: parameter {name}={value!r} of {protocol!r} cannot travel") from cause
+    return record
+
+
+def _releaser(decoded: Decoded, layout: Layout, clip: float) -> Callable[[float, RandomBytes], Float64s]:
+    """Noise for the decoded sum. One node's entries are rounded by themselves: its part is within sqrt(d)/2 steps."""
+
+    def release(noise_multiplier: float, random: RandomBytes) -> Float64s:
+        from privfed.privacy.mechanisms import add_discrete_gaussian
+
+        # `rounding_error` counts twice, before and after the change; only one node's rounding changes.
+        moved = math.nextafter(math.sqrt(layout.dimension) * layout.step / 4, math.inf)
+        return add_discrete_gaussian(
+            decoded.total,
+            sensitivity=clip * (1 + CLIP_SLACK),
+            noise_multiplier=noise_multiplier,
+            granularity=layout.step,
+            rounding_error=moved,
+            random=random,
+        )[0]
+
+    return release
