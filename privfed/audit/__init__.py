@@ -1,0 +1,25 @@
+"""Property checks and empirical audits for users' own protocols and training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "CheckFailed": "privfed.audit.protocol",
+    "Report": "privfed.audit.protocol",
+    "check_protocol": "privfed.audit.protocol",
+}
+
+__all__ = ["CheckFailed", "Report", "check_protocol"]
+
+if TYPE_CHECKING:
+    from privfed.audit.protocol import CheckFailed, Report, check_protocol
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'privfed.audit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

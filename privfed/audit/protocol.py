@@ -224,22 +224,39 @@ def _deformed_replies(lab: Rehearsal, exhaustive: bool) -> Problems:
         yield "refused replies left a trace: the session's sum changed"
 
 
+def _told_again(role: Role, request: bytes, answered: bytes) -> None:
+    """Feed a request to a node that answered it before; the very same bytes in reply reveal nothing new."""
+    if role.after(request) == answered:
+        raise RemoteError("redelivery", (0,), "answered with the same bytes")
+
+
 def _repeated_requests(lab: Rehearsal, exhaustive: bool) -> Problems:
-    """Once a stage is answered, the kept state answers no second request for it, and none for an earlier one."""
+    """Once a stage is answered, no request for it or an earlier one gets a new answer, in this session or another."""
     run, other = lab.run(), lab.run(label="other", round_offset=1)
     for role in run.roles():
         for earlier in range(role.stage + 1):
-            request = run.requests[earlier][role.node]
-            yield from _refused(
-                partial(role.after, request),
-                f"the request of {lab.protocol.stages[earlier]!r}, once {role.name!r} was answered,",
-            )
+            request, reply = run.requests[earlier][role.node], run.replies[earlier][role.node]
+            what = f"the request of {lab.protocol.stages[earlier]!r}, once {role.name!r} was answered,"
+            yield from _refused(partial(_told_again, role, request, reply), what)
+        foreign = other.requests[role.stage][role.node]
+        yield from _refused(partial(role.after, foreign), f"another session's request after {role.name!r}")
         if role.stage:
-            request = other.requests[role.stage][role.node]
-            yield from _refused(
-                partial(role.step, request),
-                f"the {role.name!r} request of another session",
-            )
+            yield from _refused(partial(role.step, foreign), f"another session's request at {role.name!r}")
+
+
+def _second_views(lab: Rehearsal, exhaustive: bool) -> Problems:
+    """A node that answered for one set of nodes does not answer for another: differences of sums stay hidden."""
+    run = lab.run()
+    for vanished in range(len(lab.protocol.stages)):
+        try:
+            variant = lab.run(vanish={lab.nodes[-1]: vanished})
+        except TooFewSurvivors:
+            continue
+        for role in run.roles():
+            request = variant.requests[role.stage].get(role.node)
+            if request not in (None, role.request):
+                what = f"a {role.name!r} request with a node less, after one with all,"
+                yield from _refused(partial(role.after, request), what)
 
 
 def _skipped_stages(lab: Rehearsal, exhaustive: bool) -> Problems:
@@ -325,16 +342,23 @@ def _bad_inputs(lab: Rehearsal, exhaustive: bool) -> Problems:
 
 
 def _impostor(lab: Rehearsal, exhaustive: bool) -> Problems:
-    """With identities, a node whose key is not the roster's is in no sum."""
-    if not lab.active:
+    """A protocol that calls itself active puts no node in a sum whose key is not the roster's."""
+    strict = replace(lab, policy=Policy(require_active=True))
+    if not lab.active or not _obeys(strict):
         return
     node = lab.nodes[-1]
+    with suppress(RemoteError, DecodeError, TooFewSurvivors):
+        run = strict.run(impostor=node)
+        if run.result is not None and node in run.result.survivors:
+            yield f"node {node} took part with a key that is not on the roster"
+
+
+def _obeys(lab: Rehearsal) -> bool:
+    """Whether an honest session runs under this policy."""
     try:
-        run = lab.run(impostor=node)
-    except (RemoteError, DecodeError, TooFewSurvivors):
-        return
-    if run.result is not None and node in run.result.survivors:
-        yield f"node {node} took part with a key that is not on the roster"
+        return lab.run().result is not None
+    except (LocalError, RemoteError):
+        return False
 
 
 CHECKS: dict[Callable[[Rehearsal, bool], Problems], str] = {
@@ -345,6 +369,7 @@ CHECKS: dict[Callable[[Rehearsal, bool], Problems], str] = {
     _deformed_requests: "deformed-requests",
     _deformed_replies: "deformed-replies",
     _repeated_requests: "repeated-requests",
+    _second_views: "second-views",
     _skipped_stages: "skipped-stages",
     _strange_replies: "strange-replies",
     _foreign_cohort: "foreign-cohort",
