@@ -122,7 +122,8 @@ def add_discrete_gaussian(
     """Release float64[d] values with discrete Gaussian noise; return them and the event to charge beforehand.
 
     `sensitivity` is the L2 bound C on one unit's contribution to `values`; the noise has at least the standard
-    deviation noise_multiplier * C, and the event is `Gaussian(noise_multiplier)` under every relation.
+    deviation noise_multiplier * C, and the event is `Gaussian(noise_multiplier)` under every relation; a server that
+    calls this charges `Central(event)`, since its noise hides nothing from itself.
     `granularity` is the lattice step, a power of two (default: rounding adds at most 2^-16 to C).
     `rounding_error` bounds (L2) how far `values` may be from the exact sum because floats were added up; sum with
     `LatticeSum` to have none. Raises ValueError naming what is out of range; NaN is never noised over.
