@@ -75,7 +75,9 @@ def secure_sum(
     elif all(array.dtype.kind in "iufb" for array in arrays.values()):
         width = min(bits or DEFAULT_BITS, ceiling)
         bound = max(float(np.abs(array.astype(np.float64)).max(initial=0.0)) for array in arrays.values())
-        grid = FixedPoint(bound if bound > 0 or np.isnan(bound) else 1.0, len(nodes), width)
+        if not np.isfinite(bound):
+            raise LocalError("an input has a NaN or an infinite entry")
+        grid = FixedPoint(bound if bound > 0 else 1.0, len(nodes), width)
         vectors = {node: grid.encode(array.reshape(-1)) for node, array in arrays.items()}
     else:
         raise LocalError("inputs must be arrays of integers or floats")

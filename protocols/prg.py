@@ -1,8 +1,8 @@
 """Masks from seeds, as fast as AES.
 
-The stream of a 16-byte seed is cut into chunks of 1 MiB; chunk j is the AES-128-CTR keystream whose initial
-counter block is be96(j) || be32(2). That is what AES-128-GCM with nonce be96(j) adds to its text, and OpenSSL's GCM is the
-faster of the two paths; both give the same bits, and any chunk can be had without the ones before it.
+The stream of a 16-byte seed is cut into chunks of 1 MiB; chunk j is the AES-128-CTR keystream whose initial counter
+block is be96(j) || be32(2). That is what AES-128-GCM with nonce be96(j) adds to its text, and OpenSSL's GCM is the
+faster of the two paths. Both give the same bits, and any chunk can be had without the ones before it.
 """
 
 from __future__ import annotations

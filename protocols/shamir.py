@@ -68,7 +68,7 @@ def _powers(points: tuple[int, ...], threshold: int) -> Floats:
 
 def _product(left: Floats, right: Floats) -> Ints:
     # Every entry is below 2047 * 2^42 < 2^53: the float64 product is exact.
-    return np.fmod(left @ right, P).astype(np.int64)
+    return (left @ right).astype(np.int64) % P
 
 
 def check_points(points: Sequence[int], threshold: int) -> None:

@@ -176,6 +176,8 @@ class SecAggClient:
             return bytes(reader.take(32)), read_advertisements(reader)
 
         seed, rows = decode(request, read)
+        if seed != bytes(32) and (terms.active or is_full(terms, tuple(rows))):
+            raise refuse("malformed", "a graph seed where the server draws no graph")
         self._check_view(state, terms, rows)
         view = keys.digest(b"secagg view", bound, bytes(request))
         present = tuple(rows)

@@ -80,8 +80,8 @@ class SecAgg:
 class SecAggPlus:
     """Secure aggregation over a sparse graph [BBGLR+20]: each node masks with about log n others.
 
-    neighbours: degree k of the graph; None solves k and the threshold from `corrupt` and `dropout`, for 2^-40
-    security and 2^-20 failure. threshold: of a node's k neighbours, a count, a share, or None. In active mode every node chooses
+    neighbours: degree k of the graph; None solves k and the threshold from `corrupt` and `dropout`, for 2^-40 security
+    and 2^-20 failure. threshold: of a node's k neighbours, a count, a share, or None. In active mode every node chooses
     its k neighbours itself, and 2 * threshold > k + c with c the 2^-41 quantile of corrupt ones.
     """
 

@@ -78,8 +78,7 @@ class SecAggServer:
         if self.stage == "advertise":
             return dict.fromkeys(self._terms.session.nodes, self._terms.encode())
         if self.stage == "share":
-            body = head(SHARE, self._bound) + self._seed + encode_advertisements(self._rows)
-            return dict.fromkeys(self._rows, body)
+            return dict.fromkeys(self._rows, self._share_request())
         if self.stage == "mask":
             return {node: self._relay(node) for node in self._sealed}
         if self.stage == "confirm":
@@ -198,9 +197,12 @@ class SecAggServer:
         reduce(self._total, self._terms.session.bits)
         self._result = RingSum(self._total.astype(np.uint64, copy=False), frozenset(self._masked))
 
+    def _share_request(self) -> bytes:
+        drawn = self._seed if not is_full(self._terms, tuple(self._rows)) else bytes(32)
+        return head(SHARE, self._bound) + drawn + encode_advertisements(self._rows)
+
     def _view(self) -> bytes:
-        request = head(SHARE, self._bound) + self._seed + encode_advertisements(self._rows)
-        return keys.digest(b"secagg view", self._bound, request)
+        return keys.digest(b"secagg view", self._bound, self._share_request())
 
     def _edges(self) -> dict[int, set[int]]:
         """For every node that dropped before masking: the survivors that masked with it."""
