@@ -1,0 +1,172 @@
+"""Rules that work coordinate by coordinate: median, trimmed mean and their relatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority, screen
+from privfed.strategies.matrix import Floats, Matrix, as_matrix, flat_vector, run_blocks
+from privfed.strategies.network import by_rank
+
+
+def median(X: Any, f: int | None = None) -> Any:
+    """Return the coordinate-wise median [YCRB18]; the mean of the two middle values when n is even.
+
+    X: n rows of d numbers. Kappa = 4 (1 + f/(n-2f))^2 for every f < n/2 [AFGGPS23]; breakdown point 1/2.
+    Cost: n d log^2 n comparisons, in cache. Errors: Refusal when more rows than f (any minority) are unusable.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("median", rows.count, f)
+        return median_rows(rows)
+
+    return guarded(X, f, body)
+
+
+def trimmed_mean(X: Any, f: int) -> Any:
+    """Return the mean of what is left in each coordinate without its f smallest and f largest values [YCRB18].
+
+    X: n rows of d numbers, n > 2f. Kappa = 6f/(n-2f) (1 + f/(n-2f)) [AFGGPS23]; breakdown point f/n.
+    f is a number of clients, never a share, so that nothing rounds it down to no protection at all.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("trimmed_mean", rows.count, f)
+        return trimmed_rows(rows, f)
+
+    return guarded(X, f, body)
+
+
+def meamed(X: Any, f: int) -> Any:
+    """Return, in each coordinate, the mean of the n-f values nearest to the median [XKG18].
+
+    X: n rows of d numbers, n > 2f. Breakdown point 1/2. Equally near values: the lower one, whatever the order
+    of rows.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("meamed", rows.count, f)
+        return around(rows, rows.count - f, "median", 0)
+
+    return guarded(X, f, body)
+
+
+def phocas(X: Any, f: int) -> Any:
+    """Return, in each coordinate, the mean of the n-f values nearest to the trimmed mean [XKG18b].
+
+    X: n rows of d numbers, n > 2f. Breakdown point f/n. Equally near values: the lower one.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("phocas", rows.count, f)
+        return around(rows, rows.count - f, "trimmed", f)
+
+    return guarded(X, f, body)
+
+
+def mean_around(X: Any, reference: Any, keep: int) -> Any:
+    """Return, in each coordinate, the mean of the `keep` values nearest to `reference`; lowest index on ties.
+
+    X: n rows of d numbers; reference: one row, or one number for all coordinates. 1 <= keep <= n.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        kept = count(keep, rows.count)
+        if not 1 <= kept <= rows.count:
+            raise Refusal(f"mean_around needs 1 <= keep <= n, got keep = {keep} with n = {rows.count} rows")
+        center = flat_vector(reference, rows, "reference")
+        out = np.empty(rows.size, rows.work)
+
+        def columns(start: int, stop: int) -> None:
+            block = rows.block(start, stop).astype(np.float64)
+            order = np.argsort(np.abs(block - center[start:stop]), axis=0, kind="stable")[:kept]
+            out[start:stop] = np.take_along_axis(block, order, axis=0).mean(axis=0)
+
+        run_blocks(rows.size, max(16, rows.width() // 4), columns)
+        return out
+
+    rows = X if isinstance(X, Screened) else as_matrix(X)
+    clean = rows if isinstance(rows, Screened) else screen(rows, (rows.count - 1) // 2)
+    return guarded(clean, None, body)
+
+
+def median_rows(rows: Matrix) -> Floats:
+    """Return the median of every column."""
+    n = rows.count
+    low, high = (n - 1) // 2, n // 2
+
+    def few(ranked: list[Floats]) -> Floats:
+        return ranked[low] if low == high else _middle(ranked[low], ranked[high])
+
+    def many(ranked: Floats) -> Floats:
+        return ranked[:, low] if low == high else _middle(ranked[:, low], ranked[:, high])
+
+    return by_rank(rows, (low, high), few, many)
+
+
+def trimmed_rows(rows: Matrix, f: int) -> Floats:
+    """Return the mean of ranks f..n-f-1 of every column."""
+    n = rows.count
+    share = 1.0 / (n - 2 * f)
+
+    def few(ranked: list[Floats]) -> Floats:
+        return _sum_rows(ranked[f : n - f]) * share
+
+    def many(ranked: Floats) -> Floats:
+        return _sum_ranks(ranked[:, f : n - f]) * share
+
+    return by_rank(rows, tuple(range(f, n - f)), few, many)
+
+
+def around(rows: Matrix, keep: int, reference: str, f: int) -> Floats:
+    """Return the mean of the `keep` values of every column nearest to its median, or its f-trimmed mean.
+
+    They are neighbours in rank order: a window, which moves up while the value above it is nearer than its
+    lowest. Values are selected, never subtracted from running sums, where one outlier would cancel the rest.
+    """
+    n = rows.count
+    shifts = n - keep
+
+    def few(ranked: list[Floats]) -> Floats:
+        if reference == "median":
+            low, high = ranked[(n - 1) // 2], ranked[n // 2]
+            middle = low if n % 2 else _middle(low, high)
+        else:
+            middle = (_sum_rows(ranked[f : n - f]) * (1.0 / (n - 2 * f))).astype(rows.work)
+        window = ranked[:keep]
+        for i in range(shifts):
+            entering = ranked[i + keep]
+            # a later move implies all earlier ones, so a slot's newest value is the right one
+            moved = entering - middle < middle - ranked[i]
+            window[i % keep] = np.where(moved, entering, window[i % keep])
+        return _sum_rows(window) * (1.0 / keep)
+
+    def many(ranked: Floats) -> Floats:
+        return few(list(np.array(ranked.T, order="C")))
+
+    return by_rank(rows, tuple(range(n)), few, many)
+
+
+def _middle(low: Floats, high: Floats) -> Floats:
+    return low * low.dtype.type(0.5) + high * high.dtype.type(0.5)
+
+
+def _sum_rows(rows: list[Floats]) -> Floats:
+    """Return the sum of equally long rows: sums of eight in their own dtype, those in float64."""
+    total = np.zeros(rows[0].shape)
+    for low in range(0, len(rows), 8):
+        part = rows[low].copy()
+        for row in rows[low + 1 : low + 8]:
+            part += row
+        total += part
+    return total
+
+
+def _sum_ranks(ranked: Floats) -> Floats:
+    ones = np.ones(ranked.shape[1], ranked.dtype)
+    total = np.zeros(len(ranked))
+    for low in range(0, ranked.shape[1], 32):
+        total += ranked[:, low : low + 32] @ ones[low : low + 32]
+    return total

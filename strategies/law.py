@@ -1,0 +1,121 @@
+"""What each rule promises about its output, in one table that the tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from privfed.strategies import coordinate, middle, mixing, selection, spectral, trust
+from privfed.strategies.matrix import as_matrix, full_row
+
+Apply = Callable[[Any, int], Any]
+Kappa = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The laws of one rule, with parameters as `apply(X, f)` fixes them.
+
+    least: the fewest rows for this f. translation: F(X + t) = F(X) + t. scale: F(c X) = c F(X), any c > 0 (with
+    parameters that are lengths scaled too, in `apply`, by the row norms). permutation: the order of rows does
+    not matter when there are no ties. idempotence: equal rows give that row. range: every coordinate stays
+    between its least and greatest value. robust: outliers of any size move it by a bounded amount only.
+    kappa: for every S of n-f rows, |F(X) - mean_S|^2 <= kappa(n, f) * variance_S.
+    """
+
+    apply: Apply
+    least: Callable[[int], int]
+    translation: bool = True
+    scale: bool = True
+    permutation: bool = True
+    idempotence: bool = True
+    range: bool = True
+    robust: bool = True
+    kappa: Kappa | None = None
+
+
+def kappa_trimmed(n: int, f: int) -> float:
+    """Return 6f/(n-2f) (1 + f/(n-2f)), of the trimmed mean [AFGGPS23]."""
+    return 6 * f / (n - 2 * f) * (1 + f / (n - 2 * f))
+
+
+def kappa_krum(n: int, f: int) -> float:
+    """Return 6 (1 + f/(n-2f)), of Krum with n-f neighbours, itself included [AFGGPS23]."""
+    return 6 * (1 + f / (n - 2 * f))
+
+
+def kappa_median(n: int, f: int) -> float:
+    """Return 4 (1 + f/(n-2f))^2, of the coordinate-wise and the geometric median [AFGGPS23]."""
+    return 4 * (1 + f / (n - 2 * f)) ** 2
+
+
+def mixed_kappa(kappa: Kappa) -> Kappa:
+    """Return 8f/(n-f) (kappa + 1): of a rule behind nearest-neighbour mixing [AFGGPS23]."""
+    return lambda n, f: 8 * f / (n - f) * (kappa(n, f) + 1)
+
+
+def majority(f: int) -> int:
+    """Return 2f + 1."""
+    return 2 * f + 1
+
+
+def _radius(X: Any) -> float:
+    """Return the median norm of rows: a length that scales with them."""
+    rows = as_matrix(X)
+    norms = [float(np.linalg.norm(np.nan_to_num(full_row(rows, i).astype(np.float64)))) for i in range(rows.count)]
+    return max(float(np.median(norms)), 1e-300)
+
+
+def _after_mixing(rule: Apply) -> Apply:
+    return lambda X, f: rule(mixing.lazy_mixing(X, f), f)
+
+
+def _origin_law(apply: Apply, *, idempotence: bool = True, range: bool = False) -> Law:
+    """Return the law of a rule on updates, which looks at norms or directions about zero."""
+    return Law(apply, majority, translation=False, idempotence=idempotence, range=range)
+
+
+LAWS: dict[str, Law] = {
+    "mean": Law(lambda X, f: middle.mean(X), lambda f: 1, robust=False),
+    "weighted_mean": Law(
+        lambda X, f: middle.weighted_mean(X, np.arange(1, 1 + as_matrix(X).count)),
+        lambda f: 1,
+        permutation=False,
+        robust=False,
+    ),
+    "median": Law(lambda X, f: coordinate.median(X), majority, kappa=kappa_median),
+    "trimmed_mean": Law(coordinate.trimmed_mean, majority, kappa=kappa_trimmed),
+    "meamed": Law(coordinate.meamed, majority),
+    "phocas": Law(coordinate.phocas, majority),
+    "krum": Law(selection.krum, lambda f: 2 * f + 3),
+    "krum_allouah": Law(
+        lambda X, f: selection.krum(X, f, neighbours=as_matrix(X).count - f - 1), majority, kappa=kappa_krum
+    ),
+    "multi_krum": Law(selection.multi_krum, lambda f: 2 * f + 3),
+    "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3),
+    "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority),
+    "monna": Law(selection.monna, majority, permutation=False),
+    "cge": Law(selection.cge, majority, translation=False),
+    "smea": Law(spectral.smea, majority),
+    "caf": Law(spectral.caf, majority),
+    "dnc": Law(spectral.dnc, majority),
+    "geometric_median": Law(lambda X, f: middle.geometric_median(X), majority, kappa=kappa_median),
+    "centered_clipping": _origin_law(lambda X, f: middle.centered_clipping(X, _radius(X), steps=2)),
+    "norm_bounding": _origin_law(lambda X, f: middle.norm_bounding(X, _radius(X))),
+    "fltrust": _origin_law(lambda X, f: trust.fltrust(X, full_row(as_matrix(X), 0))),
+    "foolsgold": _origin_law(lambda X, f: trust.foolsgold(X), idempotence=False),
+    "flame": _origin_law(lambda X, f: trust.flame(X)),
+    "nnm+trimmed_mean": Law(_after_mixing(coordinate.trimmed_mean), majority, kappa=mixed_kappa(kappa_trimmed)),
+    "nnm+median": Law(_after_mixing(lambda X, f: coordinate.median(X)), majority, kappa=mixed_kappa(kappa_median)),
+    "nnm+geometric_median": Law(
+        _after_mixing(lambda X, f: middle.geometric_median(X)), majority, kappa=mixed_kappa(kappa_median)
+    ),
+    "nnm+krum": Law(
+        _after_mixing(lambda X, f: selection.krum(X, f, neighbours=X.rows.count - f - 1)),
+        majority,
+        kappa=mixed_kappa(kappa_krum),
+    ),
+}

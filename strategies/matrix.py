@@ -1,0 +1,291 @@
+"""Rows of equal length, read in blocks of columns and never stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Wrap: TypeAlias = Callable[[Floats], Any]
+
+# 2 MiB of scratch stays inside a core's second-level cache, which is what makes blocks pay.
+SCRATCH_BYTES = 2 << 20
+_threads: ContextVar[int] = ContextVar("threads", default=1)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let the rules called inside use `count` threads; results do not depend on it."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
+
+
+def run_blocks(size: int, width: int, task: Callable[[int, int], None]) -> None:
+    """Call `task(start, stop)` for every block of `width` columns, on the threads allowed."""
+    starts = range(0, size, width)
+    count = min(_threads.get(), len(starts))
+    if count <= 1:
+        for start in starts:
+            task(start, min(start + width, size))
+        return
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda start: task(start, min(start + width, size)), starts))
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """n rows of d numbers each: a 2-D array (memory maps too), or rows made of flat segments.
+
+    `dtype` is the type results are returned in, `work` the one blocks are read in: float16 computes in
+    float32, integers in float64. `wrap` gives a flat result the form of one row of the input. `clean` says that
+    the rows were screened.
+    """
+
+    count: int
+    size: int
+    dtype: np.dtype[Any]
+    wrap: Wrap = field(repr=False)
+    array: NDArray[Any] | None = field(default=None, repr=False)
+    rows: tuple[tuple[NDArray[Any], ...], ...] = field(default=(), repr=False)
+    clean: bool = False
+
+    @property
+    def work(self) -> np.dtype[Any]:
+        """Return the dtype in which blocks are read."""
+        return np.dtype(np.float32) if self.dtype in (np.float16, np.float32) else np.dtype(np.float64)
+
+    @property
+    def direct(self) -> bool:
+        """Say whether a block is a view of the input and costs no copy."""
+        return self.array is not None and self.array.dtype == self.work
+
+    def width(self, most: int = 8192) -> int:
+        """Return how many columns a block of all rows may have to stay within the scratch budget."""
+        fit = SCRATCH_BYTES // (max(self.count, 1) * self.work.itemsize)
+        return max(16, min(most, fit) // 16 * 16)
+
+    def block(self, start: int, stop: int) -> Floats:
+        """Return columns start..stop of all rows: a view where possible, never to be written to."""
+        if self.array is not None:
+            return self.array[:, start:stop].astype(self.work, copy=False)
+        out = np.empty((self.count, stop - start), self.work)
+        for i in range(self.count):
+            self._copy(i, start, stop, out[i])
+        return out
+
+    def row(self, index: int, start: int, stop: int) -> Floats:
+        """Return columns start..stop of one row."""
+        if self.array is not None:
+            return self.array[index, start:stop].astype(self.work, copy=False)
+        out = np.empty(stop - start, self.work)
+        self._copy(index, start, stop, out)
+        return out
+
+    def take(self, index: Sequence[int] | NDArray[np.intp]) -> Matrix:
+        """Return the chosen rows, as views."""
+        array = self.array
+        rows = tuple(self.rows[i] if array is None else (array[i],) for i in index)
+        return Matrix(len(rows), self.size, self.dtype, self.wrap, None, rows, self.clean)
+
+    def append(self, vector: Floats) -> Matrix:
+        """Return the rows with one more, flat, behind them."""
+        rows = tuple((r,) for r in self.array) if self.array is not None else self.rows
+        return Matrix(self.count + 1, self.size, self.dtype, self.wrap, None, (*rows, (vector,)), self.clean)
+
+    def _copy(self, index: int, start: int, stop: int, out: Floats) -> None:
+        at = 0
+        for segment in self.rows[index]:
+            low, high = max(start - at, 0), min(stop - at, segment.size)
+            if low < high:
+                out[at + low - start : at + high - start] = segment[low:high]
+            at += segment.size
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed(Matrix):
+    """Rows `o + W (x - o)` of another matrix, made block by block when they are read.
+
+    W is (rows, rows of source), or one factor a row. The origin o is a row of the source (an index) or a flat
+    vector; mixing about it keeps float32 rounding at the scale of the differences, not of the model.
+    """
+
+    source: Matrix | None = None
+    weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    origin: int | Floats | None = None
+    known: Any = None  # the Gram of the source, where it was needed to find W
+
+    @property
+    def direct(self) -> bool:
+        """Say that every block is made."""
+        return False
+
+    def block(self, start: int, stop: int) -> Floats:
+        """Return columns start..stop of the mixed rows."""
+        assert self.source is not None
+        centred, origin = centred_block(self.source, start, stop, self.origin)
+        factor = self.weights.astype(self.work)
+        made = centred * factor[:, None] if factor.ndim == 1 else factor @ centred
+        return made if origin is None else np.add(made, origin, out=made)
+
+    def row(self, index: int, start: int, stop: int) -> Floats:
+        """Return columns start..stop of one mixed row."""
+        return np.asarray(self.block(start, stop)[index])
+
+    def take(self, index: Sequence[int] | NDArray[np.intp]) -> Matrix:
+        """Return the chosen mixed rows; they stay lazy."""
+        chosen = np.asarray(index, dtype=np.intp)
+        weights, source = self.weights[chosen], self.source
+        assert source is not None
+        if weights.ndim == 1:
+            source = source.take(chosen)
+        return mixed(source, weights, self.origin, self.known)
+
+    def append(self, vector: Floats) -> Matrix:
+        """Return all rows, made, with one more behind them."""
+        return dense(self).append(vector)
+
+
+def mixed(source: Matrix, weights: NDArray[np.float64], origin: int | Floats | None, known: Any = None) -> Mixed:
+    """Return the lazy matrix of rows `o + W (x - o)`."""
+    shape = (len(weights), source.size, source.dtype, source.wrap)
+    return Mixed(*shape, None, (), True, source, weights, origin, known)
+
+
+def centred_block(matrix: Matrix, start: int, stop: int, origin: int | Floats | None) -> tuple[Floats, Floats | None]:
+    """Return columns start..stop less the origin (a row's index or a flat vector), and that origin's part."""
+    block = matrix.block(start, stop)
+    if origin is None:
+        return block, None
+    part = matrix.row(origin, start, stop) if isinstance(origin, int) else origin[start:stop]
+    if matrix.work == np.float32 and part.dtype != np.float32:
+        return np.subtract(block, part, dtype=np.float64).astype(np.float32), part.astype(np.float32)
+    return np.subtract(block, part), part
+
+
+def full_row(matrix: Matrix, index: int) -> Floats:
+    """Return one row, whole; ValueError when there is none of that index."""
+    if not -matrix.count <= index < matrix.count:
+        raise ValueError(f"X has {matrix.count} rows, there is no row {index}")
+    return np.array(matrix.row(index % matrix.count, 0, matrix.size))
+
+
+def dense(matrix: Matrix) -> Matrix:
+    """Return the same rows as one array in memory."""
+    out = np.empty((matrix.count, matrix.size), matrix.dtype)
+
+    def fill(start: int, stop: int) -> None:
+        out[:, start:stop] = matrix.block(start, stop)
+
+    run_blocks(matrix.size, matrix.width(), fill)
+    return Matrix(matrix.count, matrix.size, matrix.dtype, matrix.wrap, out, clean=matrix.clean)
+
+
+def as_matrix(X: Any) -> Matrix:
+    """Read an array (n, ...), a list of equal arrays, or a list of lists of layers as a Matrix.
+
+    Errors: ValueError names the first row whose shape or dtype differs, an empty input, or a dtype that is no
+    real number. Nothing is promoted: one float16 row among float32 rows is refused.
+    """
+    if isinstance(X, Matrix):
+        return X
+    if isinstance(X, np.ndarray):
+        return _from_array(X)
+    rows = list(X)
+    if not rows:
+        raise ValueError("X has no rows; a rule needs at least one")
+    if all(isinstance(r, np.ndarray) for r in rows):
+        return _from_rows(rows)
+    if all(isinstance(r, list | tuple) and len(r) > 0 and isinstance(r[0], np.ndarray) for r in rows):
+        return _from_layers([list(r) for r in rows])
+    try:
+        return _from_array(np.asarray(rows, dtype=np.float64))
+    except (ValueError, TypeError) as error:
+        lengths = [len(r) if hasattr(r, "__len__") else 0 for r in rows]
+        odd = next((i for i, k in enumerate(lengths) if k != lengths[0]), None)
+        where = "" if odd is None else f": row {odd} has {lengths[odd]} entries, row 0 has {lengths[0]}"
+        raise ValueError(f"X is not a matrix of numbers{where}") from error
+
+
+def flat_vector(vector: Any, matrix: Matrix, name: str) -> Floats:
+    """Return a row-shaped vector (array, or list of layers) flat; ValueError names it when sizes differ."""
+    if isinstance(vector, list | tuple) and vector and isinstance(vector[0], np.ndarray):
+        vector = np.concatenate([np.asarray(part).reshape(-1) for part in vector])
+    flat = np.asarray(vector).reshape(-1)
+    if flat.dtype.kind != "f":
+        flat = flat.astype(np.float64)
+    if flat.size == 1 and matrix.size != 1:
+        flat = np.full(matrix.size, flat[0])
+    if flat.size != matrix.size:
+        raise ValueError(f"{name} has {flat.size} numbers, each row of X has {matrix.size}")
+    if not np.isfinite(flat).all():
+        raise ValueError(f"{name} is not finite")
+    return flat
+
+
+def _kind(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if dtype.kind == "f" and dtype.itemsize <= 8:
+        return dtype.newbyteorder("=")
+    if dtype.kind in "iub":
+        return np.dtype(np.float64)
+    raise ValueError(f"X has dtype {dtype}; a rule needs real numbers (float16, float32, float64 or integers)")
+
+
+def _from_array(X: NDArray[Any]) -> Matrix:
+    if X.ndim == 0 or len(X) == 0:
+        raise ValueError(f"X has shape {X.shape}; a rule needs at least one row")
+    shape = X.shape[1:]
+    flat = X if X.ndim == 2 else X.reshape(len(X), -1)
+    if flat.size and flat.strides[-1] != flat.itemsize and flat.shape[1] > 1:
+        flat = np.ascontiguousarray(flat)  # blocks of a transposed input would stride across the whole of it
+    dtype = _kind(X.dtype)
+    return Matrix(len(X), flat.shape[1], dtype, lambda out: _shaped(out, shape), flat)
+
+
+def _from_rows(rows: list[NDArray[Any]]) -> Matrix:
+    first = rows[0]
+    for i, row in enumerate(rows):
+        if row.shape != first.shape or row.dtype != first.dtype:
+            raise ValueError(
+                f"row {i} of X has shape {row.shape} and dtype {row.dtype}; "
+                f"row 0 has shape {first.shape} and dtype {first.dtype}"
+            )
+    flat = tuple((row.reshape(-1),) for row in rows)
+    dtype = _kind(first.dtype)
+    return Matrix(len(rows), first.size, dtype, lambda out: _shaped(out, first.shape), None, flat)
+
+
+def _from_layers(rows: list[list[NDArray[Any]]]) -> Matrix:
+    kinds = [(layer.shape, layer.dtype) for layer in rows[0]]
+    for i, row in enumerate(rows):
+        if [(layer.shape, layer.dtype) for layer in row] != kinds:
+            raise ValueError(f"the layers of row {i} of X differ in number, shape or dtype from those of row 0")
+    if len({dtype for _, dtype in kinds}) != 1:
+        raise ValueError(f"the layers of X mix dtypes {sorted({str(t) for _, t in kinds})}; aggregate each apart")
+
+    def wrap(out: Floats) -> list[Any]:
+        parts, at = [], 0
+        for shape, _ in kinds:
+            size = int(np.prod(shape))
+            parts.append(_shaped(out[at : at + size], shape))
+            at += size
+        return parts
+
+    flat = tuple(tuple(layer.reshape(-1) for layer in row) for row in rows)
+    size = sum(segment.size for segment in flat[0])
+    return Matrix(len(rows), size, _kind(kinds[0][1]), wrap, None, flat)
+
+
+def _shaped(out: Floats, shape: tuple[int, ...]) -> Any:
+    return out.reshape(shape) if shape else out.reshape(-1)[0]

@@ -1,0 +1,183 @@
+"""Rules that find a middle: means, norm bounding, centred clipping, the geometric median."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram, weighted_sum
+from privfed.strategies.guard import Refusal, Screened, guarded, require_majority, taint_check
+from privfed.strategies.matrix import Floats, Matrix, as_matrix, run_blocks
+
+CONVERGED = 1e-9
+
+
+def mean(X: Any) -> Any:
+    """Return the plain mean of rows. It tolerates no Byzantine client: Refusal when one row is unusable."""
+    return weighted_mean(X, None)
+
+
+def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> Any:
+    """Return sum_i w_i x_i / sum_i w_i; equal weights when none are given [MMRHA17].
+
+    cap: the most any one weight may count, in units of the median weight: a client that claims 1e9 examples then
+    weighs no more than `cap` ordinary ones. Not robust: one row decides the result. Errors: Refusal when a row
+    holds NaN, infinity or a huge number; ValueError for weights that are negative, not finite or all zero.
+    """
+    rows = X.rows if isinstance(X, Screened) else as_matrix(X)
+    factor = _shares(weights, rows.count, cap)
+
+    def body(rows: Matrix, f: int) -> Floats:
+        out = np.empty(rows.size, rows.work)
+        scaled = factor.astype(rows.work)
+
+        def columns(start: int, stop: int) -> None:
+            block = rows.block(start, stop)
+            taint_check(rows, block)
+            out[start:stop] = weighted_sum(block, scaled)
+
+        run_blocks(rows.size, rows.width(16384), columns)
+        return out
+
+    return guarded(X, None if isinstance(X, Screened) else 0, body)
+
+
+def clip_weights(G: Square | Gram, radius: float, steps: int = 1) -> Vector:
+    """Return the weights w of `steps` of centred clipping from the origin: the result is w @ X [KHJ21].
+
+    G: inner products of x_i - v_0 about the starting point v_0. Weights sum to at most one.
+    """
+    inner = as_gram(G).origin
+    n = len(inner)
+    return _clip(np.pad(inner, ((0, 1), (0, 1))), radius, steps)[:n]
+
+
+def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1) -> Any:
+    """Return v after `steps` of v <- v + mean_i (x_i - v) min(1, radius / |x_i - v|), from v = center [KHJ21].
+
+    center: the last aggregate, or the global model; zero by default, right for updates. It keeps no state. With
+    c = the distance allowed by honest variance the error is O(f/n) of it; breakdown point 1/2. radius > 0.
+    """
+    if not radius > 0:
+        raise ValueError(f"radius must be positive, got {radius}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+    def body(rows: Matrix, f: int) -> Floats:
+        start = center_of(rows, 0.0 if center is None else center)
+        assert start is not None
+        start = start.astype(rows.work, copy=False)
+        origin = start if center is not None else None
+        G = gram(rows, origin)
+        if steps == 1:
+            weights = _clip(np.pad(G.origin, ((0, 1), (0, 1))), radius, 1)
+        else:
+            weights = _clip(gram(rows.append(start)).inner, radius, steps)
+        return combine(rows, weights[:-1], origin)
+
+    return guarded(X, None, body)
+
+
+def norm_bounding(X: Any, bound: float, *, center: Any = None) -> Any:
+    """Return the mean of updates scaled down to norm `bound` [SKSM19]: one client moves it by bound / n at most.
+
+    X: n updates, or n models with center = the global model.
+    """
+    return centered_clipping(X, bound, center, 1)
+
+
+def geometric_median_weights(G: Square | Gram, *, tolerance: float = CONVERGED, most: int = 5000) -> Vector:
+    """Return the weights w of the geometric median: w @ X has the least sum of distances to the rows [Wei37].
+
+    Weiszfeld's iteration from the row that is best itself, left by the rule of [VZ00]; stops when the residual
+    of the optimality condition is at most `tolerance` a row. Weights sum to one.
+    """
+    gram_ = as_gram(G)
+    inner, root = gram_.inner, np.sqrt(gram_.distance)
+    n = len(inner)
+    best = int(np.argmin(root.sum(axis=1)))
+    away = root[best] > 0
+    if not away.any():
+        return _unit(n, best)
+    toward = np.where(away, 1.0 / np.where(away, root[best], 1.0), 0.0)
+    moved = inner - inner[:, [best]] - inner[[best], :] + inner[best, best]
+    pull2 = max(float(toward @ moved @ toward), 0.0)
+    ties = n - int(away.sum())
+    if pull2 <= ties**2:
+        return _unit(n, best)
+    step = (1.0 - ties / np.sqrt(pull2)) / toward.sum()
+    weights = step * toward
+    weights[best] += 1.0 - weights.sum()
+    return _weiszfeld(inner, weights, tolerance, most)
+
+
+def geometric_median(X: Any, f: int | None = None, *, center: Any = None) -> Any:
+    """Return the point of least total distance to the rows (RFA without smoothing), converged [PKH22].
+
+    X: n rows of d numbers. Kappa = 4 (1 + f/(n-2f))^2 for every f < n/2 [AFGGPS23]; breakdown point 1/2. Rotation
+    and translation move it along. Cost: one Gram matrix; the iterations are n^2 each.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("geometric_median", rows.count, f)
+        G = gram(rows, center_of(rows, center))
+        return combine(rows, geometric_median_weights(G), G.medoid)
+
+    return guarded(X, f, body)
+
+
+def _weiszfeld(inner: Square, weights: Vector, tolerance: float, most: int) -> Vector:
+    norm = np.diagonal(inner)
+    scale = float(np.median(norm)) or float(norm.max())
+    tiny = (1e-14 * scale) or 1e-300
+    for _ in range(most):
+        image = inner @ weights
+        squared = norm - 2 * image + weights @ image
+        pulls = 1.0 / np.sqrt(np.maximum(squared, tiny))
+        after = pulls / pulls.sum()
+        change = after - weights
+        # |z' - z| times the sum of pulls is the norm of the gradient, at most n and zero at the optimum
+        residual = np.sqrt(max(float(change @ inner @ change), 0.0)) * float(pulls.sum())
+        weights = after
+        if residual <= tolerance * len(norm):
+            break
+    return weights
+
+
+def _clip(inner: Square, radius: float, steps: int) -> Vector:
+    """Return affine weights of rows and, last, the starting point; inner products about any one origin."""
+    n = len(inner) - 1
+    weights = _unit(n + 1, n)
+    norm = np.diagonal(inner)
+    for _ in range(steps):
+        image = inner @ weights
+        length = np.sqrt(np.maximum(norm - 2 * image + weights @ image, 0.0))[:n]
+        factor = np.minimum(1.0, radius / np.maximum(length, np.finfo(np.float64).tiny)) / n
+        weights = weights * (1.0 - factor.sum())
+        weights[:n] += factor
+    return weights
+
+
+def _unit(n: int, index: int) -> Vector:
+    weights = np.zeros(n)
+    weights[index] = 1.0
+    return weights
+
+
+def _shares(weights: Any, n: int, cap: float | None) -> Vector:
+    if weights is None:
+        return np.full(n, 1.0 / n)
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (n,):
+        raise ValueError(f"weights must be one number a row: X has {n} rows, weights has shape {values.shape}")
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if len(bad):
+        raise ValueError(f"weights[{bad[0]}] is {values[bad[0]]}; weights must be finite and not negative")
+    if cap is not None:
+        positive = values[values > 0]
+        values = np.minimum(values, cap * np.median(positive)) if len(positive) else values
+    total = values.sum()
+    if not total > 0:
+        raise Refusal("weights are all zero; there is nothing to average")
+    return np.asarray(values / total)

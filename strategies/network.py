@@ -1,0 +1,82 @@
+"""Order statistics of columns: a pruned sorting network for few rows, transposed row sorts for many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+
+from privfed.strategies.guard import taint_check
+from privfed.strategies.matrix import Floats, Matrix, run_blocks
+
+Comparator: TypeAlias = tuple[int, int, bool, bool]  # rows a < b; keep the minimum in a, the maximum in b
+Finish: TypeAlias = Callable[[list[Floats]], Floats]
+
+# Above this many rows the comparators cost more than numpy's vectorised sort of contiguous rows.
+NETWORK_ROWS = 64
+
+
+@lru_cache(maxsize=128)
+def comparators(n: int, ranks: tuple[int, ...]) -> tuple[Comparator, ...]:
+    """Return Batcher's odd-even merge network for n inputs, less what the given output ranks do not need [Bat68]."""
+    pairs = []
+    p = 1
+    while p < n:
+        k = p
+        while k >= 1:
+            for j in range(k % p, n - k, 2 * k):
+                for i in range(j, min(j + k, n - k)):
+                    if i // (2 * p) == (i + k) // (2 * p):
+                        pairs.append((i, i + k))
+            k //= 2
+        p *= 2
+    needed, kept = set(ranks), []
+    for a, b in reversed(pairs):
+        if a in needed or b in needed:
+            kept.append((a, b, a in needed, b in needed))
+            needed |= {a, b}
+    return tuple(reversed(kept))
+
+
+def run_network(network: tuple[Comparator, ...], rows: list[Floats], spare: Floats) -> list[Floats]:
+    """Apply a network to rows in place and return them in rank order; `spare` is one more row of scratch."""
+    rows = list(rows)
+    for a, b, low, high in network:
+        if low and high:
+            np.minimum(rows[a], rows[b], out=spare)
+            np.maximum(rows[a], rows[b], out=rows[b])
+            rows[a], spare = spare, rows[a]
+        elif low:
+            np.minimum(rows[a], rows[b], out=rows[a])
+        else:
+            np.maximum(rows[a], rows[b], out=rows[b])
+    return rows
+
+
+def by_rank(matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Callable[[Floats], Floats]) -> Floats:
+    """Sort every column and return what a finisher makes of it: one number a column.
+
+    few: takes the rows in rank order (only `ranks` are right), each one block wide, and may write to them.
+    many: takes columns as sorted rows, shape (columns of the block, n).
+    """
+    out = np.empty(matrix.size, matrix.work)
+    n = matrix.count
+    small = n <= NETWORK_ROWS
+    network = comparators(n, ranks) if small else ()
+
+    def columns(start: int, stop: int) -> None:
+        block = matrix.block(start, stop)
+        taint_check(matrix, block)
+        if small:
+            scratch = np.empty((n + 1, stop - start), matrix.work)
+            scratch[:n] = block
+            out[start:stop] = few(run_network(network, list(scratch[:n]), scratch[n]))
+        else:
+            turned = np.array(block.T, order="C")
+            turned.sort(axis=1)
+            out[start:stop] = many(turned)
+
+    run_blocks(matrix.size, matrix.width(16384) if small else matrix.width(2048), columns)
+    return out

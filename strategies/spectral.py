@@ -1,0 +1,151 @@
+"""Rules that look for the direction in which rows disagree most: SMEA, CAF, DnC."""
+
+from __future__ import annotations
+
+from itertools import combinations, islice
+from math import comb
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram
+from privfed.strategies.guard import Refusal, guarded, index_set, require, require_majority
+from privfed.strategies.matrix import Floats, Matrix
+
+SUBSETS = 200_000
+
+
+def smea_weights(G: Square | Gram, f: int, budget: int = SUBSETS) -> Vector:
+    """Return equal weights on the n-f rows whose covariance has the least top eigenvalue [AGPS23].
+
+    Looks at all C(n, f) sets; Refusal when they are more than `budget`. First in dictionary order on ties.
+    """
+    inner = as_gram(G).inner
+    n = len(inner)
+    if comb(n, f) > budget:
+        raise Refusal(f"smea would look at C({n}, {f}) = {comb(n, f)} sets, more than {budget}; use caf instead")
+    sets = combinations(range(n), n - f)
+    best, chosen = np.inf, np.arange(n - f)
+    while batch := list(islice(sets, 4096)):
+        index = np.array(batch, dtype=np.intp)
+        part = inner[index[:, :, None], index[:, None, :]]
+        part = part - part.mean(axis=1, keepdims=True)
+        part = part - part.mean(axis=2, keepdims=True)
+        top = np.linalg.eigvalsh((part + part.transpose(0, 2, 1)) / 2)[:, -1]
+        first = int(np.argmin(top))
+        if top[first] < best * (1 - 1e-12):
+            best, chosen = float(top[first]), index[first]
+    return index_set(chosen, n)
+
+
+def smea(X: Any, f: int, *, budget: int = SUBSETS, center: Any = None) -> Any:
+    """Return the mean of the n-f rows of least variance in their worst direction [AGPS23].
+
+    X: n rows of d numbers, n > 2f, few enough that C(n, f) sets can be looked at. Its error is bounded by the top
+    eigenvalue of honest covariance, not by its trace: the rule that stays useful under noise added for privacy.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("smea", rows.count, f)
+        return combine(rows, smea_weights(gram(rows, center_of(rows, center)), f, budget))
+
+    return guarded(X, f, body)
+
+
+def caf_weights(G: Square | Gram, f: int) -> Vector:
+    """Return the weights of the covariance-bound agnostic filter [AGS25].
+
+    Rows lose weight in proportion to their squared projection on the worst direction, until n-2f of it is left;
+    the weights at which that direction's variance was least are returned, summing to one.
+    """
+    inner = as_gram(G).inner
+    n = len(inner)
+    left, best, chosen = np.ones(n), np.inf, np.full(n, 1.0 / n)
+    while left.sum() > n - 2 * f:
+        share = left / left.sum()
+        image = inner @ share
+        centred = inner - image[:, None] - image[None, :] + share @ image
+        root = np.sqrt(share)
+        values, vectors = np.linalg.eigh(root[:, None] * centred * root[None, :])
+        if values[-1] < best:
+            best, chosen = float(values[-1]), share
+        spread = (centred @ (root * vectors[:, -1])) ** 2
+        if not spread.max() > 0:
+            break
+        left = left * (1.0 - spread / spread.max())
+    return chosen
+
+
+def caf(X: Any, f: int, *, center: Any = None) -> Any:
+    """Return the mean left by a filter that needs no bound on honest covariance [AGS25].
+
+    X: n rows of d numbers, n > 2f. Polynomial where SMEA is exponential: at most n eigenvalue problems of n x n.
+    """
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("caf", rows.count, f)
+        G = gram(rows, center_of(rows, center))
+        return combine(rows, caf_weights(G, f), G.medoid)
+
+    return guarded(X, f, body)
+
+
+def dnc_rows(G: Square | Gram, remove: int) -> NDArray[np.intp]:
+    """Return all rows but the `remove` with the greatest projection on the top direction about the mean [SH21]."""
+    inner = as_gram(G).inner
+    n = len(inner)
+    centred = inner - inner.mean(axis=0) - inner.mean(axis=1)[:, None] + inner.mean()
+    _, vectors = np.linalg.eigh((centred + centred.T) / 2)
+    scores = (centred @ vectors[:, -1]) ** 2
+    return np.sort(np.argsort(scores, kind="stable")[: n - remove])
+
+
+def dnc(
+    X: Any,
+    f: int,
+    *,
+    rng: np.random.Generator | None = None,
+    dimension: int = 10_000,
+    iterations: int = 1,
+    share: float = 1.0,
+) -> Any:
+    """Return the mean of rows that divide-and-conquer never finds extreme [SH21].
+
+    Each iteration projects `dimension` random coordinates on their top direction and drops the share * f most
+    extreme rows; rows dropped never are averaged. X: n > 2f rows, n > iterations * ceil(share * f). rng draws
+    coordinates: without one all coordinates are used, and one iteration says it all.
+    """
+    if rng is None and iterations != 1:
+        raise ValueError("iterations beyond the first need rng: without it every iteration sees the same coordinates")
+
+    def body(rows: Matrix, f: int) -> Floats:
+        require_majority("dnc", rows.count, f)
+        drop = int(np.ceil(share * f))
+        require("dnc", rows.count, f, iterations * drop + 1, "iterations * ceil(share * f) + 1")
+        good = np.ones(rows.count, dtype=bool)
+        whole = rng is None or dimension >= rows.size
+        G = gram(rows)  # also what notices unusable rows, on every coordinate
+        for _ in range(iterations):
+            if not whole:
+                assert rng is not None
+                G = gram(_columns(rows, np.sort(rng.choice(rows.size, dimension, replace=False))))
+            kept = np.zeros(rows.count, dtype=bool)
+            kept[dnc_rows(G, drop)] = True
+            good &= kept
+        return combine(rows, index_set(np.flatnonzero(good), rows.count), G.medoid)
+
+    return guarded(X, f, body)
+
+
+def _columns(rows: Matrix, index: NDArray[np.intp]) -> Matrix:
+    picked = np.empty((rows.count, len(index)), rows.work)
+    for i in range(rows.count):
+        if rows.array is not None:
+            picked[i] = rows.array[i, index]
+        else:
+            for at in range(0, rows.size, 1 << 18):
+                stop = min(at + (1 << 18), rows.size)
+                low, high = np.searchsorted(index, [at, stop])
+                picked[i, low:high] = rows.row(i, at, stop)[index[low:high] - at]
+    return Matrix(rows.count, len(index), rows.dtype, rows.wrap, picked, clean=rows.clean)
