@@ -184,7 +184,8 @@ def without_floors(policy: Policy) -> Policy:
     ],
 )
 def test_each_break_is_named(protocol: Spoiled, checks: set[str]) -> None:
-    report = check_protocol(protocol, sizes=(3,), bits=(16,), raise_on_failure=False)
+    size = 3 if "second-views" in checks else 2  # who is left must still be enough
+    report = check_protocol(protocol, sizes=(size,), bits=(16,), raise_on_failure=False)
     named = {check for check, _ in report.problems}
     assert checks <= named
     # A break may show in more than one place, not everywhere: the suite says where to look.

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from privfed.protocols import graph
+from privfed.protocols import codec, graph
 from privfed.protocols.errors import LocalError
 from privfed.protocols.lightsecagg.client import LightSecAggClient
 from privfed.protocols.lightsecagg.code import MAX_NODES
@@ -77,10 +77,12 @@ class LightSecAgg:
             raise LocalError("session.nodes must be distinct ids above 0, ascending")
         if not 1 <= session.bits <= 64:
             raise LocalError(f"session.bits must be between 1 and 64, got {session.bits}")
-        if session.dimension < 0 or session.run < 0 or session.round < 0 or len(session.binding) != 32:
-            raise LocalError("session needs dimension, run and round of 0 or more and a binding of 32 bytes")
-        if len(session.action.encode()) > 64:
-            raise LocalError(f"session.action must have at most 64 bytes, got {session.action!r}")
+        if not 0 <= session.dimension <= codec.MAX_DIMENSION:
+            raise LocalError(f"session.dimension must be between 0 and {codec.MAX_DIMENSION}")
+        if session.run < 0 or session.round < 0 or len(session.binding) != 32:
+            raise LocalError("session needs a run and a round of 0 or more and a binding of 32 bytes")
+        if len(session.action.encode()) > codec.MAX_ACTION:
+            raise LocalError(f"session.action must have at most {codec.MAX_ACTION} bytes, got {session.action!r}")
         threshold, privacy = self.resolve(len(session.nodes))
         return LightSecAggServer(Terms(session, threshold, privacy), random)
 
