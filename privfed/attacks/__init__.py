@@ -1,0 +1,4 @@
+"""Attacks on aggregation, for testing and red-teaming federations of your own.
+
+`forgery`: on matrices. `search`: the worst strength against a rule. `client`: as mods, and on training data.
+"""
