@@ -61,6 +61,10 @@ class Reader:
         self._view = memoryview(message).cast("B")
         self._at = 0
 
+    def __len__(self) -> int:
+        """Bytes that are left."""
+        return len(self._view) - self._at
+
     def take(self, size: int) -> memoryview:
         """Return the next `size` bytes, not copied."""
         if size < 0 or self._at + size > len(self._view):
