@@ -8,10 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from privfed.protocols import keys
+from privfed.protocols.errors import RemoteError
 from privfed.protocols.keys import signing_public
-from privfed.protocols.oneshot import OneShot
+from privfed.protocols.oneshot import OneShot, committee, sealing
+from privfed.protocols.oneshot.messages import Bundle
 from privfed.protocols.session import Buffer, Identity, Policy, Random, RingSum, Session
 
 Words = NDArray[np.uint64]
@@ -111,3 +115,31 @@ class Cohort:
             self.stage()
             self.server.close()
         return self
+
+
+def refuses(deviation: str, culprits: set[int], act: Callable[[], object]) -> None:
+    with pytest.raises(RemoteError) as raised:
+        act()
+    assert raised.value.deviation == deviation
+    assert set(raised.value.culprits) == culprits
+
+
+def bundle(change: Callable[[Bundle], Bundle]) -> Callable[[bytes], bytes]:
+    return lambda request: change(Bundle.decode(request, 1)).encode()
+
+
+def malicious_box(cohort: Cohort, share: bytes, public_key: bytes | None = None) -> Callable[[Bundle], Bundle]:
+    """What node 2 could send node 1 in earnest: its own signature, a box that opens."""
+    identity, digest = cohort.identities[2], cohort.protocol.agree(cohort.session).digest
+    secret = keys.digest(b"session key of node 2")
+    header = committee.sign_header(digest, identity, public_key or keys.exchange_public(secret))
+    box = sealing.seal_box(secret, digest, identity, 1, share)
+
+    def change(honest: Bundle) -> Bundle:
+        return Bundle(
+            honest.survivors,
+            (honest.headers[0], header, *honest.headers[2:]),
+            (honest.boxes[0], box, *honest.boxes[2:]),
+        )
+
+    return change

@@ -6,6 +6,7 @@ import hashlib
 import json
 from itertools import chain, combinations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privfed.protocols import secure_sum
 from privfed.protocols.errors import LocalError, TooFewSurvivors
 from privfed.protocols.oneshot import OneShot, agreement, draw_committee, ring, sampler, sharing
 from privfed.protocols.session import Identity, Policy, Session
@@ -164,6 +166,26 @@ def test_upload_is_what_is_promised() -> None:
     assert full <= 3.4 * d + 5400 * n
 
 
+def test_an_empty_vector_has_an_empty_sum() -> None:
+    result = Cohort(3, OneShot(2), dimension=0).run({"send": {2}})
+    assert result.total.shape == (0,)
+    assert result.survivors == {1, 3}
+
+
+def test_secure_sum_of_integers_and_floats() -> None:
+    generator = np.random.default_rng(6)
+    integers = {node: generator.integers(-(1 << 38), 1 << 38, (3, 4)) for node in (2, 5, 9)}
+    exact = secure_sum(integers, OneShot(2), dropped={"send": {5}, "confirm": set()})
+    assert exact.survivors == {2, 9}
+    assert np.array_equal(exact.total, integers[2] + integers[9])
+    floats = {node: generator.normal(size=5000) for node in (2, 5, 9)}
+    rounded = secure_sum(floats, OneShot(2), dropped={"open": {2}})
+    assert np.abs(rounded.total - sum(floats.values())).max() <= rounded.error_bound < 1e-6
+    assert set(rounded.traffic) == {"send", "confirm", "open"}
+    with pytest.raises(TooFewSurvivors, match="1 nodes answered at stage 'open', 2 are needed"):
+        secure_sum(floats, OneShot(2), dropped={"open": {2, 9}})
+
+
 # --- parameters
 
 
@@ -213,7 +235,7 @@ def test_bad_parameters_are_named(parameters: dict[str, object], message: str) -
         ({"nodes": (1, 1, 2)}, "ascending"),
         ({"nodes": tuple(range(1, 12338))}, "12336 fit the share field"),
         ({"nodes": (1, 2, 1 << 63)}, "2\\^63"),
-        ({"dimension": 0}, "dimension"),
+        ({"dimension": -1}, "dimension"),
         ({"bits": 0}, "bits"),
         ({"bits": 50}, "noise"),
         ({"nodes": tuple(range(1, 1012)), "bits": 42}, "noise of n=1011"),
@@ -245,13 +267,14 @@ def test_every_sum_holds_two_honest_inputs() -> None:
 def test_inputs_out_of_range_raise_at_the_node() -> None:
     cohort = Cohort(3, OneShot(2))
     request = cohort.server.outbound()[1]
-    for bad in (
+    wrong: tuple[Any, ...] = (
         np.full(5, 1 << 20, dtype=np.uint64),
         np.zeros(4, dtype=np.uint64),
         np.zeros((5, 1), dtype=np.uint64),
         np.zeros(5, dtype=np.int64),
         np.zeros(5),
-    ):
+    )
+    for bad in wrong:
         cohort.inputs[1] = bad
         with pytest.raises(LocalError, match="source returned"):
             cohort.answer(1, request)
@@ -320,7 +343,7 @@ def test_public_polynomials_change_with_every_fact_of_the_session() -> None:
         "bits": 19,
         "binding": b"\x01" + bytes(31),
     }
-    sessions = [base, *(Session(**({s: getattr(base, s) for s in facts} | {name: facts[name]})) for name in facts)]  # type: ignore[arg-type]
+    sessions = [base, *(Session(**({s: getattr(base, s) for s in facts} | {name: facts[name]})) for name in facts)]
     seen = {OneShot(2).agree(session).public()(64) for session in sessions}
     seen |= {OneShot(3).agree(base).public()(64), OneShot(2, slots=1).agree(base).public()(64)}
     seen |= {OneShot(2, committee=(1, 2)).agree(base).public()(64)}

@@ -5,7 +5,6 @@ The server's deviations are tried at every step on an honest node; each row name
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,31 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privfed.protocols import keys
-from privfed.protocols.errors import SERVER, ProtocolError, RemoteError, TooFewSurvivors
-from privfed.protocols.oneshot import OneShot, committee, ring, sealing, sharing
+from privfed.protocols.errors import SERVER, RemoteError
+from privfed.protocols.oneshot import OneShot, sharing
 from privfed.protocols.oneshot.messages import (
-    BOX_BYTES,
     Bundle,
-    Contribution,
     Header,
     Invitation,
     Quorum,
-    Share,
     Signature,
 )
 from privfed.protocols.session import Identity, Policy
-from proofs_tests.protocols.oneshot_cohort import Cohort, roster_of, secret_key
+from proofs_tests.protocols.oneshot_cohort import Cohort, bundle, malicious_box, refuses, secret_key
 
 BAD = json.loads((Path(__file__).parent.parent / "vectors" / "bad_oneshot.json").read_text())
 STRICT = Policy(min_cohort=3, min_threshold=3, min_neighbours=3, min_bits=16, min_round=3)
-
-
-def refuses(deviation: str, culprits: set[int], act: Callable[[], object]) -> None:
-    with pytest.raises(RemoteError) as raised:
-        act()
-    assert raised.value.deviation == deviation
-    assert set(raised.value.culprits) == culprits
 
 
 # --- the server lies in the invitation
@@ -96,10 +84,6 @@ def test_a_nodes_floors_hold_for_its_own_parameters_too(policy: Policy, deviatio
 
 
 # --- the server lies about the survivors
-
-
-def bundle(change: Callable[[Bundle], Bundle]) -> Callable[[bytes], bytes]:
-    return lambda request: change(Bundle.decode(request, 1)).encode()
 
 
 def keep(nodes: set[int]) -> Callable[[Bundle], Bundle]:
@@ -166,7 +150,7 @@ def replace_survivors(request: bytes, nodes: set[int]) -> bytes:
     """A bundle as node 9 would get it, so that no own box is left out."""
     honest = Bundle.decode(request, 1)
     rows = [row for row in zip(honest.survivors, honest.headers, honest.boxes, strict=True) if row[0] in nodes]
-    return Bundle(*(tuple(column) for column in zip(*rows, strict=True))).encode()  # type: ignore[arg-type]
+    return Bundle(*(tuple(column) for column in zip(*rows, strict=True))).encode()
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -177,23 +161,6 @@ def test_a_member_refuses_to_confirm(name: str) -> None:
     request = change(bytes(cohort.server.outbound()[1]))
     refuses(deviation, culprits, lambda: cohort.answer(1, request))
     assert cohort.kept[1] == kept
-
-
-def malicious_box(cohort: Cohort, share: bytes, public_key: bytes | None = None) -> Callable[[Bundle], Bundle]:
-    """What node 2 could send node 1 in earnest: its own signature, a box that opens."""
-    identity, digest = cohort.identities[2], cohort.protocol.agree(cohort.session).digest
-    secret = keys.digest(b"session key of node 2")
-    header = committee.sign_header(digest, identity, public_key or keys.exchange_public(secret))
-    box = sealing.seal_box(secret, digest, identity, 1, share)
-
-    def change(honest: Bundle) -> Bundle:
-        return Bundle(
-            honest.survivors,
-            (honest.headers[0], header, *honest.headers[2:]),
-            (honest.boxes[0], box, *honest.boxes[2:]),
-        )
-
-    return change
 
 
 def test_a_share_beyond_the_prime_names_its_sender() -> None:
@@ -397,160 +364,3 @@ def test_bad_vectors(case: dict[str, Any]) -> None:
             cohort.answer(node, bytes(message))
     assert raised.value.deviation == case["deviation"]
     assert list(raised.value.culprits) == case["culprits"]
-
-
-# --- nodes that deviate, seen from the server
-
-
-def test_replies_come_once_from_those_asked_and_in_time() -> None:
-    cohort = Cohort(5, OneShot(3, committee=(1, 2, 3, 4)))
-    replies = {node: cohort.answer(node, request) for node, request in cohort.server.outbound().items()}
-    refuses("unasked-reply", {99}, lambda: cohort.server.receive(99, replies[1]))
-    for node in (1, 2, 3, 5):
-        cohort.server.receive(node, replies[node])
-        refuses("second-reply", {node}, lambda node=node: cohort.server.receive(node, replies[node]))  # type: ignore[misc]
-    cohort.server.close()
-    refuses("unasked-reply", {4}, lambda: cohort.server.receive(4, replies[4]))
-    refuses("unasked-reply", {5}, lambda: cohort.server.receive(5, replies[5]))
-    refuses("malformed-reply", {1}, lambda: cohort.server.receive(1, replies[1]))
-    said = cohort.stage()
-    refuses("second-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
-    cohort.server.close()
-    said = cohort.stage()
-    refuses("second-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
-    cohort.server.close()
-    refuses("unasked-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
-    assert cohort.server.result is not None
-    assert np.array_equal(cohort.server.result.total, cohort.expected([1, 2, 3, 5]))
-
-
-def flip_share(node: int, by: int = 54321) -> Callable[[int, bytes], bytes]:
-    def change(sender: int, reply: bytes) -> bytes:
-        if sender != node:
-            return reply
-        share = sharing.from_wire(Share.decode(reply).share)
-        share[77] = (share[77] + by) % sharing.PRIME
-        return Share(sharing.to_wire(share)).encode()
-
-    return change
-
-
-@pytest.mark.parametrize("liar", [1, 3, 6])
-@pytest.mark.parametrize(("answers", "named"), [(4, False), (5, False), (6, True)])
-def test_a_flipped_share_spoils_the_sum_and_is_named_when_it_can_be(liar: int, answers: int, named: bool) -> None:
-    """t answers: the sum of secrets is not small. t + 1: the answers disagree. t + 2: the liar is known."""
-    cohort = Cohort(6, OneShot(4)).until("open")
-    gone = [node for node in (2, 4) if node != liar][: 6 - answers]
-    cohort.stage(gone=gone, reply=flip_share(liar))
-    refuses("inconsistent-share", {liar} if named else set(), cohort.server.close)
-    assert cohort.server.result is None
-
-
-@pytest.mark.parametrize("liar", [1, 3, 5, 6])
-def test_the_least_flip_with_no_share_to_spare_still_releases_nothing(liar: int) -> None:
-    """A flip by one may leave the opened secret small; then what it decrypts is not noise."""
-    cohort = Cohort(6, OneShot(4)).until("open")
-    cohort.stage(gone={2, 4}, reply=flip_share(liar, by=1))
-    with pytest.raises(RemoteError, match="inconsistent-share|garbage-ciphertext"):
-        cohort.server.close()
-    assert cohort.server.result is None
-
-
-def test_a_share_of_another_polynomial_is_noticed() -> None:
-    """Node 2 gives node 1 a share off its polynomial: the committee's answers disagree."""
-    cohort = Cohort(5, OneShot(3)).until("confirm")
-    share = sharing.to_wire(np.arange(ring.N) % sharing.PRIME)
-    change = bundle(malicious_box(cohort, share))
-    cohort.stage(request=lambda node, request: change(request) if node == 1 else request)
-    cohort.server.close()
-    cohort.stage()
-    refuses("inconsistent-share", {1}, cohort.server.close)
-
-
-@pytest.mark.parametrize("kind", ["random", "another session's", "shifted"])
-def test_a_garbage_ciphertext_releases_nothing(kind: str) -> None:
-    cohort = Cohort(5, OneShot(3), dimension=3000)
-    size = cohort.protocol.agree(cohort.session).ciphertext_bytes
-    other = Cohort(5, OneShot(3), dimension=3000, round=4)
-    other_wire = other.answer(2, other.server.outbound()[2])
-
-    def spoil(node: int, reply: bytes) -> bytes:
-        if node != 2:
-            return reply
-        honest = Contribution.decode(reply, size, 4)
-        vector = {
-            "random": np.random.default_rng(1).bytes(size),
-            "another session's": other_wire[136 : 136 + size],
-            "shifted": reply[140 : 136 + size] + reply[136:140],
-        }[kind]
-        return replace(honest, ciphertext=vector).encode()
-
-    cohort.stage(reply=spoil)
-    cohort.server.close()
-    while cohort.server.stage != "open":
-        cohort.stage()
-        cohort.server.close()
-    cohort.stage()
-    refuses("garbage-ciphertext", set(), cohort.server.close)
-    assert cohort.server.result is None
-
-
-def test_secrets_too_large_for_the_law_are_noticed() -> None:
-    """A client whose secret is beyond the cut cannot hide it when the others are small."""
-    count, size = 3, sharing.MAX_NODES
-    secrets = [np.zeros(ring.N, dtype=np.int8) for _ in range(count)]
-    secrets[0][5] = 127
-    answers: dict[int, Any] = dict.fromkeys((1, 2), 0)
-    for index, secret in enumerate(secrets):
-        for node, share in zip((1, 2), sharing.split(secret, 2, 2, np.random.default_rng(index).bytes), strict=True):
-            answers[node] = (answers[node] + share) % sharing.PRIME
-    assert sharing.combine(answers, 2, (1, 2), count)[5] == 127
-    refuses("inconsistent-share", set(), lambda: sharing.combine(answers, 2, (1, 2), 1))
-    assert size == 12336
-
-
-def test_after_too_few_survivors_nothing_is_opened() -> None:
-    cohort = Cohort(5, OneShot(4)).until("confirm")
-    cohort.stage(gone={1, 2})
-    with pytest.raises(TooFewSurvivors):
-        cohort.server.close()
-    assert cohort.server.stage == ""
-    assert cohort.server.outbound() == {}
-    with pytest.raises(ProtocolError, match="session is over"):
-        cohort.server.close()
-
-
-def test_boxes_open_for_their_member_session_and_sender_only() -> None:
-    roster = roster_of([1, 2, 3])
-    people = {node: Identity(node, secret_key(node), roster) for node in roster}
-    secret, digest = keys.digest(b"secret"), keys.digest(b"session")
-    box = sealing.seal_box(secret, digest, people[1], 2, b"share")
-    public = keys.exchange_public(secret)
-    assert len(box) == len(b"share") + BOX_BYTES - sharing.SHARE_BYTES
-    assert sealing.open_box(box, public, digest, 1, people[2]) == b"share"
-    for call in (
-        lambda: sealing.open_box(box, public, digest, 1, people[3]),
-        lambda: sealing.open_box(box, public, digest, 3, people[2]),
-        lambda: sealing.open_box(box, public, keys.digest(b"another"), 1, people[2]),
-        lambda: sealing.open_box(box, keys.exchange_public(digest), digest, 1, people[2]),
-        lambda: sealing.open_box(box[:-1], public, digest, 1, people[2]),
-    ):
-        with pytest.raises(RemoteError, match="bad-share"):
-            call()
-
-
-def test_identity_keys_map_to_exchange_keys_as_the_curve_says() -> None:
-    """(1 + y) / (1 - y) of the public key is the public key of the hashed secret: two ways to one point."""
-    for node in range(1, 20):
-        hashed = hashlib.sha512(secret_key(node)).digest()[:32]
-        assert sealing.exchange_form(keys.signing_public(secret_key(node))) == keys.exchange_public(hashed)
-    for bad in (b"\x01" + bytes(31), b"\xff" * 31 + b"\x7f", bytes(31)):
-        with pytest.raises(ProtocolError, match="no Ed25519 public key"):
-            sealing.exchange_form(bad)
-
-
-def test_streams_differ_by_label_secret_and_call() -> None:
-    stream = sealing.keystream(b"a", bytes(32))
-    parts = [stream(32), stream(32), sealing.keystream(b"b", bytes(32))(32), sealing.keystream(b"a", b"\x01" * 32)(32)]
-    assert len(set(parts)) == 4
-    assert sealing.keystream(b"a", bytes(32))(64)[:32] == parts[0]

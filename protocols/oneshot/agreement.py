@@ -89,8 +89,8 @@ def check_session(session: Session) -> None:
         raise LocalError(f"session.nodes holds {len(nodes)} nodes; secrets of {MAX_NODES} fit the share field")
     if nodes[-1] > MAX_NODE:
         raise LocalError("session.nodes must be below 2^63")
-    if not 1 <= session.dimension <= MAX_DIMENSION:
-        raise LocalError(f"session.dimension must be 1..2^36, got {session.dimension}")
+    if not 0 <= session.dimension <= MAX_DIMENSION:
+        raise LocalError(f"session.dimension must be 0..2^36, got {session.dimension}")
     if not 1 <= session.bits <= 64:
         raise LocalError(f"session.bits must be 1..64, got {session.bits}")
     if len(session.binding) != 32:

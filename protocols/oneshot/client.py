@@ -46,7 +46,7 @@ def _entries(source: Source, session: Session) -> NDArray[np.unsignedinteger[Any
         raise LocalError(
             f"source returned {entries.dtype}{entries.shape}; uint32 or uint64 of length {session.dimension} is needed"
         )
-    if int(entries.max()) >> session.bits:
+    if int(entries.max(initial=0)) >> session.bits:
         raise LocalError(f"source returned an entry of 2^{session.bits} or more")
     return entries
 

@@ -19,6 +19,8 @@ from privfed.protocols.oneshot.sealing import check_identity
 from privfed.protocols.oneshot.server import STAGES, OneShotServer
 from privfed.protocols.session import Identity, Policy, Random, Session, os_random
 
+MAX_BITS = 42
+
 
 @dataclass(frozen=True, slots=True)
 class OneShot:
@@ -33,7 +35,7 @@ class OneShot:
         bits that otherwise keep sums which wrap apart, so that 2 x 21 or 3 x 14 bits fit for 1010 nodes.
 
     Guarantees: the server and up to `corrupt` nodes learn the sum of the survivors and nothing else about an
-    honest input [Hint-RLWE with standard deviation 3.2, docs/oneshot-security.md]. Source: [KP24], [CPV24].
+    honest input [Hint-RLWE with standard deviation 3.2, docs/oneshot-security.md]. Source: [KP24], [BGLRS25], [KLSS23].
     """
 
     threshold: int | float | None = None
@@ -60,6 +62,11 @@ class OneShot:
     def stages(self) -> tuple[str, ...]:
         """("send", "confirm", "open")."""
         return STAGES
+
+    @property
+    def max_bits(self) -> int:
+        """Widest ring that the noise of 1010 nodes leaves readable: 42 bits."""
+        return MAX_BITS
 
     @property
     def mode(self) -> str:

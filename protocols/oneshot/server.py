@@ -71,7 +71,7 @@ class OneShotServer:
     def receive(self, node: int, reply: Buffer) -> None:
         """Take one reply of the open stage. A bad one: RemoteError naming the node, and nothing changes."""
         if node not in self._asked:
-            raise RemoteError("unasked-reply", (node,), f"stage {self.stage!r} has no request to it")
+            raise RemoteError("unexpected-reply", (node,), f"stage {self.stage!r} has no request to it")
         try:
             if self.stage == "send":
                 self._take_contribution(node, reply)

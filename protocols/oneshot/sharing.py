@@ -104,7 +104,7 @@ def _liars(points: Residues, shares: Residues, threshold: int) -> list[int]:
 def combine(answers: dict[int, Residues], threshold: int, members: Sequence[int], count: int) -> Residues:
     """Open a sum of `count` secrets: node -> share int64[2048], at least `threshold` of them -> int64[2048].
 
-    members: the committee in order. Raises RemoteError("inconsistent-share") when surplus answers contradict
+    members: the committee in order. Raises RemoteError("inconsistent-shares") when surplus answers contradict
     each other, naming the liar if there is one and t + 2 answered, and when the result is no sum of small
     secrets.
     """
@@ -114,12 +114,12 @@ def combine(answers: dict[int, Residues], threshold: int, members: Sequence[int]
     wrong = _mismatches(points, shares, threshold)
     if wrong.any():
         liars = [nodes[position] for position in _liars(points, shares[:, np.flatnonzero(wrong)[:8]], threshold)]
-        raise RemoteError("inconsistent-share", liars, "the committee's answers lie on no common polynomial")
+        raise RemoteError("inconsistent-shares", liars, "the committee's answers lie on no common polynomial")
     weights = _lagrange(points[:threshold], np.zeros(1, dtype=np.int64))
     total: Residues = _product(weights, shares[:threshold])[0]
     total[total > PRIME // 2] -= PRIME
     if int(np.abs(total).max()) > CUT * count:
-        raise RemoteError("inconsistent-share", (), "the opened secret is no sum of small ones")
+        raise RemoteError("inconsistent-shares", (), "the opened secret is no sum of small ones")
     return total
 
 

@@ -1,0 +1,138 @@
+"""Nodes that deviate, seen from the server: bad shares, garbage ciphertexts, replies out of turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privfed.protocols.errors import ProtocolError, RemoteError, TooFewSurvivors
+from privfed.protocols.oneshot import OneShot, ring, sharing
+from privfed.protocols.oneshot.messages import (
+    Contribution,
+    Share,
+)
+from proofs_tests.protocols.oneshot_cohort import Cohort, bundle, malicious_box, refuses
+
+# --- nodes that deviate, seen from the server
+
+
+def test_replies_come_once_from_those_asked_and_in_time() -> None:
+    cohort = Cohort(5, OneShot(3, committee=(1, 2, 3, 4)))
+    replies = {node: cohort.answer(node, request) for node, request in cohort.server.outbound().items()}
+    refuses("unexpected-reply", {99}, lambda: cohort.server.receive(99, replies[1]))
+    for node in (1, 2, 3, 5):
+        cohort.server.receive(node, replies[node])
+        refuses("second-reply", {node}, lambda node=node: cohort.server.receive(node, replies[node]))  # type: ignore[misc]
+    cohort.server.close()
+    refuses("unexpected-reply", {4}, lambda: cohort.server.receive(4, replies[4]))
+    refuses("unexpected-reply", {5}, lambda: cohort.server.receive(5, replies[5]))
+    refuses("malformed-reply", {1}, lambda: cohort.server.receive(1, replies[1]))
+    said = cohort.stage()
+    refuses("second-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
+    cohort.server.close()
+    said = cohort.stage()
+    refuses("second-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
+    cohort.server.close()
+    refuses("unexpected-reply", {1}, lambda: cohort.server.receive(1, said[1][1]))
+    assert cohort.server.result is not None
+    assert np.array_equal(cohort.server.result.total, cohort.expected([1, 2, 3, 5]))
+
+
+def flip_share(node: int, by: int = 54321) -> Callable[[int, bytes], bytes]:
+    def change(sender: int, reply: bytes) -> bytes:
+        if sender != node:
+            return reply
+        share = sharing.from_wire(Share.decode(reply).share)
+        share[77] = (share[77] + by) % sharing.PRIME
+        return Share(sharing.to_wire(share)).encode()
+
+    return change
+
+
+@pytest.mark.parametrize("liar", [1, 3, 6])
+@pytest.mark.parametrize(("answers", "named"), [(4, False), (5, False), (6, True)])
+def test_a_flipped_share_spoils_the_sum_and_is_named_when_it_can_be(liar: int, answers: int, named: bool) -> None:
+    """t answers: the sum of secrets is not small. t + 1: the answers disagree. t + 2: the liar is known."""
+    cohort = Cohort(6, OneShot(4)).until("open")
+    gone = [node for node in (2, 4) if node != liar][: 6 - answers]
+    cohort.stage(gone=gone, reply=flip_share(liar))
+    refuses("inconsistent-shares", {liar} if named else set(), cohort.server.close)
+    assert cohort.server.result is None
+
+
+@pytest.mark.parametrize("liar", [1, 3, 5, 6])
+def test_the_least_flip_with_no_share_to_spare_still_releases_nothing(liar: int) -> None:
+    """A flip by one may leave the opened secret small; then what it decrypts is not noise."""
+    cohort = Cohort(6, OneShot(4)).until("open")
+    cohort.stage(gone={2, 4}, reply=flip_share(liar, by=1))
+    with pytest.raises(RemoteError, match=r"inconsistent-shares|garbage-ciphertext"):
+        cohort.server.close()
+    assert cohort.server.result is None
+
+
+def test_a_share_of_another_polynomial_is_noticed() -> None:
+    """Node 2 gives node 1 a share off its polynomial: the committee's answers disagree."""
+    cohort = Cohort(5, OneShot(3)).until("confirm")
+    share = sharing.to_wire(np.arange(ring.N) % sharing.PRIME)
+    change = bundle(malicious_box(cohort, share))
+    cohort.stage(request=lambda node, request: change(request) if node == 1 else request)
+    cohort.server.close()
+    cohort.stage()
+    refuses("inconsistent-shares", {1}, cohort.server.close)
+
+
+@pytest.mark.parametrize("kind", ["random", "another session's", "shifted"])
+def test_a_garbage_ciphertext_releases_nothing(kind: str) -> None:
+    cohort = Cohort(5, OneShot(3), dimension=3000)
+    size = cohort.protocol.agree(cohort.session).ciphertext_bytes
+    other = Cohort(5, OneShot(3), dimension=3000, round=4)
+    other_wire = other.answer(2, other.server.outbound()[2])
+
+    def spoil(node: int, reply: bytes) -> bytes:
+        if node != 2:
+            return reply
+        honest = Contribution.decode(reply, size, 4)
+        vector = {
+            "random": np.random.default_rng(1).bytes(size),
+            "another session's": other_wire[136 : 136 + size],
+            "shifted": reply[140 : 136 + size] + reply[136:140],
+        }[kind]
+        return replace(honest, ciphertext=vector).encode()
+
+    cohort.stage(reply=spoil)
+    cohort.server.close()
+    while cohort.server.stage != "open":
+        cohort.stage()
+        cohort.server.close()
+    cohort.stage()
+    refuses("garbage-ciphertext", set(), cohort.server.close)
+    assert cohort.server.result is None
+
+
+def test_secrets_too_large_for_the_law_are_noticed() -> None:
+    """A client whose secret is beyond the cut cannot hide it when the others are small."""
+    count, size = 3, sharing.MAX_NODES
+    secrets = [np.zeros(ring.N, dtype=np.int8) for _ in range(count)]
+    secrets[0][5] = 127
+    answers: dict[int, Any] = dict.fromkeys((1, 2), 0)
+    for index, secret in enumerate(secrets):
+        for node, share in zip((1, 2), sharing.split(secret, 2, 2, np.random.default_rng(index).bytes), strict=True):
+            answers[node] = (answers[node] + share) % sharing.PRIME
+    assert sharing.combine(answers, 2, (1, 2), count)[5] == 127
+    refuses("inconsistent-shares", set(), lambda: sharing.combine(answers, 2, (1, 2), 1))
+    assert size == 12336
+
+
+def test_after_too_few_survivors_nothing_is_opened() -> None:
+    cohort = Cohort(5, OneShot(4)).until("confirm")
+    cohort.stage(gone={1, 2})
+    with pytest.raises(TooFewSurvivors):
+        cohort.server.close()
+    assert cohort.server.stage == ""
+    assert cohort.server.outbound() == {}
+    with pytest.raises(ProtocolError, match="session is over"):
+        cohort.server.close()
