@@ -252,6 +252,20 @@ class Ledger:
         return ledger
 
     @classmethod
+    def resume(cls, path: Path | str, terms: Terms) -> Ledger:
+        """Open the ledger at `path`, or start it; LedgerError if it was started under other terms.
+
+        Changing a budget means a new file: what was promised under the old one stays promised.
+        """
+        if not Path(path).exists():
+            return cls.create(path, terms)
+        ledger = cls.open(path)
+        if ledger.terms != terms:
+            ledger.close()
+            raise LedgerError(f"{path}: was started under {ledger.terms}, not {terms}; move it away to start anew")
+        return ledger
+
+    @classmethod
     def read(cls, path: Path | str) -> Ledger:
         """Open for looking only: takes no lock, changes nothing, ignores a torn last line."""
         return cls._load(Path(path), None)[0]

@@ -176,6 +176,17 @@ def test_a_ledger_is_never_started_over(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["l"]
 
 
+def test_a_node_resumes_its_ledger_under_the_same_terms_only(tmp_path: Path) -> None:
+    with Ledger.resume(tmp_path / "l", TERMS) as book:
+        charge(book, 0)
+    with Ledger.resume(tmp_path / "l", TERMS) as book:
+        assert len(book.entries) == 1
+    looser = Terms(owner="node 1", budget=Budget(epsilon=30.0, delta=1e-6))
+    with pytest.raises(LedgerError, match="started under"):
+        Ledger.resume(tmp_path / "l", looser)
+    Ledger.open(tmp_path / "l").close()  # the refusal left no lock behind
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     filled(tmp_path / "l", 1)
     with Ledger.open(tmp_path / "l"):
