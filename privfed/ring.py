@@ -32,6 +32,11 @@ REPLY = "privfed.secure.reply"
 BUFFER = "bytes"
 
 
+MARGIN = 2.0**-40
+FLOAT_ERROR = 2.0**-48
+"""What float64 arithmetic adds to the fixed-point error of a mean, relative to max_value."""
+
+
 class RingOverflow(PrivfedError, ValueError):
     """A value outside the public range of the layout; nothing was masked."""
 
@@ -67,7 +72,7 @@ class Layout:
         if self.max_weight is not None:
             if not (math.isfinite(self.max_weight) and self.max_weight > 0):
                 raise ValueError(f"max_weight must be finite and > 0, got {self.max_weight}")
-            if self.reach < self.max_weight:
+            if self._safe_reach < self.max_weight:
                 raise ValueError(
                     f"bits: {self.cohort} weights of up to {self.max_weight:g} do not fit 2^{self.bits}: "
                     "use more bits or a lower max_weight"
@@ -81,12 +86,21 @@ class Layout:
     @property
     def step(self) -> float:
         """What one unit of an update's entry stands for: a power of two."""
-        # The float quotient may round down by an ulp; the next float up keeps max_value / step <= reach.
-        return 2.0 ** math.ceil(math.log2(math.nextafter(self.max_value / self.reach, math.inf)))
+        return 2.0 ** math.ceil(math.log2(self.max_value / self._safe_reach))
+
+    @property
+    def _safe_reach(self) -> float:
+        """What float arithmetic may aim for without rounding past `reach`."""
+        return self.reach * (1 - MARGIN)
 
     @property
     def _weight_scale(self) -> float:
-        return 2.0 ** math.floor(math.log2(self.reach / self.max_weight)) if self.max_weight is not None else 0.0
+        """A power of two, so that integer weights are exact."""
+        return 2.0 ** math.floor(math.log2(self._safe_reach / self.max_weight)) if self.max_weight is not None else 0.0
+
+    @property
+    def _metric_scale(self) -> float:
+        return 2.0 ** math.floor(math.log2(self._safe_reach)) if self.reach > 1 else 1.0
 
     @property
     def size(self) -> int:
@@ -147,7 +161,7 @@ class Layout:
             value = metrics.get(name)
             if not isinstance(value, int | float) or not low <= value <= high:
                 raise RingOverflow(f"metric {name!r} is {value!r}, not in its public range [{low:g}, {high:g}]")
-            vector[place] = round(share * (2 * (value - low) / (high - low) - 1) * self.reach) & mask
+            vector[place] = round(share * (2 * (value - low) / (high - low) - 1) * self._metric_scale) & mask
             place += 1
         return vector
 
@@ -184,9 +198,10 @@ class Layout:
         metrics = MetricRecord()
         for index, (name, low, high) in enumerate(self.metrics):
             if weight > 0:
-                share = float(signed[place + index]) / self.reach * scale / weight
+                share = float(signed[place + index]) / self._metric_scale * scale / weight
                 metrics[name] = low + (share + 1) / 2 * (high - low)
-        return Decoded(update, scale, weight, metrics, count * self.step / 2 * scale / weight if weight > 0 else 0.0)
+        rounding = count * self.step / 2 * scale / weight if weight > 0 else 0.0
+        return Decoded(update, scale, weight, metrics, rounding + self.max_value * FLOAT_ERROR)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 _HOMES = {
     "FedAvg": "fedavg",
+    "GroupedStage": "grouped",
     "PlainStage": "stage",
     "Result": "result",
     "SecureStage": "secure",
@@ -17,7 +18,18 @@ _HOMES = {
     "Updates": "view",
 }
 
-__all__ = ["FedAvg", "GroupMeans", "PlainStage", "Result", "SecureStage", "Stage", "Strategy", "Sum", "Updates"]
+__all__ = [
+    "FedAvg",
+    "GroupMeans",
+    "GroupedStage",
+    "PlainStage",
+    "Result",
+    "SecureStage",
+    "Stage",
+    "Strategy",
+    "Sum",
+    "Updates",
+]
 
 
 def __getattr__(name: str) -> Any:

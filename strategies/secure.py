@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 
 from privfed.errors import QuorumError, RunFailed
 from privfed.protocols.errors import LocalError, ProtocolError, TooFewSurvivors
-from privfed.protocols.session import Protocol, RingSum, Server, Session
+from privfed.protocols.session import Protocol, RingSum, Session
 from privfed.record import ConfigRecord
 from privfed.ring import Decoded, Layout, bind
 from privfed.strategies.exchange import Exchange
-from privfed.strategies.session import SessionDrive
+from privfed.strategies.session import SessionDrive, run_stage
 from privfed.strategies.stage import Stage
 from privfed.strategies.view import Exclusion, Float64s, Outcome, RandomBytes, Sum, Unreleased, View
 from privfed.update import dimension
 
 Ranges = Mapping[str, tuple[float, float]]
+LOCAL = ("threads",)
+"""Parameters that are each party's own business."""
 CLIP_SLACK = 2.0**-29
 """What float rounding may add to a clipped norm, as nodes check it, doubled."""
 
@@ -83,7 +85,7 @@ class SecureStage(Stage):
         layout = self.layout(exchange, exchange.clip if exchange.clip is not None else self.max_value, private)
         outcome, decoded = self._run(exchange, layout)
         if private:
-            outcome.view = Unreleased(_releaser(decoded, layout, exchange.clip or 0.0))
+            outcome.view = Unreleased(noise_releaser(decoded, layout, exchange.clip or 0.0))
             outcome.notes.clear()
         elif decoded.weight > 0:
             mean = decoded.total
@@ -95,13 +97,13 @@ class SecureStage(Stage):
         """Return the survivors' metrics."""
         return self._run(exchange, self.layout(exchange, 1.0, False))[0]
 
-    def layout(self, exchange: Exchange, max_value: float, private: bool) -> Layout:
+    def layout(self, exchange: Exchange, max_value: float, private: bool, cohort: int | None = None) -> Layout:
         """Return the layout of an exchange. Raises RunFailed when the ring is too small for its cohort."""
         train = exchange.kind == "train"
         try:
             return Layout(
                 self.bits,
-                len(exchange.nodes),
+                cohort if cohort is not None else len(exchange.nodes),
                 dimension(exchange.model) if train else 0,
                 max_value,
                 None if private or exchange.weight_key is None else self.max_weight,
@@ -132,40 +134,51 @@ class SecureStage(Stage):
     def drive(self, exchange: Exchange, layout: Layout) -> tuple[RingSum, Outcome]:
         """Run a session over the exchange's nodes. Raises QuorumError or RunFailed; nothing is revealed then."""
         where = f"{exchange.kind} round {exchange.round}"
+        drive = self.session(exchange, layout, exchange.nodes)
+        try:
+            while drive.server.stage:
+                run_stage(exchange, dict.fromkeys(exchange.nodes, drive), layout.size, self.stage_timeout)
+                drive.close()
+        except TooFewSurvivors as cause:
+            counts = "; ".join(f"{count} x {text}" for text, count in drive.outcome.causes().items())
+            detail = f"{where}, {cause}" + (f": {counts}" if counts else "")
+            raise QuorumError(cause.have, cause.threshold, detail) from cause
+        except ProtocolError as cause:
+            raise RunFailed(f"{where}: {cause}") from cause
+        return self.result(drive, where), drive.outcome
+
+    def session(self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...]) -> SessionDrive:
+        """Open a session over some nodes. Raises RunFailed when the protocol does not suit them."""
         session = Session(
             run=exchange.grid.run_id,
             round=self.next_number(),
             action=exchange.kind,
-            nodes=exchange.nodes,
+            nodes=nodes,
             dimension=layout.size,
             bits=layout.bits,
             binding=bind(exchange.content, layout, exchange.kind),
         )
-        drive = SessionDrive(exchange, self.protocol, session, layout, describe_protocol(self.protocol))
         try:
-            server: Server = self.protocol.server(session)
-            while server.stage:
-                drive.run_stage(server, self.stage_timeout)
-        except TooFewSurvivors as cause:
-            counts = "; ".join(f"{count} x {text}" for text, count in drive.outcome.causes().items())
-            raise QuorumError(
-                cause.have, cause.threshold, f"{where}, {cause}" + (f": {counts}" if counts else "")
-            ) from cause
+            return SessionDrive(exchange, self.protocol, session, layout, describe_protocol(self.protocol))
         except LocalError as cause:
-            raise RunFailed(
-                f"{where}: {self.protocol!r} cannot run with {len(exchange.nodes)} nodes: {cause}"
-            ) from cause
-        except ProtocolError as cause:
-            raise RunFailed(f"{where}: {cause}") from cause
-        if server.result is None:
+            where = f"{exchange.kind} round {exchange.round}"
+            raise RunFailed(f"{where}: {self.protocol!r} cannot run with {len(nodes)} nodes: {cause}") from cause
+
+    def result(self, drive: SessionDrive, where: str) -> RingSum:
+        """Return a finished session's sum."""
+        if drive.server.result is None:
             raise RunFailed(f"{where}: {self.protocol!r} ended without a sum")
-        return server.result, drive.outcome
+        return drive.server.result
 
 
 def describe_protocol(protocol: Protocol) -> ConfigRecord:
     """Return the protocol's class name and parameters. Raises ValueError for a parameter that cannot travel."""
     record = ConfigRecord({"name": type(protocol).__name__})
-    parameters: list[str] = [field.name for field in fields(protocol) if field.init] if is_dataclass(protocol) else []
+    parameters: list[str] = (
+        [field.name for field in fields(protocol) if field.init and field.name not in LOCAL]
+        if is_dataclass(protocol)
+        else []
+    )
     for name in parameters:
         value: Any = getattr(protocol, name)
         if value is None:
@@ -177,7 +190,7 @@ def describe_protocol(protocol: Protocol) -> ConfigRecord:
     return record
 
 
-def _releaser(decoded: Decoded, layout: Layout, clip: float) -> Callable[[float, RandomBytes], Float64s]:
+def noise_releaser(decoded: Decoded, layout: Layout, clip: float) -> Callable[[float, RandomBytes], Float64s]:
     """Noise for the decoded sum. One node's entries are rounded by themselves: its part is within sqrt(d)/2 steps."""
 
     def release(noise_multiplier: float, random: RandomBytes) -> Float64s:

@@ -27,12 +27,16 @@ def input_stage(protocol: Protocol) -> str | None:
 
 
 class SessionDrive:
-    """The server's side of one session: requests out, replies in, exclusions noted."""
+    """The server's side of one session: requests out, replies in, exclusions noted.
+
+    Raises LocalError when the protocol does not suit the session's cohort.
+    """
 
     def __init__(
         self, exchange: Exchange, protocol: Protocol, session: Session, layout: Layout, description: ConfigRecord
     ) -> None:
         self.outcome = Outcome()
+        self.server: Server = protocol.server(session)
         self._exchange = exchange
         self._session = session
         self._layout = layout
@@ -40,64 +44,56 @@ class SessionDrive:
         self._input = input_stage(protocol)
         self._shared = RecordDict({SECURE + ".layout": layout.to_config()})
         self._shared[SECURE + ".protocol"] = description
+        self._requests: dict[int, Buffer] = {}
+        self._silent: set[int] = set()
 
-    def run_stage(self, server: Server, stage_timeout: float) -> None:
-        """Ask, take replies until all are there or the time is up, and close the stage."""
-        stage, exchange = server.stage, self._exchange
-        with_input = self._input in (None, stage)
-        timeout = exchange.remaining if self._input == stage else min(stage_timeout, exchange.remaining)
-        requests = server.outbound()
-        down, up = self.outcome.bytes_down, self.outcome.bytes_up
-        silent = set(requests)
-        # A masked vector takes up to 8 bytes an entry; so many replies may be on their way at once.
-        window = max(MIN_WINDOW, min(MAX_WINDOW, MESSAGE_BUDGET // (8 * self._layout.size + 1)))
-        for message in exchange.grid.stream(
-            self._messages(requests, stage, with_input), timeout=timeout, window=window
-        ):
-            node = message.metadata.src_node_id
-            silent.discard(node)
-            try:
-                server.receive(node, self._buffer(message))
-            except BadReply as cause:
-                self._exclude(node, f"stage {stage}: {cause}")
-            except RemoteError as cause:
-                self._exclude(node, f"stage {stage}: {cause.deviation}")
-            except DecodeError:
-                self._exclude(node, f"stage {stage}: malformed reply")
-        for node in sorted(silent):
-            self._exclude(node, f"stage {stage}: no reply before the deadline")
-        exchange.grid.recorder.report(
-            "stage",
-            round=exchange.round,
-            kind=exchange.kind,
-            stage=stage,
-            asked=len(requests),
-            answered=len(requests) - len(silent),
-            bytes_down=self.outcome.bytes_down - down,
-            bytes_up=self.outcome.bytes_up - up,
-        )
-        server.close()
+    @property
+    def takes_input(self) -> bool:
+        """Whether the open stage may be the one at which nodes train."""
+        return self._input in (None, self.server.stage)
+
+    def open(self) -> Iterator[Message]:
+        """Yield the requests of the open stage."""
+        self._requests = self.server.outbound()
+        self._silent = set(self._requests)
+        return self._messages()
+
+    def take(self, message: Message) -> None:
+        """Take a reply to one of them, or exclude its node."""
+        node, stage = message.metadata.src_node_id, self.server.stage
+        self._silent.discard(node)
+        try:
+            self.server.receive(node, self._buffer(message))
+        except BadReply as cause:
+            self._exclude(node, f"stage {stage}: {cause}")
+        except RemoteError as cause:
+            self._exclude(node, f"stage {stage}: {cause.deviation}")
+        except DecodeError:
+            self._exclude(node, f"stage {stage}: malformed reply")
+
+    def close(self) -> None:
+        """End the stage. Raises TooFewSurvivors or RemoteError, which end the session."""
+        for node in sorted(self._silent):
+            self._exclude(node, f"stage {self.server.stage}: no reply before the deadline")
+        self.server.close()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Nodes asked and answered in the open stage."""
+        return len(self._requests), len(self._requests) - len(self._silent)
 
     def _exclude(self, node: int, cause: str) -> None:
         self.outcome.excluded.append(Exclusion(node, cause))
 
-    def _messages(self, requests: Mapping[int, Buffer], stage: str, with_input: bool) -> Iterator[Message]:
+    def _messages(self) -> Iterator[Message]:
         exchange = self._exchange
-        values: dict[str, ConfigValue] = {
-            "number": self._session.round,
-            "stage": self._stages.index(stage),
-            "binding": self._session.binding,
-            "input": with_input,
-            "arrays-key": exchange.arrays_key,
-            "weight-key": exchange.weight_key or "",
-        }
         head = RecordDict(dict(self._shared))
-        head[SECURE] = ConfigRecord(values)
-        if with_input:
+        head[SECURE] = ConfigRecord(self._header())
+        if self.takes_input:
             head.update(exchange.content)
         contents: dict[int, tuple[RecordDict, int]] = {}
         ttl, group = max(exchange.remaining, 0.001), str(exchange.round)
-        for node, request in sorted(requests.items()):
+        for node, request in sorted(self._requests.items()):
             if id(request) not in contents:  # equal requests are one object, and are sent once
                 view = memoryview(request).cast("B")
                 content = RecordDict(dict(head))
@@ -107,6 +103,16 @@ class SessionDrive:
             self.outcome.bytes_down += size
             yield Message(content, node, exchange.kind, ttl=ttl, group_id=group)
 
+    def _header(self) -> dict[str, ConfigValue]:
+        return {
+            "number": self._session.round,
+            "stage": self._stages.index(self.server.stage),
+            "binding": self._session.binding,
+            "input": self.takes_input,
+            "arrays-key": self._exchange.arrays_key,
+            "weight-key": self._exchange.weight_key or "",
+        }
+
     def _buffer(self, message: Message) -> memoryview:
         content = content_of(message)
         self.outcome.bytes_up += content.count_bytes()
@@ -115,3 +121,36 @@ class SessionDrive:
         if array is None or array.dtype != "uint8":
             raise BadReply("the reply is not masked: give the ClientApp mods.secure_aggregation()")
         return array.data
+
+
+def run_stage(exchange: Exchange, drives: Mapping[int, SessionDrive], size: int, stage_timeout: float) -> None:
+    """Run one stage of several sessions at once (of one, mostly); the caller closes them.
+
+    drives: by node. size: entries of a masked vector, which bounds how many replies may be on their way.
+    """
+    sessions = list({id(drive): drive for drive in drives.values()}.values())
+    stage = sessions[0].server.stage
+    patient = any(drive.takes_input for drive in sessions)
+    timeout = exchange.remaining if patient else min(stage_timeout, exchange.remaining)
+    window = max(MIN_WINDOW, min(MAX_WINDOW, MESSAGE_BUDGET // (8 * size + 1)))
+    down, up = _traffic(sessions)
+    requests = (message for drive in sessions for message in drive.open())
+    for message in exchange.grid.stream(requests, timeout=timeout, window=window):
+        drives[message.metadata.src_node_id].take(message)
+    asked, answered = (sum(values) for values in zip(*(drive.counts for drive in sessions), strict=True))
+    total_down, total_up = _traffic(sessions)
+    exchange.grid.recorder.report(
+        "stage",
+        round=exchange.round,
+        kind=exchange.kind,
+        stage=stage,
+        sessions=len(sessions),
+        asked=asked,
+        answered=answered,
+        bytes_down=total_down - down,
+        bytes_up=total_up - up,
+    )
+
+
+def _traffic(drives: list[SessionDrive]) -> tuple[int, int]:
+    return sum(d.outcome.bytes_down for d in drives), sum(d.outcome.bytes_up for d in drives)

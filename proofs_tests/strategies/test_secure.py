@@ -1,0 +1,427 @@
+"""The secure stage: the server gets the sum whoever vanishes when, or nothing; and a node never answers twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privfed import mods
+from privfed.apps import ClientApp
+from privfed.array import Array
+from privfed.context import Context
+from privfed.errors import QuorumError, RunFailed
+from privfed.grid import LocalGrid, MemoryRecorder
+from privfed.message import Error, ErrorCode, Message
+from privfed.protocols import LightSecAgg, SecAgg, SecAggPlus
+from privfed.protocols.session import Policy
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from privfed.ring import REPLY, REQUEST, SECURE, Layout, RingOverflow, bind
+from privfed.strategies import FedAvg, GroupedStage, GroupMeans, SecureStage, Strategy
+from proofs_tests.strategies.toy import Toy
+
+Train = Callable[[Message, int], RecordDict]
+MODEL = ArrayRecord(
+    {"w": Array(np.zeros((2, 3), np.float32)), "scalar": Array(np.array(0.5)), "empty": Array(np.zeros(0))}
+)
+
+
+def good(message: Message, node: int) -> RecordDict:
+    moved = message.content.array_records["arrays"].map(lambda values: values + values.dtype.type(node / 16))
+    metrics = MetricRecord({"num-examples": node, "loss": 1 / node, "accuracy": 0.25})
+    return RecordDict({"arrays": moved, "metrics": metrics})
+
+
+def app_of(train: Train = good, **arguments: Any) -> ClientApp:
+    arguments.setdefault(
+        "protocols", {"Toy": Toy, "SecAgg": SecAgg, "SecAggPlus": SecAggPlus, "LightSecAgg": LightSecAgg}
+    )
+    app = ClientApp(mods=[mods.secure_aggregation(**arguments)])
+    app.train()(lambda message, context: Message(train(message, context.node_id), reply_to=message))
+    app.evaluate()(lambda message, context: Message(train(message, context.node_id), reply_to=message))
+    app.query()(lambda message, context: Message(train(message, context.node_id), reply_to=message))
+    return app
+
+
+class FlakyGrid(LocalGrid):
+    """Nodes vanish: `vanish[node]` is the stage from which on it is gone. Requests are kept."""
+
+    def __init__(self, app: ClientApp, nodes: int, vanish: dict[int, int] | None = None, **arguments: Any) -> None:
+        super().__init__(app, nodes, **arguments)
+        self.vanish = vanish or {}
+        self.sent: list[Message] = []
+
+    def push_messages(self, messages: Any) -> list[str]:
+        batch = list(messages)
+        self.sent += batch
+        there = []
+        for message in batch:
+            stage = message.content.config_records[SECURE]["stage"]
+            if stage < self.vanish.get(message.metadata.dst_node_id, 99):
+                there.append(message)
+        super().push_messages(there)
+        return [message.metadata.message_id for message in batch]
+
+
+def expected(nodes: list[int]) -> float:
+    return sum(node * node / 16 for node in nodes) / sum(nodes)
+
+
+def check_model(arrays: ArrayRecord, nodes: list[int]) -> None:
+    np.testing.assert_allclose(arrays["w"].view(), np.full((2, 3), expected(nodes)), atol=2e-3)
+    assert arrays["scalar"].shape == ()
+    assert float(arrays["scalar"].view()) == pytest.approx(0.5 + expected(nodes), abs=2e-3)
+    assert arrays["empty"].shape == (0,)
+
+
+@pytest.mark.parametrize("protocol", [Toy(3), SecAgg(threshold=3), SecAggPlus(), LightSecAgg(threshold=4)])
+def test_the_mean_is_fedavgs_and_metrics_travel_inside(protocol: Any) -> None:
+    stage = SecureStage(
+        protocol,
+        max_weight=8,
+        train_metrics={"loss": (0, 1), "accuracy": (0, 1)},
+        evaluate_metrics={"accuracy": (0, 1)},
+    )
+    grid = FlakyGrid(app_of(), 5)
+    result = FedAvg(stage=stage).start(grid, MODEL, num_rounds=1)
+    check_model(result.arrays, [1, 2, 3, 4, 5])
+    assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(5 / 15, abs=1e-6)
+    assert result.train_metrics_clientapp[1]["accuracy"] == pytest.approx(0.25, abs=1e-6)
+    assert set(result.evaluate_metrics_clientapp[1]) == {"accuracy"}
+    bound = result.rounds[0]["train-replies"]["error-bound"]
+    plain = FedAvg(fraction_evaluate=0).start(LocalGrid(plain_app(), 5), MODEL, num_rounds=1)
+    assert abs(float(result.arrays["scalar"].view()) - float(plain.arrays["scalar"].view())) <= bound + 1e-12
+    assert {"advertise", "hello"} & {fields["stage"] for name, fields in grid.recorder.events if name == "stage"}
+
+
+def plain_app() -> ClientApp:
+    app = ClientApp()
+    app.train()(lambda message, context: Message(good(message, context.node_id), reply_to=message))
+    return app
+
+
+def test_nothing_leaves_a_node_in_the_clear() -> None:
+    grid = FlakyGrid(app_of(), 4)
+    replies: list[Message] = []
+    pull = grid.pull_messages
+
+    def spy(message_ids: Any) -> list[Message]:
+        pulled = pull(message_ids)
+        replies.extend(pulled)
+        return pulled
+
+    grid.pull_messages = spy  # type: ignore[method-assign]
+    FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=3))).start(grid, MODEL, num_rounds=1)
+    assert replies
+    assert all(list(reply.content) == [REPLY] for reply in replies)
+
+
+@pytest.mark.parametrize(
+    "vanish", [dict(zip((1, 2, 3), stages, strict=True)) for stages in product((0, 2, 3, 9), repeat=3)]
+)
+def test_whoever_vanishes_the_sum_is_the_survivors_or_the_round_fails(vanish: dict[int, int]) -> None:
+    recorder = MemoryRecorder()
+    grid = FlakyGrid(app_of(), 4, vanish, recorder=recorder)
+    strategy = FedAvg(fraction_evaluate=0, min_train_nodes=2, stage=SecureStage(SecAgg(threshold=2), max_weight=8))
+    there = [node for node in (1, 2, 3, 4) if vanish.get(node, 9) >= 3]
+    open_to_the_end = [node for node in (1, 2, 3, 4) if vanish.get(node, 9) > 3]
+    if min(len(there), len(open_to_the_end)) >= 2:
+        result = strategy.start(grid, MODEL, num_rounds=1)
+        check_model(result.arrays, there)
+        excluded = result.rounds[0]["train-replies"]["excluded"]
+        assert sorted(one["node"] for one in excluded) == sorted(set(range(1, 5)) - set(there))
+    else:
+        with pytest.raises(QuorumError, match="train round 1"):
+            strategy.start(grid, MODEL, num_rounds=1)
+        assert recorder.checkpoint is not None
+        assert recorder.checkpoint.arrays == MODEL
+
+
+def spoilt(change: Callable[[RecordDict], RecordDict]) -> Train:
+    return lambda message, node: change(good(message, node)) if node == 2 else good(message, node)
+
+
+def with_arrays(**values: Any) -> Callable[[RecordDict], RecordDict]:
+    return lambda made: RecordDict({**made, "arrays": ArrayRecord({**made.array_records["arrays"], **values})})
+
+
+BAD = {
+    "nan": (with_arrays(scalar=Array(np.array(math.nan))), "UpdateError"),
+    "shape": (with_arrays(scalar=Array(np.zeros(1))), "UpdateError"),
+    "dtype": (with_arrays(scalar=Array(np.array(0, np.float32))), "UpdateError"),
+    "key": (with_arrays(more=Array(np.array(0.0))), "UpdateError"),
+    "too far": (with_arrays(scalar=Array(np.array(9.0))), "RingOverflow"),
+    "weight": (lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": 1e9})}), "RingOverflow"),
+    "negative weight": (
+        lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": -1})}),
+        "RingOverflow",
+    ),
+    "nan weight": (
+        lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": math.nan})}),
+        "RingOverflow",
+    ),
+    "no weight": (lambda made: RecordDict({"arrays": made["arrays"]}), "RingOverflow"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_is_refused_before_masking(name: str) -> None:
+    change, cause = BAD[name]
+    grid = FlakyGrid(app_of(spoilt(change)), 4)
+    result = FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2), max_weight=8)).start(grid, MODEL, 1)
+    check_model(result.arrays, [1, 3, 4])
+    (excluded,) = result.rounds[0]["train-replies"]["excluded"]
+    assert excluded["node"] == 2
+    assert cause in excluded["cause"]
+
+
+def test_all_failing_fails_the_run() -> None:
+    def broken(message: Message, node: int) -> RecordDict:
+        raise KeyError("private")
+
+    with pytest.raises(QuorumError, match="4 x stage mask: CLIENT_APP_RAISED_EXCEPTION KeyError"):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2))).start(
+            FlakyGrid(app_of(broken), 4), MODEL, 1
+        )
+
+
+def test_the_app_trains_once_and_sees_no_session_record() -> None:
+    seen: list[list[str]] = []
+
+    def train(message: Message, node: int) -> RecordDict:
+        seen.append(sorted(message.content))
+        return good(message, node)
+
+    FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2))).start(FlakyGrid(app_of(train), 3), MODEL, 2)
+    assert seen == [["arrays", "config"]] * 6
+
+
+def stage_messages(rounds: int = 1) -> tuple[FlakyGrid, ClientApp, dict[tuple[int, int], Message]]:
+    """Run a session of 3 nodes; return its requests to node 1 by (session, stage)."""
+    app = app_of()
+    grid = FlakyGrid(app, 3, seed=1)
+    FedAvg(fraction_evaluate=0, stage=SecureStage(Toy(2))).start(grid, MODEL, rounds)
+    sessions: list[Any] = []
+    found = {}
+    for message in grid.sent:
+        config = message.content.config_records[SECURE]
+        if config["number"] not in sessions:
+            sessions.append(config["number"])
+        if message.metadata.dst_node_id == 1:
+            found[sessions.index(config["number"]), int(str(config["stage"]))] = message
+    return grid, app, found
+
+
+def changed(message: Message, **values: Any) -> Message:
+    content = message.content.copy()
+    content.config_records[SECURE].update(values)
+    return message.with_content(content)
+
+
+def test_an_identical_redelivery_gets_the_same_bytes_and_does_not_train_again() -> None:
+    _, app, messages = stage_messages()
+    context = Context(node_id=1)
+    for stage in (0, 1):
+        first, again = (app(messages[0, stage], context).content[REPLY] for _ in range(2))
+        assert first == again
+        assert isinstance(first, ArrayRecord)
+
+
+def test_another_request_of_the_same_stage_is_refused() -> None:
+    _, app, messages = stage_messages(2)
+    context = Context(node_id=1)
+    app(messages[0, 0], context)
+    other = messages[0, 0].content.copy()
+    other[REQUEST] = ArrayRecord({"bytes": Array(np.zeros(5, np.uint8))})
+    assert app(messages[0, 0].with_content(other), context).error == Error(
+        ErrorCode.POLICY_REFUSED, "SessionOutOfOrder"
+    )
+    assert app(messages[1, 1], context).error.reason == "SessionOutOfOrder"
+    assert app(messages[0, 1], context).has_content()
+    assert app(changed(messages[0, 1], number=7), context).error.reason == "SessionOutOfOrder"
+    assert app(messages[0, 0], context).error.reason == "SessionOutOfOrder"
+    assert app(messages[1, 0], context).has_content()
+    assert app(messages[0, 0], context).has_error()
+
+
+def test_a_node_that_did_not_join_answers_no_later_stage() -> None:
+    _, app, messages = stage_messages()
+    assert app(messages[0, 1], Context(node_id=1)).error.reason == "SessionOutOfOrder"
+
+
+def test_another_model_than_the_sessions_is_refused() -> None:
+    _, app, messages = stage_messages()
+    context = Context(node_id=1)
+    app(messages[0, 0], context)
+    tampered = messages[0, 1].content.copy()
+    tampered["arrays"] = MODEL.map(lambda values: values + values.dtype.type(1))
+    assert app(messages[0, 1].with_content(tampered), context).error.reason == "BindingMismatch"
+
+
+def test_a_claimed_binding_must_be_the_sessions() -> None:
+    _, app, messages = stage_messages()
+    reply = app(changed(messages[0, 0], binding=bytes(32)), Context(node_id=1))
+    assert reply.error == Error(ErrorCode.POLICY_REFUSED, "RemoteError")
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query"])
+def test_a_message_in_the_clear_is_refused(kind: str) -> None:
+    request = Message(RecordDict({"arrays": MODEL}), 1, kind)
+    assert app_of()(request, Context(node_id=1)).error.reason == "SecureAggregationRequired"
+    if kind == "evaluate":
+        assert app_of(kinds=("train",))(request, Context(node_id=1)).has_content()
+
+
+def test_a_node_keeps_its_own_rules() -> None:
+    grid = FlakyGrid(app_of(policy=Policy(min_cohort=4)), 3)
+    with pytest.raises(QuorumError, match="POLICY_REFUSED RemoteError"):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2))).start(grid, MODEL, 1)
+    grid = FlakyGrid(app_of(protocols={"SecAgg": SecAgg}), 3)
+    with pytest.raises(QuorumError, match="POLICY_REFUSED Refused"):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(Toy(2))).start(grid, MODEL, 1)
+
+
+def test_nodes_without_the_mod_are_excluded_with_the_fix() -> None:
+    with pytest.raises(QuorumError, match=r"mods.secure_aggregation\(\)|AppError|KeyError|CLIENT_APP"):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(Toy(2))).start(FlakyGrid(plain_app(), 3), MODEL, 1)
+
+
+def test_an_infeasible_threshold_fails_before_any_message() -> None:
+    grid = FlakyGrid(app_of(), 3)
+    with pytest.raises(RunFailed, match="cannot run with 3 nodes"):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=9))).start(grid, MODEL, 1)
+    assert not grid.sent
+
+
+def test_what_cannot_be_hidden_is_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match="evaluate_metrics"):
+        FedAvg(stage=SecureStage(SecAgg(threshold=2)))
+
+    class Apart(FedAvg):
+        def configure_node(self, server_round: int, node: int, content: RecordDict) -> RecordDict:
+            return content
+
+    with pytest.raises(ValueError, match="configures nodes apart"):
+        Apart(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2)))
+    for arguments, name in [
+        ({"bits": 7}, "bits"),
+        ({"bits": 8}, "bits"),
+        ({"max_weight": 0}, "max_weight"),
+        ({"stage_timeout": 0}, "stage_timeout"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            SecureStage(SecAgg(threshold=2), **arguments)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(ValueError, match="loss"):
+        SecureStage(SecAgg(threshold=2), train_metrics={"loss": (1, 1)})
+
+
+@given(
+    st.integers(2, 50),
+    st.sampled_from([16, 24, 32, 48, 64]),
+    st.floats(1e-3, 1e3),
+    st.lists(
+        st.tuples(st.integers(0, 100), st.lists(st.floats(-1, 1), min_size=4, max_size=4), st.floats(-3, 7)),
+        min_size=1,
+        max_size=12,
+    ),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_ring_is_exact_to_its_bound(cohort: int, bits: int, top: float, nodes: list[Any]) -> None:
+    layout = Layout(bits, max(cohort, len(nodes)), 4, top, 100.0 if bits > 16 else None, (("loss", -3.0, 7.0),))
+    assert Layout.from_config(layout.to_config()) == layout
+    total = np.zeros(layout.size, np.uint64)
+    for weight, update, loss in nodes:
+        vector = layout.encode(ArrayRecord([np.array(update) * top]), weight, {"loss": loss})
+        assert vector.dtype == (np.uint32 if bits <= 32 else np.uint64)
+        assert not np.any(vector.astype(np.uint64) >> np.uint64(bits - 1) >> np.uint64(1))
+        total = total + vector
+    mask = np.uint64((1 << bits) - 1)
+    decoded = layout.decode(total & mask, len(nodes))
+    weights = np.array([weight if bits > 16 else 1 for weight, _, _ in nodes], float)
+    assert decoded.weight == weights.sum()
+    if decoded.weight:
+        mean = np.average([np.array(update) * top for _, update, _ in nodes], axis=0, weights=weights)
+        assert np.all(np.abs(decoded.total * decoded.scale / decoded.weight - mean) <= decoded.error_bound * (1 + 1e-9))
+        loss = np.average([loss for _, _, loss in nodes], weights=weights)
+        assert (
+            abs(float(str(decoded.metrics["loss"])) - loss)
+            <= 10 * len(nodes) / layout.reach * decoded.scale / decoded.weight + 1e-12
+        )
+
+
+def test_what_does_not_fit_the_ring_is_an_error_and_never_wraps() -> None:
+    layout = Layout(16, 10, 2, 1.0, None)
+    top = layout.encode(ArrayRecord([np.array([1.0, -1.0])]), 1, {})
+    total = (10 * top.astype(np.uint64)) & np.uint64(2**16 - 1)
+    np.testing.assert_allclose(layout.decode(total, 10).total, [10, -10], rtol=1e-3)
+    for bad in ([1.001, 0.0], [0.0, -1.001], [math.inf, 0.0], [math.nan, 0.0]):
+        with pytest.raises(RingOverflow):
+            layout.encode(ArrayRecord([np.array(bad)]), 1, {})
+    with pytest.raises(RingOverflow, match="3 elements"):
+        layout.encode(ArrayRecord([np.zeros(3)]), 1, {})
+
+
+def test_the_binding_covers_everything_a_node_is_told() -> None:
+    layout = Layout(32, 3, 6, 1.0, None)
+    base = RecordDict({"arrays": MODEL, "config": ConfigRecord({"lr": 0.1, "n": 1})})
+    seen = {bind(base, layout, "train")}
+    variants = [
+        RecordDict({"arrays": MODEL, "config": ConfigRecord({"lr": 0.1, "n": 1.0})}),
+        RecordDict({"arrays": MODEL, "config": ConfigRecord({"lr": 0.1})}),
+        RecordDict({"other": MODEL, "config": ConfigRecord({"lr": 0.1, "n": 1})}),
+        RecordDict({"arrays": MODEL.map(lambda v: v + v.dtype.type(1)), "config": base["config"]}),
+        RecordDict({**base, "privfed.plan": ConfigRecord({"clip": 1.0})}),
+    ]
+    seen |= {bind(one, layout, "train") for one in variants}
+    seen |= {bind(base, layout, "evaluate"), bind(base, Layout(32, 4, 6, 1.0, None), "train")}
+    assert len(seen) == 8
+    session = RecordDict({**base, SECURE: ConfigRecord({"stage": 1}), REQUEST: ArrayRecord()})
+    assert bind(session, layout, "train") in seen
+
+
+class Rows(Strategy):
+    """Remembers the rows it was given."""
+
+    needs = GroupMeans
+
+    def update(self, server_round: int, arrays: ArrayRecord, view: Any) -> ArrayRecord:
+        self.view = view
+        return arrays
+
+
+def test_groups_give_their_means_and_cover_all_nodes() -> None:
+    strategy = Rows(fraction_evaluate=0, stage=GroupedStage(SecAgg(threshold=2), 3, max_weight=16))
+    grid = FlakyGrid(app_of(), 11, seed=5)
+    result = strategy.start(grid, MODEL, 1)
+    groups = strategy.stage.draw_groups(grid, tuple(range(1, 12)), "train", 1)  # type: ignore[attr-defined]
+    assert sorted(node for group in groups for node in group) == list(range(1, 12))
+    assert sorted(len(group) for group in groups) == [3, 4, 4]
+    assert strategy.view.rows.dtype == np.float32
+    np.testing.assert_allclose(strategy.view.rows[:, 0], [expected(list(group)) for group in groups], atol=1e-3)
+    np.testing.assert_allclose(strategy.view.weights, [sum(group) for group in groups])
+    assert result.rounds[0]["train-replies"]["groups"] == 3
+
+
+def test_a_group_that_loses_too_many_is_left_out_alone() -> None:
+    probe = FlakyGrid(app_of(), 6, seed=5)
+    stage = GroupedStage(SecAgg(threshold=3), 3, max_weight=8)
+    first, second = stage.draw_groups(probe, tuple(range(1, 7)), "train", 1)
+    grid = FlakyGrid(app_of(), 6, {first[0]: 2}, seed=5)
+    result = FedAvg(fraction_evaluate=0, stage=stage).start(grid, MODEL, 1)
+    check_model(result.arrays, list(second))
+    assert "group 0 of 3 nodes" in result.rounds[0]["train-replies"]["excluded"][0]["cause"]
+
+
+def test_fedavg_over_groups_is_fedavg() -> None:
+    stage = GroupedStage(Toy(2), 2, max_weight=8, evaluate_metrics={"accuracy": (0, 1)})
+    result = FedAvg(stage=stage).start(FlakyGrid(app_of(), 7, seed=2), MODEL, 1)
+    check_model(result.arrays, list(range(1, 8)))
+    assert result.evaluate_metrics_clientapp[1]["accuracy"] == pytest.approx(0.25, abs=1e-6)
+    with pytest.raises(ValueError, match="group_size"):
+        GroupedStage(Toy(2), 1)
