@@ -5,6 +5,7 @@
     ├── WireError           bytes that are not what they should be; the only error a decoder raises
     ├── RunFailed           a run that ended without a result; `reason` says why
     │   └── QuorumError     fewer valid replies than the round needs
+    ├── RunStopped          somebody asked the run to stop; it can be resumed
     └── PlanRefused         a combination whose privacy is not proved
 
 Errors of the protocols and of privacy accounting live beside them (`privfed.protocols.errors`, `privfed.privacy`).
@@ -34,6 +35,10 @@ class RunFailed(PrivfedError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+class RunStopped(PrivfedError):
+    """The run was asked to stop after its current round; what it committed is kept."""
 
 
 class QuorumError(RunFailed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +145,7 @@ class Grid(ABC):
                 if waiting and not self.wait(waiting, remaining):
                     yield from (ready[position] for position in sorted(ready))
                     return
-                for reply in self.pull_messages(list(waiting)):
+                for reply in self.pull_messages(waiting):
                     ready[waiting.pop(reply.metadata.reply_to_message_id)] = reply
                 while ready and (not ordered or following in ready):
                     position = following if ordered else next(iter(ready))
@@ -171,16 +171,18 @@ def _take(source: Iterator[Message], room: int | None) -> list[Message]:
     return batch
 
 
-def answer(app: object, message: Message, context: Context) -> Message:
+def answer(app: object, message: Message, context: Context, log: Callable[[Exception], None] | None = None) -> Message:
     """Run a client app on one message; a failure becomes an Error that names the exception's class and no more.
 
-    `app` is a callable (message, context) -> Message.
+    app: a callable (message, context) -> Message. log: gets the exception itself, which must not leave the node.
     """
     try:
         reply = app(message, context)  # type: ignore[operator]  # checked by the except below
         if not isinstance(reply, Message):
             raise TypeError(f"the handler returned {type(reply).__name__}, not a Message")
     except Exception as fault:  # noqa: BLE001 - whatever an app raises is its failure, not the node's
+        if log is not None:
+            log(fault)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(fault).__name__), reply_to=message)
     return reply
 
