@@ -26,7 +26,7 @@ POLYNOMIAL_BYTES = 8 * N
 """Keystream of one public polynomial."""
 _CHUNK = 16
 """Polynomials encrypted at once: their transforms stay in a core's cache."""
-_SPAN = 1 << 15
+_SPAN = 1 << 16
 """Coefficients added at once, for the same reason."""
 _CARRIES = 254
 """Additions after which a byte of counted carries must be emptied."""
