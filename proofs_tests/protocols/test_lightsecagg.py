@@ -162,6 +162,29 @@ def test_parameters_out_of_range_name_the_argument(bad: dict[str, int]) -> None:
         LightSecAgg(**bad)
 
 
+@pytest.mark.parametrize("n", [0, 1, 1024])
+def test_cohorts_out_of_range_are_named(n: int) -> None:
+    with pytest.raises(LocalError, match="between 2 and 1023"):
+        LightSecAgg(1.0).resolve(n)
+
+
+BAD_INPUTS = [
+    np.zeros(4, np.uint64),
+    np.zeros((5, 1), np.uint64),
+    np.zeros(5, np.int64),
+    np.zeros(5, np.float64),
+    np.full(5, 1 << 16, np.uint64),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS, ids=str)
+def test_inputs_that_are_no_ring_vectors_are_the_callers_mistake(bad: Vector) -> None:
+    """Wrong shape, wrong type, and 2^16 in a ring of 16 bits, which would wrap around unseen."""
+    chosen = lab(3)
+    with pytest.raises(LocalError, match="input"):
+        chosen.run(inputs=dict.fromkeys(chosen.nodes, bad))
+
+
 def test_secrets_do_not_print() -> None:
     chosen = lab(3, active=True)
     run = chosen.run()

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.audit.rehearsal import identities, stream
+from privfed.protocols import codec, keys
 from privfed.protocols.errors import LocalError, RemoteError, TooFewSurvivors
 from privfed.protocols.lightsecagg import buffered, messages
 from privfed.protocols.lightsecagg.buffer import BufferedServer, WeightedSum
 from privfed.protocols.lightsecagg.buffered import BufferedNode, BufferTerms
 from privfed.protocols.lightsecagg.exact import Words
+from privfed.protocols.lightsecagg.messages import Advertisement
 from privfed.protocols.session import Buffer, Policy
 
 TERMS = BufferTerms(
@@ -326,3 +328,94 @@ def test_terms_that_cannot_be_safe_are_refused(change: dict[str, object], name: 
 def test_a_node_joins_no_run_below_its_floors(policy: Policy) -> None:
     with pytest.raises(LocalError, match="policy"):
         BufferedNode(TERMS, identities(TERMS.nodes)[1], policy)
+
+
+def test_a_roster_with_strangers_or_too_few_is_refused() -> None:
+    run = Run()
+    node = replace(run.nodes[1], random=stream("node 1"))  # so that its keys are the roster's
+    fresh, _ = node.join()
+    table = codec.decode(memoryview(run.roster)[33:], lambda r: r.table(Advertisement.SIZE))
+
+    def refused(rows: dict[int, bytes]) -> str:
+        with pytest.raises(RemoteError) as caught:
+            node.settle(fresh, run.roster[:33] + codec.table(rows.items()))
+        return caught.value.deviation
+
+    rows = {name: bytes(raw) for name, raw in table.items()}
+    assert refused({**rows, 9: rows[2]}) == "foreign-node"
+    assert refused({name: rows[name] for name in (1, 2, 3)}) == "cohort-too-small"
+    assert refused({**rows, 2: rows[3]}) == "unknown-identity"
+    assert node.settle(fresh, run.roster)
+
+
+def test_nothing_is_done_before_the_roster_settles() -> None:
+    run = Run()
+    fresh, _ = run.nodes[1].join()
+    with pytest.raises(LocalError, match="settled"):
+        run.nodes[1].contribute(fresh, 1, bytes(32), update(1, 1))
+    with pytest.raises(LocalError, match="kept"):
+        run.nodes[1].settle(fresh + b"\0", run.roster)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros(8, np.uint32), np.zeros(9, np.int32), np.full(9, 1 << 32, np.uint64)], ids=str
+)
+def test_updates_that_are_no_ring_vectors_are_the_callers_mistake(bad: Words) -> None:
+    with pytest.raises(LocalError, match="update"):
+        Run().contribute(1, 1, bad)
+
+
+def test_a_binding_has_32_bytes() -> None:
+    run = Run()
+    with pytest.raises(LocalError, match="version"):
+        run.nodes[1].contribute(run.kept[1], 1, b"", update(1, 1))
+
+
+def test_identities_must_be_the_rosters() -> None:
+    known = identities((*TERMS.nodes, 6))
+    with pytest.raises(LocalError, match="roster"):
+        BufferedNode(TERMS, known[6])
+    with pytest.raises(LocalError, match="roster"):
+        BufferedNode(TERMS, identities((1, 2, 3))[1])
+    with pytest.raises(LocalError, match="identity"):
+        BufferedNode(TERMS, replace(known[1], secret_key=bytes(32)))
+
+
+def test_who_may_join() -> None:
+    run, known = Run(), identities(TERMS.nodes)
+    _, message = run.nodes[1].join()
+    for node in (1, 9):
+        with pytest.raises(RemoteError, match=f"foreign-node by node {node}"):
+            run.server.join(node, message)
+    server = BufferedServer(TERMS, roster=known[1].roster, random=stream("another"))
+    with pytest.raises(TooFewSurvivors):
+        server.settle()
+    with pytest.raises(RemoteError, match="bad-signature by node 2"):
+        server.join(2, message)
+    forged = replace(known[2], secret_key=b"e" * 32)
+    forged = replace(forged, roster={**forged.roster, 2: keys.signing_public(b"e" * 32)})
+    with pytest.raises(RemoteError, match="unknown-identity by node 2"):
+        server.join(2, BufferedNode(TERMS, forged, random=stream("forged")).join()[1])
+    server.join(1, message)
+    with pytest.raises(RemoteError, match="foreign-node by node 1"):
+        server.join(1, message)
+    with pytest.raises(RemoteError, match="foreign-node by node 1: it is not on the settled roster"):
+        server.contribute(1, message)
+
+
+def test_buffers_move_forward_and_answers_do_not_change() -> None:
+    run, request = filled()
+    for node in TERMS.nodes:
+        run.confirm(node, request)
+    for node, asked in run.server.ask().items():
+        run.kept[node], message = run.nodes[node].open(run.kept[node], asked)
+        run.server.opened(node, message)
+        run.server.opened(node, message)  # the same again changes nothing
+        with pytest.raises(RemoteError, match=f"second-reply by node {node}"):
+            run.server.opened(node, message[:-1] + bytes([message[-1] ^ 1]))
+    np.testing.assert_array_equal(run.server.finish().total, expected({1: 2, 2: 2, 3: 2}, 2))
+    for node in (1, 2, 3):
+        run.contribute(node, 3)
+    with pytest.raises(LocalError, match="version must exceed 2"):
+        run.server.begin(2)
+    np.testing.assert_array_equal(run.buffer(4).total, expected({1: 3, 2: 3, 3: 3}, 4))

@@ -162,10 +162,10 @@ class Code:
         """
         used = sorted(shares)[: len(shares) if weights else self.threshold]
         first, further = used[: self.threshold], used[self.threshold :]
-        solve = self._solution(first)
-        plan = solve[: self.threshold - self.privacy]
         if further:
-            plan = self._with_check(solve, further, weights)
+            plan = self._with_check(self._solution(first, self.threshold), further, weights)
+        else:
+            plan = self._solution(first, self.threshold - self.privacy)
         length = self.width(dimension)
         rows = np.stack([shares[i] for i in used]).reshape(len(used) * self.ring.degree, length)
         found = product(signed(self.ring.matrices(signed(plan, self.bits)).view(np.uint64), self.bits), rows, self.bits)
@@ -206,8 +206,8 @@ class Code:
         out = product(a, flat, bits).astype(np.uint64)
         return out.reshape(-1, m, b.shape[1]).transpose(0, 2, 1)
 
-    def _solution(self, shares: list[int]) -> NDArray[np.uint64]:
-        """Inverse of the generator's rows of exactly `threshold` shares: [threshold, threshold, m]."""
+    def _solution(self, shares: list[int], rows: int) -> NDArray[np.uint64]:
+        """First rows of the inverse of the generator's rows of `threshold` shares: [rows, threshold, m]."""
         forward = self.generator(shares)
         inverse = self.ring.lift(self._field_inverse(np.array(shares) + 1)).astype(np.uint64)
         known = 1
@@ -216,9 +216,11 @@ class Code:
             error = -self._apply(forward, inverse, target)
             error[range(self.threshold), range(self.threshold), 0] += np.uint64(1)
             error = (error & _mask(target)) >> np.uint64(known)
+            if target == self.bits:
+                inverse = inverse[:rows]
             inverse = inverse + (self._times(inverse, error, target - known) << np.uint64(known))
             known = target
-        return inverse
+        return inverse[:rows]
 
     def _field_inverse(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
         """Inverse modulo 2 of the Vandermonde matrix of these points, by Lagrange's polynomials."""

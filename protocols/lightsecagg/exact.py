@@ -13,7 +13,7 @@ Words = NDArray[np.unsignedinteger[Any]]
 Floats = NDArray[np.float64]
 
 _EXACT = 53
-_COLUMNS = 2048
+_COLUMNS = 512
 """Columns handled at once: operands and result of one step stay near the caches."""
 
 
@@ -34,8 +34,11 @@ def _split(a: Ints, limbs: int, width: int) -> list[Floats]:
     return [*parts, a.astype(np.float64)]
 
 
-def _plan(largest: int, bits: int, inner: int) -> tuple[int, int, int, int]:
-    """(limbs, width) of the left and of the right factor, fewest products first."""
+def plan(largest: int, bits: int, inner: int) -> tuple[int, int, int, int]:
+    """Limbs and their width of the left, then of the right factor: the fewest products that stay exact.
+
+    largest: of the left entries. inner: terms of each sum.
+    """
     left_bits = max(1, largest.bit_length()) + 1
     room = _EXACT - math.ceil(math.log2(inner)) if inner > 1 else _EXACT
     best: tuple[int, int, int, int, int] | None = None
@@ -69,18 +72,27 @@ def _halves(block: Words, bits: int, limbs: int, width: int) -> list[Floats]:
 def product(a: Ints, b: Words, bits: int) -> Words:
     """Multiply a signed integer matrix by residues modulo 2^bits: [r, k] x [k, c] -> [r, c] modulo 2^bits."""
     kind = words(bits)
-    left, a_width, right, b_width = _plan(int(np.abs(a).max(initial=0)), bits, a.shape[1])
+    left, a_width, right, b_width = plan(int(np.abs(a).max(initial=0)), bits, a.shape[1])
     lefts = _split(a, left, a_width)
     out: Words = np.empty((a.shape[0], b.shape[1]), dtype=kind)
+    columns = min(_COLUMNS, b.shape[1])
+    floats = np.empty((a.shape[0], columns))
+    ints = np.empty((a.shape[0], columns), dtype="<i8")
+    low: Words = ints.view(np.dtype(kind).newbyteorder("<"))[:, :: 8 // out.itemsize]  # each entry's low word
     for start in range(0, b.shape[1], _COLUMNS):
+        total = out[:, start : start + _COLUMNS]
+        size = total.shape[1]
+        if size < columns:  # the last block: views of its width keep the buffers contiguous
+            floats, ints = np.empty((a.shape[0], size)), np.empty((a.shape[0], size), dtype="<i8")
+            low = ints.view(np.dtype(kind).newbyteorder("<"))[:, :: 8 // out.itemsize]
+        total[...] = 0
         rights = _halves(b[:, start : start + _COLUMNS], bits, right, b_width)
-        total: NDArray[np.uint64] | None = None
         for i, x in enumerate(lefts):
             for j, y in enumerate(rights):
                 place = i * a_width + j * b_width
                 if place < bits:
-                    part = (x @ y).astype(np.int64).view(np.uint64) << np.uint64(place)
-                    total = part if total is None else np.add(total, part, out=total)
-        assert total is not None
-        np.bitwise_and(total.astype(kind), kind((1 << bits) - 1), out=out[:, start : start + _COLUMNS])
+                    np.matmul(x, y, out=floats)
+                    np.copyto(ints, floats, casting="unsafe")  # exact: every sum is below 2^53
+                    total += np.left_shift(low, kind(place)) if place else low
+        total &= kind((1 << bits) - 1)
     return out

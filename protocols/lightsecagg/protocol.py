@@ -54,10 +54,7 @@ class LightSecAgg:
         if not 2 <= n <= MAX_NODES:
             raise LocalError(f"LightSecAgg needs between 2 and {MAX_NODES} nodes, got {n}: group them")
         if self.threshold is None:
-            solved = graph.solve_full_graph(n, CORRUPT, DROPOUT, True)
-            if not solved.feasible:
-                raise LocalError(f"no threshold suits {n} nodes, a third corrupt and a tenth gone: set one")
-            threshold = solved.threshold
+            threshold = graph.solve_full_graph(n, CORRUPT, DROPOUT, True).threshold  # there is one from 2 nodes on
         elif isinstance(self.threshold, float):
             threshold = max(2, math.ceil(self.threshold * n - 1e-9))
         else:
