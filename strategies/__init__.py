@@ -7,28 +7,53 @@ from typing import Any
 
 _HOMES = {
     "FedAvg": "fedavg",
-    "GroupedStage": "grouped",
-    "PlainStage": "stage",
-    "Result": "result",
-    "SecureStage": "secure",
-    "Stage": "stage",
+    "FedAvgM": "fedavgm",
+    "FedProx": "fedprox",
+    "FedAdagrad": "fedopt",
+    "FedAdam": "fedopt",
+    "FedYogi": "fedopt",
+    "FedOpt": "fedopt",
+    "FedMedian": "robust",
+    "FedTrimmedAvg": "robust",
+    "Krum": "robust",
+    "MultiKrum": "robust",
+    "Bulyan": "robust",
+    "RobustStrategy": "robust",
     "Strategy": "strategy",
-    "GroupMeans": "view",
+    "Result": "result",
+    "Stage": "stage",
+    "PlainStage": "stage",
+    "SecureStage": "secure",
+    "GroupedStage": "grouped",
     "Sum": "view",
     "Updates": "view",
+    "GroupMeans": "view",
 }
 
 __all__ = [
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedOpt",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
     "GroupMeans",
     "GroupedStage",
+    "Krum",
+    "MultiKrum",
     "PlainStage",
     "Result",
+    "RobustStrategy",
     "SecureStage",
     "Stage",
     "Strategy",
     "Sum",
     "Updates",
+    "rules",
 ]
 
 
@@ -37,6 +62,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"privfed.strategies.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
+    if name == "rules":
+        return importlib.import_module("privfed.strategies.rules")
     raise AttributeError(f"module 'privfed.strategies' has no attribute {name!r}")
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from privfed.array import element_count
 from privfed.record import ArrayRecord
 from privfed.strategies.view import Sum
-from privfed.update import BLOCK, dimension, flatten
+from privfed.update import BLOCK, dimension, flatten, is_finite
 
 Float64s = NDArray[np.float64]
 
@@ -59,15 +59,19 @@ class RowFold:
         self.sources: list[int] = []
         self.weights: list[float] = []
 
-    def add(self, source: int, arrays: ArrayRecord, weight: float, *, update: bool) -> None:
-        """Add a checked reply as the next row."""
+    def add(self, source: int, arrays: ArrayRecord, weight: float, *, update: bool) -> bool:
+        """Add a checked reply as the next row; return False, and add nothing, when float32 cannot hold it."""
         flat = flatten(arrays, self._model)
         if not update:
             flat -= self._base
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and rules exclude it
-            self._rows[len(self.sources)] = flat
+        row = self._rows[len(self.sources)]
+        with np.errstate(over="ignore"):
+            row[:] = flat
+        if not is_finite(row):
+            return False
         self.sources.append(source)
         self.weights.append(weight)
+        return True
 
     @property
     def rows(self) -> NDArray[np.float32]:

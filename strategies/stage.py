@@ -74,7 +74,8 @@ class PlainStage(Stage):
         intake = Intake(exchange)
         rows = RowFold(exchange.model, len(exchange.nodes))
         for reply in intake.train():
-            rows.add(reply.node, reply.arrays, reply.weight, update=reply.update)
+            if not rows.add(reply.node, reply.arrays, reply.weight, update=reply.update):
+                intake.reject(reply.node, "its update is too large for float32")
         return intake.finish(Updates(rows.rows, tuple(rows.sources), tuple(rows.weights)))
 
     def _collect_private(self, exchange: Exchange, clip: float) -> Outcome:

@@ -1,0 +1,100 @@
+"""Strategies that withstand Byzantine nodes: each applies one rule of `privfed.strategies.rules` to all updates.
+
+They ignore the weights nodes claim, which would be a lever. Under GroupedStage the rows are group means, and the number
+of nodes to tolerate is the number of groups to tolerate: f nodes spoil at most f groups. What a rule cannot promise for
+the rows that are there (Krum needs n >= 2 f + 3, Bulyan n >= 4 f + 3, others n > 2 f) fails the round with the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.record import ArrayRecord
+from privfed.strategies import rules
+from privfed.strategies.strategy import Strategy, add_update
+from privfed.strategies.view import Updates, View
+
+
+class RobustStrategy(Strategy, ABC):
+    """Add `aggregate(rows)` to the model. A subclass of a few lines makes any rule a strategy."""
+
+    needs: ClassVar[type[View]] = Updates
+
+    @abstractmethod
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return one row from n rows, which are in the order of node ids (or group numbers)."""
+
+    def update(self, server_round: int, arrays: ArrayRecord, view: View) -> ArrayRecord:
+        """Add what the rule makes of the updates."""
+        if not isinstance(view, Updates):
+            raise TypeError(f"{type(self).__name__} needs Updates, got {type(view).__name__}")
+        return add_update(arrays, np.asarray(self.aggregate(view.rows), np.float64))
+
+
+class FedMedian(RobustStrategy):
+    """The coordinate-wise median of the updates, unweighted [YCRB18]."""
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the median."""
+        return np.asarray(rules.median(rows))
+
+
+class FedTrimmedAvg(RobustStrategy):
+    """The mean without the beta * n smallest and largest values of each coordinate, unweighted [YCRB18].
+
+    beta is a share in [0, 0.5); the number cut on each side is rounded up, so that a small share never becomes no
+    protection at all.
+    """
+
+    def __init__(self, *, beta: float = 0.2, **arguments: Any) -> None:
+        if not 0 <= beta < 0.5:
+            raise ValueError(f"beta must be in [0, 0.5), got {beta}")
+        super().__init__(**arguments)
+        self.beta = beta
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the trimmed mean."""
+        return np.asarray(rules.trimmed_mean(rows, math.ceil(self.beta * len(rows) - 1e-9)))
+
+
+class _Counting(RobustStrategy):
+    def __init__(self, *, num_malicious_nodes: int = 0, **arguments: Any) -> None:
+        if num_malicious_nodes < 0:
+            raise ValueError(f"num_malicious_nodes must be >= 0, got {num_malicious_nodes}")
+        super().__init__(**arguments)
+        self.num_malicious_nodes = num_malicious_nodes
+
+
+class Krum(_Counting):
+    """The update whose n - f - 2 nearest others are nearest [BEGS17]."""
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the chosen row."""
+        return np.asarray(rules.krum(rows, self.num_malicious_nodes))
+
+
+class MultiKrum(_Counting):
+    """The unweighted mean of the `num_nodes_to_select` updates of least Krum score [BEGS17]."""
+
+    def __init__(self, *, num_malicious_nodes: int = 0, num_nodes_to_select: int = 1, **arguments: Any) -> None:
+        if num_nodes_to_select < 1:
+            raise ValueError(f"num_nodes_to_select must be >= 1, got {num_nodes_to_select}")
+        super().__init__(num_malicious_nodes=num_malicious_nodes, **arguments)
+        self.num_nodes_to_select = num_nodes_to_select
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the mean of the chosen rows."""
+        return np.asarray(rules.multi_krum(rows, self.num_malicious_nodes, self.num_nodes_to_select))
+
+
+class Bulyan(_Counting):
+    """Repeated Krum, then the mean of the values nearest to the median [EGR18]."""
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return Bulyan's row."""
+        return np.asarray(rules.bulyan(rows, self.num_malicious_nodes))
