@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from privfed.audit.rehearsal import Rehearsal, Role, Run, Stage, identities, stream
+from privfed.audit.rehearsal import Role, Run, identities, stream
 from privfed.protocols import codec, keys
-from privfed.protocols.errors import LocalError, RemoteError
+from privfed.protocols.errors import LocalError
 from privfed.protocols.lightsecagg import LightSecAgg, messages
 from privfed.protocols.lightsecagg.messages import Advertisement, Terms
 from privfed.protocols.lightsecagg.secret import Secrets
-from privfed.protocols.session import Identity, Policy, Session
-
-ACTIVE = Rehearsal(LightSecAgg(), dimension=5, nodes=(3, 4, 5, 6), bits=16, active=True)
-PASSIVE = replace(ACTIVE, active=False)
-# The points of small order of Curve25519 and their non-canonical forms, as in RFC 7748 and Wycheproof.
-LOW_ORDER = [
-    bytes(32),
-    (1).to_bytes(32, "little"),
-    bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
-    bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157"),
-    (2**255 - 20).to_bytes(32, "little"),
-    (2**255 - 19).to_bytes(32, "little"),
-    (2**255 - 18).to_bytes(32, "little"),
-]
+from privfed.protocols.session import Identity, Policy
+from proofs_tests.protocols.lightsecagg_rehearsal import ACTIVE, LOW_ORDER, PASSIVE, refusal, remade, role
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +29,6 @@ def run() -> Run:
 @pytest.fixture(scope="module")
 def passive() -> Run:
     return PASSIVE.run()
-
-
-def role(run: Run, stage: str, node: int = 3) -> Role:
-    at = run.lab.protocol.stages.index(stage)
-    return next(r for r in run.roles() if r.stage == at and r.node == node)
-
-
-def refusal(action: Callable[[], object]) -> tuple[str, tuple[int, ...]]:
-    with pytest.raises(RemoteError) as caught:
-        action()
-    return caught.value.deviation, caught.value.culprits
-
-
-def remade(honest: Role, *body: bytes) -> bytes:
-    """A request of the same kind and session with another body."""
-    return honest.request[:33] + b"".join(body)
 
 
 # --- advertise: the terms -------------------------------------------------------------------------------------
@@ -177,6 +151,10 @@ def test_two_nodes_with_one_key(passive: Run) -> None:
     assert shown(passive, {5: twin}) == ("duplicate-key", (4, 5))
 
 
+def test_an_advertisement_is_its_nodes_only(passive: Run) -> None:
+    assert shown(passive, {5: advertisements(passive)[4]}) == ("bad-signature", (0, 5))
+
+
 def test_models_that_differ_are_named(run: Run) -> None:
     """The server gives node 4 another model: its own signature tells the others."""
     session = replace(ACTIVE.session(), binding=b"\x66" * 32)
@@ -273,6 +251,14 @@ def test_split_views_of_the_survivors_are_not_opened(run: Run) -> None:
         assert reveal.told(told, reveal.shares) == ("split-survivors", (0, liar))
 
 
+def test_a_confirmation_of_the_same_survivors_under_other_keys() -> None:
+    """Nodes 3, 4, 5 survive in both; in one session node 6 was shown among the advertisers, in the other not."""
+    without, gone_later = ACTIVE.run(vanish={6: 0}), ACTIVE.run(vanish={6: 2})
+    reveal = Reveal(role(gone_later, "reveal"))
+    other = codec.decode(without.requests[4][4][33:], lambda r: (r.table(messages.SIGNATURE), r.rest()))[0]
+    assert reveal.told({**reveal.signatures, 4: other[4]}, reveal.shares) == ("split-survivors", (0, 4))
+
+
 def test_a_confirmation_by_someone_else(run: Run) -> None:
     reveal = Reveal(role(run, "reveal"))
     swapped = {**reveal.signatures, 4: reveal.signatures[5]}
@@ -324,103 +310,26 @@ def test_kept_state_of_something_else_is_the_callers_mistake(run: Run) -> None:
             replace(taken, kept=kept).step(taken.request)
 
 
-# --- nodes that attack the server --------------------------------------------------------------------------------
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_changed_byte_of_any_request_is_refused(run: Run, data: st.DataObject) -> None:
+    """With identities every byte that a node acts upon is signed, sealed, or checked against what it knows."""
+    attacked = role(run, data.draw(st.sampled_from(ACTIVE.protocol.stages)), data.draw(st.sampled_from(ACTIVE.nodes)))
+    place = data.draw(st.integers(0, len(attacked.request) - 1))
+    changed = bytearray(attacked.request)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    refusal(lambda: attacked.step(bytes(changed)))
 
 
-def attack(stage: str, deform: Callable[[Stage], bytes], lab: Rehearsal = PASSIVE) -> tuple[str, tuple[int, ...]]:
-    """Node 4 sends something else at this stage; the session must end as if it had not."""
-    caught: list[tuple[str, tuple[int, ...]]] = []
-
-    def hook(seen: Stage) -> None:
-        if seen.name == stage and seen.node == 4:
-            caught.append(refusal(lambda: seen.receive(deform(seen))))
-
-    run = lab.run(before_reply=hook)
-    assert run.sum_is_right()
-    return caught[0]
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(ACTIVE.protocol.stages), st.binary(max_size=300), st.booleans())
+def test_arbitrary_bytes_are_refused(run: Run, stage: str, noise: bytes, headed: bool) -> None:
+    attacked = role(run, stage)
+    refusal(lambda: attacked.step(attacked.request[:33] + noise if headed else noise))
 
 
-def resigned(seen: Stage, secret: bytes = b"e" * 32, **change: bytes) -> bytes:
-    given = Advertisement.decode(memoryview(seen.reply)[33:])
-    changed = replace(given, verify_key=keys.signing_public(secret), **change)
-    return seen.reply[:33] + changed.sign(seen.node, secret).encode()
-
-
-def test_the_server_names_bad_advertisements() -> None:
-    assert attack("advertise", lambda s: s.reply[:-1] + b"\0") == ("bad-signature", (4,))
-    assert attack("advertise", lambda s: resigned(s, binding=bytes(32))) == ("inconsistent-session", (4,))
-    assert attack("advertise", lambda s: resigned(s, digest=bytes(32))) == ("inconsistent-session", (4,))
-    for point in LOW_ORDER:
-        assert attack("advertise", lambda s, p=point: resigned(s, public_key=p)) == ("low-order-key", (4,))  # type: ignore[misc]
-    first = PASSIVE.run().replies[0][3]
-    taken = Advertisement.decode(memoryview(first)[33:]).public_key
-    assert attack("advertise", lambda s: resigned(s, public_key=taken)) == ("duplicate-key", (4,))
-
-
-def test_the_server_names_bad_shares_and_confirmations() -> None:
-    def without_one(seen: Stage) -> bytes:
-        rows = codec.decode(seen.reply[33:], lambda r: r.table(22))
-        return seen.reply[:33] + codec.table((n, bytes(d)) for n, d in rows.items() if n != 3)
-
-    size = (len(PASSIVE.run().replies[1][4]) - 33 - 4) // 3 - 8
-    assert size == 22
-    assert attack("share", without_one) == ("wrong-shares", (4,))
-    assert attack("confirm", lambda s: s.reply[:-1] + b"\0") == ("bad-confirmation", (4,))
-
-
-def test_a_late_or_second_masked_input_is_refused() -> None:
-    """Once the stage is closed a masked input opens nothing; and one node has one."""
-    run = PASSIVE.run()
-
-    def second(seen: Stage) -> None:
-        if seen.name == "mask":
-            other = seen.reply[:-1] + bytes([seen.reply[-1] ^ 1])
-            assert refusal(lambda: seen.receive(other)) == ("second-reply", (seen.node,))
-            seen.receive(seen.reply)
-
-    assert PASSIVE.run(after_reply=second).sum_is_right()
-    late = run.replies[2][4]
-    for stage in ("confirm", "reveal"):
-        assert attack(stage, lambda s: late) == ("malformed-reply", (4,))
-
-
-def test_a_node_that_vanished_stays_out() -> None:
-    late: list[tuple[str, tuple[int, ...]]] = []
-
-    def hook(seen: Stage) -> None:
-        if seen.name == "mask" and not late:
-            late.append(refusal(lambda: seen.receive(seen.reply, node=6)))
-
-    assert PASSIVE.run(vanish={6: 1}, before_reply=hook).sum_is_right()
-    assert late == [("foreign-node", (6,))]
-
-
-def test_a_wrong_sum_of_shares_is_noticed() -> None:
-    """Four answer where three suffice: one that lies about its sum makes them contradict one another."""
-    server = LightSecAgg().server(PASSIVE.session(), random=stream("one server"))
-    clients = {node: PASSIVE.client(node, "one") for node in PASSIVE.nodes}
-    kept = dict.fromkeys(PASSIVE.nodes, b"")
-    for stage in PASSIVE.protocol.stages:
-        for node, request in server.outbound().items():
-            kept[node], reply = clients[node].step(kept[node], request, lambda: np.ones(5, np.uint64))
-            lie = stage == "reveal" and node == 5
-            server.receive(node, bytes(reply)[:-1] + bytes([bytes(reply)[-1] ^ 1]) if lie else reply)
-        if stage != "reveal":
-            server.close()
-    assert refusal(server.close)[0] == "inconsistent-shares"
-    assert server.result is None
-
-
-def test_a_session_that_ended_takes_nothing() -> None:
-    server = LightSecAgg().server(Session(1, 1, "train", (1, 2), 1, 16), random=stream("s"))
-    clients = {node: LightSecAgg().client(node, random=stream(str(node))) for node in (1, 2)}
-    kept, reply = dict.fromkeys((1, 2), b""), b""
-    while server.stage:
-        for node, request in server.outbound().items():
-            kept[node], answer = clients[node].step(kept[node], request, lambda: np.ones(1, np.uint64))
-            reply = bytes(answer)
-            server.receive(node, reply)
-        server.close()
-    assert refusal(lambda: server.receive(2, reply)) == ("session-over", (2,))
-    with pytest.raises(LocalError, match="over"):
-        server.close()
+def test_a_step_repeated_from_what_was_kept_repeats_its_bytes(run: Run) -> None:
+    """So that a crash between keeping and sending uses no key or nonce for a second text."""
+    for taken in run.roles():
+        if taken.kept:
+            assert taken.step(taken.request) == run.replies[taken.stage][taken.node]
