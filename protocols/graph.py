@@ -66,9 +66,7 @@ def _hypergeometric(n: int, marked: int, drawn: int) -> tuple[int, NDArray[np.fl
     low, high = max(0, drawn + marked - n), min(drawn, marked)
     x = np.arange(low, high, dtype=np.float64)
     logs = np.zeros(high - low + 1)
-    np.cumsum(
-        np.log((marked - x) * (drawn - x)) - np.log((x + 1) * (n - marked - drawn + x + 1)), out=logs[1:]
-    )
+    np.cumsum(np.log((marked - x) * (drawn - x)) - np.log((x + 1) * (n - marked - drawn + x + 1)), out=logs[1:])
     logs -= logs.max()
     pmf = np.exp(logs)
     return low, pmf / pmf.sum()
@@ -203,9 +201,7 @@ def beacon_commitment(context: bytes, node: int, contribution: bytes) -> bytes:
     return hashlib.sha256(b"privfed beacon commitment v1\0" + bound + contribution).digest()
 
 
-def beacon_seed(
-    context: bytes, commitments: Mapping[int, bytes], contributions: Mapping[int, bytes]
-) -> bytes:
+def beacon_seed(context: bytes, commitments: Mapping[int, bytes], contributions: Mapping[int, bytes]) -> bytes:
     """Make the 32-byte seed from every committed contribution; uniform if one committed node is honest.
 
     commitments: node -> `beacon_commitment`, fixed before any contribution is seen, one per node.
@@ -221,8 +217,7 @@ def beacon_seed(
     wrong = [
         node
         for node, value in contributions.items()
-        if len(value) != 32
-        or not hmac.compare_digest(beacon_commitment(context, node, value), commitments[node])
+        if len(value) != 32 or not hmac.compare_digest(beacon_commitment(context, node, value), commitments[node])
     ]
     if wrong:
         raise RemoteError("beacon-mismatch", wrong, "the revealed bytes do not open the commitment")
