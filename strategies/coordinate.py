@@ -117,7 +117,7 @@ def trimmed_rows(rows: Matrix, f: int) -> Floats:
     def many(ranked: Floats) -> Floats:
         return _sum_ranks(ranked[:, f : n - f]) * share
 
-    return by_rank(rows, tuple(range(f, n - f)), few, many)
+    return by_rank(rows, tuple(range(f, n - f)), few, many, together=True)
 
 
 def around(rows: Matrix, keep: int, reference: str, f: int) -> Floats:
@@ -157,9 +157,10 @@ def _sum_rows(rows: list[Floats]) -> Floats:
     """Return the sum of equally long rows: sums of eight in their own dtype, those in float64."""
     total = np.zeros(rows[0].shape)
     for low in range(0, len(rows), 8):
-        part = rows[low].copy()
-        for row in rows[low + 1 : low + 8]:
-            part += row
+        group = rows[low : low + 8]
+        part = group[0] if len(group) == 1 else group[0] + group[1]
+        for row in group[2:]:
+            np.add(part, row, out=part)
         total += part
     return total
 

@@ -47,7 +47,9 @@ class Gram:
 def distances(G: Square) -> Square:
     """Return squared distances from inner products: symmetric, never negative, zero on the diagonal."""
     norm = np.diagonal(G)
-    D = norm[:, None] + norm[None, :] - (G + G.T)
+    D = norm[:, None] + norm[None, :]
+    D -= G
+    D -= G.T
     np.maximum(D, 0.0, out=D)
     np.fill_diagonal(D, 0.0)
     return D
@@ -61,8 +63,10 @@ def medoid(D: Square) -> int:
 def recentre(G: Square, index: int) -> Square:
     """Return inner products about row `index`; symmetric to the last bit."""
     column = G[:, index]
-    moved = G - column[:, None] - column[None, :] + G[index, index]
-    moved = (moved + moved.T) / 2
+    moved = G - (column[:, None] + column[None, :])
+    moved += G[index, index]
+    moved += moved.T
+    moved *= 0.5
     moved[index, :] = moved[:, index] = 0.0
     return np.asarray(moved)
 
@@ -128,7 +132,9 @@ def inner_products(matrix: Matrix, origin: int | Floats | None = None) -> Square
     total = np.zeros((n, n))
     for start in sorted(sums):
         total += sums.pop(start)
-    return np.asarray((total + total.T) / 2)
+    total += total.T
+    total *= 0.5
+    return total
 
 
 def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None) -> Floats:
@@ -136,6 +142,10 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
 
     Rows without weight are not read. Partial sums of eight rows go on in float64.
     """
+    if isinstance(matrix, Mixed) and matrix.source is not None and abs(weights.sum() - 1.0) < 1e-9:
+        # an affine mix of o + W (x - o) is one of x, whichever point it is taken about
+        through = weights @ matrix.weights if matrix.weights.ndim == 2 else weights * matrix.weights
+        return combine(matrix.source, through, matrix.origin)
     chosen = np.flatnonzero(weights)
     out = np.zeros(matrix.size, matrix.work)
     if origin is None and len(chosen) == 1 and weights[chosen[0]] == 1.0:
@@ -158,19 +168,26 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
         out[start:stop] = total if part is None else total + part
 
     if len(chosen):
-        run_blocks(matrix.size, rows.width(), add)
+        run_blocks(matrix.size, 16384 if rows.direct and origin is None else rows.width(), add)
     elif origin is not None:
         out[:] = origin
     return out
 
 
-def weighted_sum(block: Floats, factor: Floats) -> Floats:
-    """Return factor @ block, sums of eight rows at a time added in float64."""
-    if block.dtype == np.float64 or len(block) <= 8:
-        return factor @ block
+def weighted_sum(block: Floats, factor: Floats, *, check: bool = False) -> Floats:
+    """Return factor @ block, sums of eight rows at a time added in float64.
+
+    check: raise Tainted when one of those sums is not finite or huge.
+    """
     total = np.zeros(block.shape[1])
-    for low in range(0, len(block), 8):
-        total += factor[low : low + 8] @ block[low : low + 8]
+    least = float(factor[factor > 0].min(initial=1.0)) if check else 1.0
+    bound = (limit(block.dtype) * least) ** 2
+    with np.errstate(all="ignore"):
+        for low in range(0, len(block), 8):
+            part = factor[low : low + 8] @ block[low : low + 8]
+            if check and not np.dot(part, part) <= bound:
+                raise Tainted
+            total += part
     return total
 
 
@@ -213,11 +230,17 @@ def _mixed_gram(matrix: Mixed) -> Gram:
     assert matrix.source is not None
     below = gram(matrix.source) if matrix.known is None else matrix.known
     W = matrix.weights
-    origin = W @ below.origin @ W.T
-    inner = W @ below.inner @ W.T
-    D = distances((inner + inner.T) / 2)
+    origin, inner = _congruent(W, below.origin), _congruent(W, below.inner)
+    D = distances(inner)
     middle = medoid(D)
-    return Gram((origin + origin.T) / 2, D, middle, recentre((inner + inner.T) / 2, middle))
+    return Gram(origin, D, middle, recentre(inner, middle))
+
+
+def _congruent(W: Square, G: Square) -> Square:
+    out = W @ G @ W.T
+    out += out.T
+    out *= 0.5
+    return np.asarray(out)
 
 
 def center_of(matrix: Matrix, center: Any) -> Floats | None:

@@ -133,15 +133,20 @@ class Mixed(Matrix):
 
     def block(self, start: int, stop: int) -> Floats:
         """Return columns start..stop of the mixed rows."""
-        assert self.source is not None
-        centred, origin = centred_block(self.source, start, stop, self.origin)
-        factor = self.weights.astype(self.work)
+        return self._make(self.source, self.weights, start, stop)
+
+    def _make(self, source: Matrix | None, weights: NDArray[np.float64], start: int, stop: int) -> Floats:
+        assert source is not None
+        centred, origin = centred_block(source, start, stop, self.origin)
+        factor = weights.astype(self.work)
         made = centred * factor[:, None] if factor.ndim == 1 else factor @ centred
         return made if origin is None else np.add(made, origin, out=made)
 
     def row(self, index: int, start: int, stop: int) -> Floats:
         """Return columns start..stop of one mixed row."""
-        return np.asarray(self.block(start, stop)[index])
+        assert self.source is not None
+        source = self.source if self.weights.ndim == 2 else self.source.take([index])
+        return np.asarray(self._make(source, self.weights[[index]], start, stop)[0])
 
     def take(self, index: Sequence[int] | NDArray[np.intp]) -> Matrix:
         """Return the chosen mixed rows; they stay lazy."""

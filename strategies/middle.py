@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram, weighted_sum
-from privfed.strategies.guard import Refusal, Screened, guarded, require_majority, taint_check
+from privfed.strategies.guard import Refusal, Screened, guarded, require_majority
 from privfed.strategies.matrix import Floats, Matrix, as_matrix, run_blocks
 
 CONVERGED = 1e-9
@@ -33,11 +33,9 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
         scaled = factor.astype(rows.work)
 
         def columns(start: int, stop: int) -> None:
-            block = rows.block(start, stop)
-            taint_check(rows, block)
-            out[start:stop] = weighted_sum(block, scaled)
+            out[start:stop] = weighted_sum(rows.block(start, stop), scaled, check=not rows.clean)
 
-        run_blocks(rows.size, rows.width(16384), columns)
+        run_blocks(rows.size, 16384 if rows.direct else rows.width(16384), columns)
         return out
 
     return guarded(X, None if isinstance(X, Screened) else 0, body)
@@ -48,9 +46,7 @@ def clip_weights(G: Square | Gram, radius: float, steps: int = 1) -> Vector:
 
     G: inner products of x_i - v_0 about the starting point v_0. Weights sum to at most one.
     """
-    inner = as_gram(G).origin
-    n = len(inner)
-    return _clip(np.pad(inner, ((0, 1), (0, 1))), radius, steps)[:n]
+    return _clip(_with_start(as_gram(G)), radius, steps)[:-1]
 
 
 def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1) -> Any:
@@ -65,16 +61,8 @@ def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1)
         raise ValueError(f"steps must be at least 1, got {steps}")
 
     def body(rows: Matrix, f: int) -> Floats:
-        start = center_of(rows, 0.0 if center is None else center)
-        assert start is not None
-        start = start.astype(rows.work, copy=False)
-        origin = start if center is not None else None
-        G = gram(rows, origin)
-        if steps == 1:
-            weights = _clip(np.pad(G.origin, ((0, 1), (0, 1))), radius, 1)
-        else:
-            weights = _clip(gram(rows.append(start)).inner, radius, steps)
-        return combine(rows, weights[:-1], origin)
+        origin = center_of(rows, center)
+        return combine(rows, _clip(_with_start(gram(rows, origin)), radius, steps)[:-1], origin)
 
     return guarded(X, None, body)
 
@@ -145,6 +133,17 @@ def _weiszfeld(inner: Square, weights: Vector, tolerance: float, most: int) -> V
     return weights
 
 
+def _with_start(G: Gram) -> Square:
+    """Return inner products about the medoid of the rows and, last, of the point that `origin` is about."""
+    toward = G.origin[G.medoid, G.medoid] - G.origin[:, G.medoid]
+    n = G.count
+    out = np.empty((n + 1, n + 1))
+    out[:n, :n] = G.inner
+    out[n, :n] = out[:n, n] = toward
+    out[n, n] = G.origin[G.medoid, G.medoid]
+    return out
+
+
 def _clip(inner: Square, radius: float, steps: int) -> Vector:
     """Return affine weights of rows and, last, the starting point; inner products about any one origin."""
     n = len(inner) - 1
@@ -153,7 +152,7 @@ def _clip(inner: Square, radius: float, steps: int) -> Vector:
     for _ in range(steps):
         image = inner @ weights
         length = np.sqrt(np.maximum(norm - 2 * image + weights @ image, 0.0))[:n]
-        factor = np.minimum(1.0, radius / np.maximum(length, np.finfo(np.float64).tiny)) / n
+        factor = np.where(length > radius, radius / np.maximum(length, radius), 1.0) / n
         weights = weights * (1.0 - factor.sum())
         weights[:n] += factor
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeAlias
@@ -19,8 +20,11 @@ NETWORK_ROWS = 64
 
 
 @lru_cache(maxsize=128)
-def comparators(n: int, ranks: tuple[int, ...]) -> tuple[Comparator, ...]:
-    """Return Batcher's odd-even merge network for n inputs, less what the given output ranks do not need [Bat68]."""
+def comparators(n: int, ranks: tuple[int, ...], together: bool = False) -> tuple[Comparator, ...]:
+    """Return Batcher's odd-even merge network for n inputs, less what the output ranks do not need [Bat68].
+
+    together: the ranks are wanted as a set, in any order among themselves, as for a sum.
+    """
     pairs = []
     p = 1
     while p < n:
@@ -33,10 +37,14 @@ def comparators(n: int, ranks: tuple[int, ...]) -> tuple[Comparator, ...]:
             k //= 2
         p *= 2
     needed, kept = set(ranks), []
+    loose = set(ranks) if together else set()  # wires that still go to the set as they are
     for a, b in reversed(pairs):
+        if a in loose and b in loose:
+            continue
         if a in needed or b in needed:
             kept.append((a, b, a in needed, b in needed))
             needed |= {a, b}
+            loose -= {a, b}
     return tuple(reversed(kept))
 
 
@@ -55,28 +63,40 @@ def run_network(network: tuple[Comparator, ...], rows: list[Floats], spare: Floa
     return rows
 
 
-def by_rank(matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Callable[[Floats], Floats]) -> Floats:
+def by_rank(
+    matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Callable[[Floats], Floats], *, together: bool = False
+) -> Floats:
     """Sort every column and return what a finisher makes of it: one number a column.
 
     few: takes the rows in rank order (only `ranks` are right), each one block wide, and may write to them.
-    many: takes columns as sorted rows, shape (columns of the block, n).
+    many: takes columns as sorted rows, shape (columns of the block, n). together: see `comparators`.
     """
     out = np.empty(matrix.size, matrix.work)
     n = matrix.count
     small = n <= NETWORK_ROWS
-    network = comparators(n, ranks) if small else ()
+    network = comparators(n, ranks, together) if small else ()
+    width = matrix.width(16384) if small else matrix.width(1024)
+    room = threading.local()
+
+    def scratch(rows: int, columns: int) -> Floats:
+        held: Floats | None = getattr(room, "held", None)
+        if held is None:
+            held = room.held = np.empty((n + 1) * width, matrix.work)
+        return held[: rows * columns].reshape(rows, columns)
 
     def columns(start: int, stop: int) -> None:
         block = matrix.block(start, stop)
-        taint_check(matrix, block)
         if small:
-            scratch = np.empty((n + 1, stop - start), matrix.work)
-            scratch[:n] = block
-            out[start:stop] = few(run_network(network, list(scratch[:n]), scratch[n]))
+            taint_check(matrix, block)
+            lines = scratch(n + 1, stop - start)
+            lines[:n] = block
+            out[start:stop] = few(run_network(network, list(lines[:n]), lines[n]))
         else:
-            turned = np.array(block.T, order="C")
-            turned.sort(axis=1)
+            turned = scratch(stop - start, n)
+            turned[...] = block.T
+            turned.sort(axis=1)  # NaN goes last, so both ends tell whether anything is unusable
+            taint_check(matrix, turned[:, [0, -1]].T)
             out[start:stop] = many(turned)
 
-    run_blocks(matrix.size, matrix.width(16384) if small else matrix.width(2048), columns)
+    run_blocks(matrix.size, width, columns)
     return out
