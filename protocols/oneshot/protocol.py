@@ -28,7 +28,7 @@ class OneShot:
 
     threshold: members t that open a sum: a count, a share of the committee, or None, solved for a third
         corrupt and a tenth gone. 2t > m + corrupt is required of the m members.
-    committee: their ids (see `draw_committee`), or None: every node of the session.
+    committee: their ids (see `draw_committee`), or None: every node of the session. A member costs each node 5.4 kB.
     corrupt: nodes that may collude with the server; every sum holds at least corrupt + 2 inputs.
     slots: ring entries per coefficient, 1 to 3; None: as many as the noise of n nodes leaves room for.
     bounded: True promises that every signed sum fits the ring's bits, as a quantiser ensures; it saves the
