@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "FedAnalytics": "analytics",
     "FedAvg": "fedavg",
     "FedAvgM": "fedavgm",
     "FedProx": "fedprox",

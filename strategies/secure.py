@@ -99,15 +99,15 @@ class SecureStage(Stage):
 
     def layout(self, exchange: Exchange, max_value: float, private: bool, cohort: int | None = None) -> Layout:
         """Return the layout of an exchange. Raises RunFailed when the ring is too small for its cohort."""
-        train = exchange.kind == "train"
+        arrays = exchange.kind != "evaluate"
         try:
             return Layout(
                 self.bits,
                 cohort if cohort is not None else len(exchange.nodes),
-                dimension(exchange.model) if train else 0,
+                dimension(exchange.model) if arrays else 0,
                 max_value,
                 None if private or exchange.weight_key is None else self.max_weight,
-                () if private else self._metrics[exchange.kind],
+                () if private else self._metrics.get(exchange.kind, ()),
             )
         except ValueError as cause:
             raise RunFailed(f"{exchange.kind} round {exchange.round}: {cause}") from cause
