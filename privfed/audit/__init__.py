@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "CheckFailed": "privfed.audit.protocol",
+    "ModCheckFailed": "privfed.audit.mod",
+    "ModReport": "privfed.audit.mod",
     "Report": "privfed.audit.protocol",
+    "check_mod": "privfed.audit.mod",
     "check_protocol": "privfed.audit.protocol",
 }
 
-__all__ = ["CheckFailed", "Report", "check_protocol"]
+__all__ = ["CheckFailed", "ModCheckFailed", "ModReport", "Report", "check_mod", "check_protocol"]
 
 if TYPE_CHECKING:
+    from privfed.audit.mod import ModCheckFailed, ModReport, check_mod
     from privfed.audit.protocol import CheckFailed, Report, check_protocol
 
 

@@ -1,0 +1,150 @@
+"""Our mods pass the property suite, and mods that break a property fail it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privfed import mods
+from privfed.array import Array
+from privfed.audit import ModCheckFailed, check_mod
+from privfed.context import Context
+from privfed.message import Message
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        mods.clip(1.0),
+        mods.clip(1e-3),
+        mods.clip(1e9),
+        mods.message_size(),
+        mods.compose(),
+        mods.compose(mods.message_size(), mods.clip(2.0)),
+    ],
+)
+def test_ours_pass(mod: Any) -> None:
+    assert check_mod(mod).passed
+
+
+def test_secure_aggregation_refuses_what_is_plain() -> None:
+    assert check_mod(mods.secure_aggregation(), refuses=True).passed
+    assert not check_mod(mods.secure_aggregation(), raise_on_failure=False).passed
+
+
+def on_reply(change: Any) -> Any:
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        if reply.has_content():
+            change(reply.content, context)
+        return reply
+
+    return mod
+
+
+def counting() -> Any:
+    seen = []
+
+    def change(content: Any, context: Context) -> None:
+        seen.append(1)
+        content["arrays"] = content["arrays"].map(lambda x: x + x.dtype.type(len(seen)))
+
+    return on_reply(change)
+
+
+def flatten(content: Any, context: Context) -> None:
+    content["arrays"] = ArrayRecord({key: Array(np.atleast_1d(a.numpy())) for key, a in content["arrays"].items()})
+
+
+def widen(content: Any, context: Context) -> None:
+    content["arrays"] = ArrayRecord({key: Array(a.numpy().astype(np.float64)) for key, a in content["arrays"].items()})
+
+
+def drop_metrics(content: Any, context: Context) -> None:
+    del content["metrics"]
+
+
+def rename(content: Any, context: Context) -> None:
+    content["more"] = MetricRecord({"x": 1})
+
+
+def touch_state(content: Any, context: Context) -> None:
+    context.state["mod"] = ConfigRecord({"x": 1})
+
+
+def repair(content: Any, context: Context) -> None:
+    content["arrays"] = content["arrays"].map(lambda x: np.nan_to_num(x) if x.dtype.kind == "f" else x)
+
+
+def swallow(message: Message, context: Context, call_next: Any) -> Message:
+    reply = call_next(message, context)
+    return reply if reply.has_content() else Message(message.content, reply_to=message)
+
+
+def twice(message: Message, context: Context, call_next: Any) -> Message:
+    call_next(message, context)
+    return call_next(message, context)
+
+
+def edit_request(message: Message, context: Context, call_next: Any) -> Message:
+    message.content["config"] = ConfigRecord({"server-round": 2})
+    return call_next(message, context)
+
+
+def echo(message: Message, context: Context, call_next: Any) -> Message:
+    call_next(message, context)
+    return message
+
+
+def crash(message: Message, context: Context, call_next: Any) -> Message:
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("mod", "check"),
+    [
+        (on_reply(flatten), "shape: "),
+        (on_reply(widen), "shape: "),
+        (on_reply(drop_metrics), "other-records"),
+        (on_reply(rename), "other-records"),
+        (on_reply(touch_state), "own-state"),
+        (on_reply(repair), "not-a-number"),
+        (counting(), "hidden-state"),
+        (counting(), "composition"),
+        (swallow, "errors-pass"),
+        (twice, "addressing"),
+        (echo, "addressing"),
+        (edit_request, "shared-request"),
+        (crash, "raised RuntimeError"),
+    ],
+)
+def test_mods_that_break_a_property_fail(mod: Any, check: str) -> None:
+    with pytest.raises(ModCheckFailed, match=check):
+        check_mod(mod)
+
+
+def test_state_in_the_context_is_fine() -> None:
+    def remember(message: Message, context: Context, call_next: Any) -> Message:
+        state = context.mod_state("remember")
+        count = int(state["n"]["x"]) + 1 if "n" in state else 1  # type: ignore[index]
+        state["n"] = ConfigRecord({"x": count})
+        reply = call_next(message, context)
+        if reply.has_content():
+            reply.content["privfed.count"] = ConfigRecord({"x": count})
+        return reply
+
+    assert check_mod(remember, raise_on_failure=False).problems == ()
+
+
+def test_noise_is_allowed_when_it_is_said() -> None:
+    rng = np.random.default_rng()
+    noisy = on_reply(
+        lambda content, context: content.update(
+            arrays=content["arrays"].map(lambda x: x + x.dtype.type(rng.integers(9)))
+        )
+    )
+    assert check_mod(noisy, deterministic=False).passed
+    assert not check_mod(noisy, raise_on_failure=False).passed
