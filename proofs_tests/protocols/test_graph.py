@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfed.protocols import graph
+from privfed.protocols import graph, shamir
 from privfed.protocols.errors import RemoteError
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "secaggplus_parameters.json").read_text())
@@ -217,3 +217,19 @@ def test_the_server_cannot_add_contributions_or_leave_all_out() -> None:
     with pytest.raises(RemoteError) as caught:
         graph.beacon_seed(b"session", {}, {})
     assert caught.value.deviation == "beacon-empty"
+
+
+def test_a_withheld_contribution_is_recovered_from_shares() -> None:
+    """Node 2 shared its contribution when it committed and then withholds it: two others make the same seed."""
+    dealt = shamir.split([CONTRIBUTIONS[2]], [1, 2, 3], 2, random=lambda size: bytes(range(1, 1 + size)))
+    shown = {node: value for node, value in CONTRIBUTIONS.items() if node != 2}
+    recovered = shamir.secret_of(shamir.interpolate(dealt[[0, 2]], [1, 3])[0])
+    assert recovered is not None
+    seed = graph.beacon_seed(b"session", commitments(), {**shown, 2: recovered})
+    assert seed == graph.beacon_seed(b"session", commitments(), CONTRIBUTIONS)
+    bent = dealt[[0, 2]].copy()
+    bent[0, 0, 0] ^= 1
+    wrong = shamir.secret_of(shamir.interpolate(bent, [1, 3])[0]) or bytes(32)
+    with pytest.raises(RemoteError) as caught:
+        graph.beacon_seed(b"session", commitments(), {**shown, 2: wrong})
+    assert (caught.value.deviation, caught.value.culprits) == ("beacon-mismatch", (2,))
