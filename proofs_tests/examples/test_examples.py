@@ -1,0 +1,90 @@
+"""Every example runs, and does what its first line says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run_example(name: str, home: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "privfed.cli.main", "run", str(EXAMPLES / name), *words],
+        env={**os.environ, "PRIVFED_HOME": str(home), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_has_a_test() -> None:
+    text = Path(__file__).read_text()
+    for manifest in EXAMPLES.glob("*/pyproject.toml"):
+        assert f'"{manifest.parent.name}"' in text, manifest
+
+
+def test_examples_are_short() -> None:
+    for path in EXAMPLES.rglob("*.py"):
+        assert len(path.read_text().splitlines()) < 100, path
+    assert len((EXAMPLES / "minimal" / "app.py").read_text().splitlines()) < 40
+
+
+def test_minimal(tmp_path: Path) -> None:
+    out = run_example("minimal", tmp_path)
+    # Three times half of the way from 0 to the mean of 0..9.
+    assert "weight: [3.9375]" in out
+
+
+def test_federated_analytics_is_exact(tmp_path: Path) -> None:
+    out = run_example("federated_analytics", tmp_path)
+    assert [int(number) for number in re.findall(r"(\d+)$", out, re.M)[:8]] == [4, 15, 38, 29, 35, 35, 20, 2]
+    assert "mean alcohol of 178 wines on 12 nodes: 13.001 %" in out
+
+
+def accuracies(out: str) -> dict[str, float]:
+    return {
+        name.strip(): float(value) for name, value in re.findall(r"^test accuracy, ([^:]+): +([0-9.]+)%", out, re.M)
+    }
+
+
+def check_quickstart(outs: list[str]) -> None:
+    """Epsilon at most 8; five-seed means: private at least 80 %, without privacy at least 93 %."""
+    for out in outs:
+        found = re.search(
+            r"epsilon = ([0-9.]+) at delta = 1e-05 \(unit client, relation add_remove, observer output\)", out
+        )
+        assert found is not None, out
+        assert 0 < float(found[1]) <= 8.0
+    runs = [accuracies(out) for out in outs]
+    assert sum(run["private"] for run in runs) / len(runs) >= 80.0
+    assert sum(run["federated, no privacy"] for run in runs) / len(runs) >= 93.0
+    assert all(run["centralised, no privacy"] >= 93.0 for run in runs)
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    check_quickstart([run_example("quickstart", tmp_path, "--seed", str(seed)) for seed in (1, 2, 3, 4, 5)])
+
+
+def test_readme_example_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    assert len(blocks[0].strip().splitlines()) <= 26
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_example_says_what_it_is(path: Path) -> None:
+    assert path.read_text().startswith('"""')
