@@ -1,6 +1,6 @@
 """An MDS code over Z_2^bits: any `threshold` of n shares give a vector back, any `privacy` of them say nothing.
 
-LightSecAgg [SYHLWA+22] codes masks over a prime field and so sums modulo that prime. Here the code works in the ring of
+LightSecAgg [SHY+22] codes masks over a prime field and so sums modulo that prime. Here the code works in the ring of
 the sum itself, so the sum is exact modulo 2^bits for any input and nothing but it is revealed. Z_2^bits has too few
 units for a Vandermonde matrix; its Galois extension Z_2^bits[x] / (f) with f irreducible of degree m modulo 2 has
 enough, as a square matrix is invertible there exactly when it is modulo 2, over the field of 2^m elements. The

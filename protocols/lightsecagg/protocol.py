@@ -1,4 +1,4 @@
-"""LightSecAgg [SYHLWA+22]: masks are coded among the nodes beforehand, and one decoding opens their sum.
+"""LightSecAgg [SHY+22]: masks are coded among the nodes beforehand, and one decoding opens their sum.
 
 The server's work does not depend on how many nodes vanish. `threshold` = U nodes must stay to the end; the server
 together with any `privacy` = T nodes learns nothing but the sum. Before any share of a mask is used, U nodes sign the
