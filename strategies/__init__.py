@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Answer": "analytics",
     "FedAnalytics": "analytics",
     "FedAvg": "fedavg",
     "FedAvgM": "fedavgm",
@@ -32,9 +33,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Answer",
     "Bulyan",
     "FedAdagrad",
     "FedAdam",
+    "FedAnalytics",
     "FedAvg",
     "FedAvgM",
     "FedMedian",
