@@ -264,6 +264,15 @@ def test_another_model_than_the_sessions_is_refused() -> None:
     assert app(messages[0, 1].with_content(tampered), context).error.reason == "BindingMismatch"
 
 
+@pytest.mark.parametrize("protocol", [SecAgg(threshold=2), SecAggPlus(), LightSecAgg(threshold=3)])
+def test_the_protocols_hold_the_session_to_the_binding(protocol: Any) -> None:
+    grid = FlakyGrid(app_of(), 4)
+    FedAvg(fraction_evaluate=0, stage=SecureStage(protocol)).start(grid, MODEL, 1)
+    first = next(message for message in grid.sent if message.metadata.dst_node_id == 1)
+    assert app_of()(first, Context(node_id=1)).has_content()
+    assert app_of()(changed(first, binding=bytes(32)), Context(node_id=1)).error.reason == "RemoteError"
+
+
 def test_a_claimed_binding_must_be_the_sessions() -> None:
     _, app, messages = stage_messages()
     reply = app(changed(messages[0, 0], binding=bytes(32)), Context(node_id=1))

@@ -65,6 +65,8 @@ def check_terms(
     for name, what, asked, floor in floors:
         if asked < floor:
             raise deviation(name, f"the {what} asked for is {asked}, this node's policy demands {floor}")
+    if policy.binding not in (None, session.binding):
+        raise deviation("inconsistent-model", "the session is bound to another model or configuration")
     if (terms.threshold, terms.privacy) != expected:
         detail = f"threshold {terms.threshold} and privacy {terms.privacy} were asked for, {expected} are set"
         raise deviation("parameters-differ", detail)

@@ -98,6 +98,8 @@ class OneShotClient:
             raise RemoteError("stale-round", (SERVER,), f"round {session.round} is below {policy.min_round}")
         if len(session.nodes) < policy.min_cohort:
             raise RemoteError("cohort-too-small", (SERVER,), f"{len(session.nodes)} nodes are in the session")
+        if policy.binding not in (None, session.binding):
+            raise RemoteError("inconsistent-model", (SERVER,), "the session is bound to another model or configuration")
         if session.bits < policy.min_bits:
             raise RemoteError("modulus-too-small", (SERVER,), f"a ring of {session.bits} bits")
         try:

@@ -136,6 +136,8 @@ class SecAggClient:
         for deviation, asked, floor in floors:
             if asked < floor:
                 raise refuse(deviation, f"{asked} is asked for, this node's floor is {floor}")
+        if policy.binding not in (None, session.binding):
+            raise refuse("inconsistent-model", "the session is bound to another model or configuration")
         if terms.threshold > holding:
             raise refuse("threshold-too-high", f"{terms.threshold} of {holding} holders")
         if terms.active != active or (policy.require_active and not active):
