@@ -321,6 +321,13 @@ def test_committee_is_the_same_for_everyone_and_uniform() -> None:
             draw_committee(roster, size, seed)
 
 
+def test_a_committee_may_come_as_a_list() -> None:
+    """That is how it travels in a configuration."""
+    listed = OneShot(2, committee=[1, 2, 4])  # type: ignore[arg-type]
+    assert listed == OneShot(2, committee=(1, 2, 4))
+    assert hash(listed) == hash(OneShot(2, committee=(1, 2, 4)))
+
+
 def test_a_drawn_committee_runs() -> None:
     committee = draw_committee(range(1, 11), 4, bytes(32))
     cohort = Cohort(10, OneShot(3, committee=committee))

@@ -51,6 +51,7 @@ class OneShot:
                 raise ValueError(f"threshold must be a count of at least 2 or a share in (0, 1], got {self.threshold}")
         if self.committee is not None:
             ids = tuple(self.committee)
+            object.__setattr__(self, "committee", ids)  # a list is welcome; equal parameters must be equal
             if any(low >= high for low, high in zip((0, *ids), ids, strict=False)):
                 raise ValueError("committee must hold ascending distinct ids > 0")
         if self.corrupt < 0:
