@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from privfed.context import Context
 from privfed.errors import AppError
@@ -22,6 +22,8 @@ Mod = Callable[[Message, Context, CallNext], Message]
 
 Mods = Sequence[Mod] | Callable[[Context], Sequence[Mod]]
 """Mods outermost first, or a function of the context that returns them, called once per run and node."""
+
+ServerMain = TypeVar("ServerMain", bound="Callable[[Grid, Context], object]")
 
 DEFAULT_ACTION = "default"
 MAX_CACHED_CONTEXTS = 100_000
@@ -160,12 +162,12 @@ class ServerApp:
 
     def __init__(self, mods: Mods | None = None) -> None:
         self._mods = ModChain(mods)
-        self._main: Callable[[Grid, Context], None] | None = None
+        self._main: Callable[[Grid, Context], object] | None = None
 
-    def main(self) -> Callable[[Callable[[Grid, Context], None]], Callable[[Grid, Context], None]]:
-        """Register the main function `(grid, context) -> None`."""
+    def main(self) -> Callable[[ServerMain], ServerMain]:
+        """Register the main function `(grid, context)`; what it returns becomes the run's `result`."""
 
-        def register(function: Callable[[Grid, Context], None]) -> Callable[[Grid, Context], None]:
+        def register(function: ServerMain) -> ServerMain:
             if self._main is not None:
                 raise ValueError("a ServerApp has one main function, and it is already registered")
             self._main = function
@@ -173,8 +175,8 @@ class ServerApp:
 
         return register
 
-    def __call__(self, grid: Grid, context: Context) -> None:
-        """Run the main function."""
+    def __call__(self, grid: Grid, context: Context) -> object:
+        """Run the main function and return what it returns."""
         if self._main is None:
             raise AppError("the ServerApp has no main function: decorate one with @app.main()")
         mods = self._mods.resolve(context)
@@ -182,4 +184,4 @@ class ServerApp:
             from privfed.grid import ModGrid
 
             grid = ModGrid(grid, mods, context)
-        self._main(grid, context)
+        return self._main(grid, context)

@@ -245,16 +245,21 @@ def decode(envelope: Buffer, buffers: Mapping[bytes, Buffer]) -> Message | Recor
     return _decode(envelope, fetch)
 
 
-def dumps(value: Message | RecordDict) -> bytes:
-    """Return one frame with the envelope and its buffers."""
+def parts(value: Message | RecordDict) -> list[Buffer]:
+    """Return a frame in parts that are written one after the other; buffers are not copied."""
     envelope, buffers = encode(value)
-    parts: list[Buffer] = [MAGIC, u64(len(envelope)), envelope]
+    frame: list[Buffer] = [MAGIC, u64(len(envelope)), envelope]
     at = len(MAGIC) + 8 + len(envelope)
     for buffer in buffers.values():
         gap = -at % ALIGNMENT
-        parts += (bytes(gap), buffer)
+        frame += (bytes(gap), buffer)
         at += gap + len(buffer)
-    return b"".join(parts)
+    return frame
+
+
+def dumps(value: Message | RecordDict) -> bytes:
+    """Return one frame with the envelope and its buffers."""
+    return b"".join(parts(value))
 
 
 def loads(frame: Buffer) -> Message | RecordDict:

@@ -1,36 +1,41 @@
-"""The Link: where a server app and its nodes meet. It carries opaque messages and knows no strategy or mod."""
+"""The Link: the meeting point of a server app and its nodes. It carries opaque messages and knows no strategy or mod."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from privfed.grid import Grid, MemoryRecorder, Recorder
 from privfed.message import Message
-from privfed.runtime.store import Lease, MemoryStore, NodeState, RunInfo, Store
+from privfed.runtime.memory_store import MemoryStore
+from privfed.runtime.store import Lease, NodeState, RunInfo, Store, StoreError
 
 LEASE_SECONDS = 3600.0
-_SWEEP_SECONDS = 0.25
+MAX_WAIT = 1.0
+"""Seconds after which a waiter looks again, in case something expired or another process wrote to the store."""
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Messages and array bytes of a run. down: to nodes. up: replies."""
+    """Messages and array bytes of a run. down: to nodes. up: replies with content. errors: replies without, by cause."""
 
     messages_down: int = 0
     messages_up: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
 
-
-@dataclass(slots=True)
-class _Room:
-    """Where those who wait for replies of one run are woken."""
-
-    arrived: threading.Condition
-    traffic: Traffic = field(default_factory=Traffic)
+    def count_reply(self, reply: Message) -> None:
+        """Add a reply that was handed to the server app."""
+        if reply.has_error():
+            self.errors[f"error {reply.error.code} ({reply.error.reason})"] += 1
+        else:
+            self.messages_up += 1
+            self.bytes_up += _array_bytes(reply)
 
 
 class Link:
@@ -51,8 +56,8 @@ class Link:
         self._lease_seconds = lease_seconds
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
-        self._rooms: dict[int, _Room] = {}
-        self._swept = 0.0
+        self._arrivals: dict[int, threading.Condition] = {}
+        self._traffic: dict[int, Traffic] = {}
         self._closed = False
 
     def create_run(self, run_id: int, nodes: Sequence[int]) -> None:
@@ -64,6 +69,7 @@ class Link:
         """Move a run to another state. Raises StoreError when it cannot follow the current one."""
         with self._lock:
             self.store.set_run_state(run_id, state, reason)
+            self._arrival(run_id).notify_all()
 
     def run(self, run_id: int) -> RunInfo:
         """Return where a run stands."""
@@ -75,75 +81,87 @@ class Link:
         with self._lock:
             return self.store.nodes(run_id)
 
+    def states(self, run_id: int) -> Mapping[int, NodeState]:
+        """Return what the nodes of a run keep, all at one moment."""
+        with self._lock:
+            return self.store.states(run_id)
+
+    def put_states(self, run_id: int, states: Mapping[int, NodeState]) -> None:
+        """Set what nodes keep, as a resumed run does."""
+        with self._lock:
+            self.store.put_states(run_id, states)
+
     def traffic(self, run_id: int) -> Traffic:
         """Return what a run has sent so far."""
         with self._lock:
-            return self._room(run_id).traffic
+            return self._traffic.setdefault(run_id, Traffic())
 
-    def _room(self, run_id: int) -> _Room:
-        if run_id not in self._rooms:
-            self._rooms[run_id] = _Room(threading.Condition(self._lock))
-        return self._rooms[run_id]
+    def _arrival(self, run_id: int) -> threading.Condition:
+        if run_id not in self._arrivals:
+            self._arrivals[run_id] = threading.Condition(self._lock)
+        return self._arrivals[run_id]
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
-        """Queue instructions; returns their ids."""
+        """Queue instructions; returns their ids. Raises StoreError unless the run is running."""
         stamped = [message.with_metadata(run_id=run_id) for message in messages]
         with self._lock:
-            room = self._room(run_id)
-            room.traffic.messages_down += len(stamped)
-            room.traffic.bytes_down += sum(_bytes(message) for message in stamped)
             answered = self.store.push(run_id, stamped)
+            traffic = self.traffic(run_id)
+            traffic.messages_down += len(stamped)
+            traffic.bytes_down += sum(map(_array_bytes, stamped))
             self._work.notify(len(stamped))
             if answered:
-                room.arrived.notify_all()
+                self._arrival(run_id).notify_all()
         return [message.metadata.message_id for message in stamped]
 
     def lease(self, timeout: float | None = None) -> Lease | None:
         """Wait for a task and take it; None on timeout or when the Link is closed. Several workers may call it."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         with self._work:
             while not self._closed:
-                self._sweep()
+                self._expire()
                 lease = self.store.lease(self._clock(), self._lease_seconds)
-                if lease is not None:
+                left = deadline - time.monotonic()
+                if lease is not None or left <= 0:
                     return lease
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return None
-                # Woken by work; at the latest when something may have expired.
-                self._work.wait(1.0 if left is None else min(left, 1.0))
+                self._work.wait(min(left, MAX_WAIT))
         return None
 
     def complete(self, lease: Lease, reply: Message, state: NodeState | None) -> bool:
         """Finish a leased task; False when the lease was lost, and then nothing has changed."""
         with self._lock:
-            run_id = lease.message.metadata.run_id
             accepted = self.store.complete(lease.token, reply, state) is not None
-            room = self._room(run_id)
             if accepted:
-                room.traffic.messages_up += 1
-                room.traffic.bytes_up += _bytes(reply)
-                room.arrived.notify_all()
+                self._arrival(lease.message.metadata.run_id).notify_all()
             self._work.notify()
         return accepted
 
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to these instructions, each once."""
         with self._lock:
-            return self.store.pull(run_id, message_ids)
+            replies = self.store.pull(run_id, message_ids)
+            traffic = self.traffic(run_id)
+            for reply in replies:
+                traffic.count_reply(reply)
+        return replies
 
     def wait(self, run_id: int, message_ids: Iterable[str], timeout: float | None) -> bool:
-        """Block until a reply to one of these can be pulled; False on timeout."""
+        """Block until a reply to one of these can be pulled; False on timeout.
+
+        Raises StoreError when the run ends, or the Link is closed, and no reply can come any more.
+        """
         ids = message_ids if isinstance(message_ids, dict | set | frozenset) else set(message_ids)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         with self._lock:
-            room = self._room(run_id)
             while not self.store.arrived(run_id, ids):
-                self._sweep()
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return self.store.arrived(run_id, ids)
-                room.arrived.wait(1.0 if left is None else min(left, 1.0))
+                if self._closed or self.store.run(run_id).state != "running":
+                    raise StoreError(f"run {run_id} has ended: no reply can arrive any more")
+                if self._expire():
+                    continue
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._arrival(run_id).wait(min(left, MAX_WAIT))
             return True
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
@@ -151,24 +169,23 @@ class Link:
         with self._lock:
             self.store.forget(run_id, message_ids)
 
-    def _sweep(self) -> None:
-        now = self._clock()
-        if abs(now - self._swept) < _SWEEP_SECONDS:
-            return
-        self._swept = now
-        if self.store.expire(now):
-            for room in self._rooms.values():
-                room.arrived.notify_all()
-        self._work.notify()
+    def _expire(self) -> bool:
+        answered = self.store.expire(self._clock())
+        if answered:
+            for arrival in self._arrivals.values():
+                arrival.notify_all()
+        return bool(answered)
 
     def close(self) -> None:
-        """Wake and release all workers."""
+        """Wake and release all who wait."""
         with self._lock:
             self._closed = True
             self._work.notify_all()
+            for arrival in self._arrivals.values():
+                arrival.notify_all()
 
 
-def _bytes(message: Message) -> int:
+def _array_bytes(message: Message) -> int:
     if message.has_error():
         return 0
     return sum(array.nbytes for record in message.content.array_records.values() for array in record.values())

@@ -5,10 +5,13 @@
     versions.json    Python and the packages that compute
     status.json      state, reason, last committed round, times
     metrics.jsonl    one line a committed round
-    checkpoints/     round-00003.pfw: model, strategy state and metrics of a round, written atomically
+    sampling.json    how cohorts are drawn, as the strategy reported it
+    checkpoints/     round-00003.pfw: model, strategy state and metrics of a round, written atomically;
+                     round-00003.states.pfw: what the nodes kept
     privacy_ledger.jsonl   what was charged, before it was released
     log.txt          plain lines
     stop             there when somebody asked the run to stop
+    lock             held by the process that runs it
 
 Folders are mode 0700. A round is committed when its checkpoint has been renamed into place; metrics and status
 follow from it, so that a crash between two files loses nothing.
@@ -16,32 +19,44 @@ follow from it, so that a crash between two files loses nothing.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from privfed import wire
-from privfed.errors import PrivfedError, RunStopped, WireError
+from privfed.errors import RunStopped
 from privfed.grid import Checkpoint
-from privfed.record import ArrayRecord, ConfigRecord, RecordDict
+from privfed.runtime.checkpoint_file import CheckpointFolder, Keep, RunFolderError, find_metric, load_checkpoint
+from privfed.runtime.disk import write_atomically
+from privfed.runtime.store import NodeState
 
 FORMAT = "1"
 ENDED = ("completed", "failed", "stopped")
 _PACKAGES = ("privfed", "numpy", "scipy", "cryptography", "msgspec")
 T = TypeVar("T")
 Listener = Callable[[str, Mapping[str, object]], None]
+Snapshot = Callable[[], Mapping[int, NodeState]]
+"""Returns what the nodes keep (and under id 0 what the server app keeps), all at one moment."""
 
-
-class RunFolderError(PrivfedError):
-    """A run folder that is missing, broken, or of another format."""
+__all__ = [
+    "Keep",
+    "RunFolder",
+    "RunFolderError",
+    "Status",
+    "find_metric",
+    "find_run",
+    "home",
+    "list_runs",
+    "load_checkpoint",
+]
 
 
 def home() -> Path:
@@ -51,21 +66,6 @@ def home() -> Path:
         return Path(chosen)
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(data) / "privfed"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Status(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,31 +79,6 @@ class Status(msgspec.Struct, forbid_unknown_fields=True):
     process: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Which checkpoints to keep. last: this many of the newest. best: also the one with the best value of `metric`.
-
-    The newest is always kept. metric: a round metric whose name ends in "loss" is better when lower.
-    """
-
-    last: int = 3
-    best: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Keep:
-        """Read "last:3", "last:3,best" or "last:3,best:accuracy"."""
-        last, best = 3, ""
-        for part in filter(None, text.split(",")):
-            name, _, value = part.partition(":")
-            if name == "last" and value.isdigit() and int(value) >= 1:
-                last = int(value)
-            elif name == "best":
-                best = value or "accuracy"
-            else:
-                raise PrivfedError(f"--keep {text!r}: write last:N, best or best:METRIC, joined by commas")
-        return cls(last, best)
-
-
 @dataclass
 class RunFolder:
     """A run on disk; the Recorder of its grid."""
@@ -112,7 +87,9 @@ class RunFolder:
     keep: Keep = field(default_factory=Keep)
     listener: Listener | None = None
     insecure_test_randomness: int | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _log_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _snapshot: Snapshot | None = field(default=None, repr=False)
+    _held: int | None = field(default=None, repr=False)
 
     @classmethod
     def create(cls, path: Path | None, config: Mapping[str, Any], **options: Any) -> RunFolder:
@@ -176,17 +153,38 @@ class RunFolder:
         status.updated = time.time()
         write_atomically(self.path / "status.json", msgspec.json.encode(status))
 
-    def begin(self) -> None:
-        """Mark the run as running in this process; forget an old request to stop."""
+    def begin(self, snapshot: Snapshot | None = None) -> Mapping[int, NodeState]:
+        """Mark the run as running in this process, forget an old request to stop, and take up where it was.
+
+        snapshot: gives the node states to keep with each commit. Returns those of the newest checkpoint.
+        Raises RunFolderError when another process has the run, or the checkpoint is damaged.
+        """
+        found = self._checkpoints().read()
+        self._take_lock()
         (self.path / "stop").unlink(missing_ok=True)
+        self._snapshot = snapshot
         status = self._read("status.json", Status)
         self.set_status(Status("running", "", status.round, status.started, process=os.getpid()))
+        self._write_metrics(found[0].metrics if found else ())
+        return found[1] if found else {}
 
     def end(self, state: str, reason: str = "") -> None:
-        """Mark the run as completed, failed or stopped."""
+        """Mark the run as completed, failed or stopped, and let go of it."""
         status = self._read("status.json", Status)
         self.set_status(Status(state, reason, status.round, status.started, process=status.process))
         self.log(f"{state}" + (f": {reason}" if reason else ""))
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _take_lock(self) -> None:
+        held = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)
+            raise RunFolderError(f"another process runs {self.path}: wait for it, or stop it") from None
+        self._held = held
 
     def request_stop(self) -> None:
         """Ask the run to stop after its current round."""
@@ -195,48 +193,38 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Append a line with the time to the log."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        with self._lock, (self.path / "log.txt").open("a", encoding="utf-8") as file:
+        with self._log_lock, (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{stamp} {line}\n")
 
     def report(self, event: str, **fields: object) -> None:
         text = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
         self.log(f"{event} {text}".rstrip())
+        if event == "sampling":
+            write_atomically(self.path / "sampling.json", msgspec.json.encode(_jsonable(fields)))
         if self.listener is not None:
             self.listener(event, fields)
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.pfw"))
+    def _checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints", self.keep)
 
     def restore(self) -> Checkpoint | None:
         """Return the newest checkpoint. Raises RunFolderError when it is damaged."""
-        found = self._checkpoints()
-        return load_checkpoint(found[-1]) if found else None
+        found = self._checkpoints().read()
+        return found[0] if found else None
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Persist a round. Raises RunStopped afterwards when a stop was asked for."""
-        write_atomically(self.path / "checkpoints" / f"round-{checkpoint.round:05d}.pfw", dump_checkpoint(checkpoint))
-        lines = b"".join(msgspec.json.encode(_jsonable(metrics)) + b"\n" for metrics in checkpoint.metrics)
-        write_atomically(self.path / "metrics.jsonl", lines)
+        self._checkpoints().write(checkpoint, self._snapshot() if self._snapshot is not None else {})
+        self._write_metrics(checkpoint.metrics)
         status = self._read("status.json", Status)
         status.round = checkpoint.round
         self.set_status(status)
-        self._prune(checkpoint)
         if (self.path / "stop").exists():
             raise RunStopped(f"stopped after round {checkpoint.round}, as asked")
 
-    def _prune(self, checkpoint: Checkpoint) -> None:
-        kept = {path.name for path in self._checkpoints()[-self.keep.last :]}
-        values = {
-            place + 1: value
-            for place, metrics in enumerate(checkpoint.metrics)
-            if isinstance(value := find_metric(metrics, self.keep.best), int | float)
-        }
-        if self.keep.best and values:
-            choose = min if self.keep.best.endswith("loss") else max
-            kept.add(f"round-{choose(values, key=lambda number: values[number]):05d}.pfw")
-        for path in self._checkpoints():
-            if path.name not in kept:
-                path.unlink()
+    def _write_metrics(self, rounds: Sequence[Mapping[str, object]]) -> None:
+        lines = b"".join(msgspec.json.encode(_jsonable(metrics)) + b"\n" for metrics in rounds)
+        write_atomically(self.path / "metrics.jsonl", lines)
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -245,46 +233,6 @@ class RunFolder:
         if not path.exists():
             return []
         return [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
-
-
-def find_metric(metrics: Mapping[str, object], name: str) -> object:
-    """Return the value of a metric by name, looking into nested tables; None when it is not there."""
-    if name in metrics:
-        return metrics[name]
-    for value in metrics.values():
-        if isinstance(value, Mapping) and (found := find_metric(value, name)) is not None:
-            return found
-    return None
-
-
-def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
-    """Return a checkpoint as one frame."""
-    rounds = msgspec.json.encode([_jsonable(m) for m in checkpoint.metrics])
-    meta = ConfigRecord({"round": checkpoint.round, "metrics": rounds})
-    state = {f"state.{name}": record for name, record in checkpoint.state.items()}
-    return wire.dumps(RecordDict({"checkpoint": meta, "arrays": checkpoint.arrays, **state}))
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; every array is checked against its hash. Raises RunFolderError naming the file."""
-    try:
-        records = wire.loads(path.read_bytes())
-        assert isinstance(records, RecordDict)
-        meta, arrays = records["checkpoint"], records["arrays"]
-        assert isinstance(meta, ConfigRecord)
-        assert isinstance(arrays, ArrayRecord)
-        number, metrics = meta["round"], meta["metrics"]
-        assert isinstance(number, int)
-        assert isinstance(metrics, bytes)
-        rounds = msgspec.json.decode(metrics, type=list[dict[str, Any]])
-    except (OSError, WireError, KeyError, AssertionError, msgspec.MsgspecError) as fault:
-        raise RunFolderError(
-            f"the checkpoint {path} is damaged ({fault}): delete it to go on from an older one"
-        ) from None
-    state = RecordDict(
-        {name.removeprefix("state."): record for name, record in records.items() if name.startswith("state.")}
-    )
-    return Checkpoint(number, arrays, state, tuple(rounds))
 
 
 def find_run(name: str) -> Path:
