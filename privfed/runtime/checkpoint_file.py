@@ -2,7 +2,7 @@
 
 checkpoint file = b"PFC1" zeros(28) sha256(frame)(32) frame
 round-00003.pfw          model, strategy state and metrics; names the hash of the node states that belong to it
-round-00003.states.pfw   what nodes (and under id 0 the server app) keep; written first, absent when there is nothing
+round-00003.states.pfw   what nodes (and under id 0 the server app) keep; written first, absent when empty
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from privfed import wire
 from privfed.errors import PrivfedError, WireError
 from privfed.grid import Checkpoint
-from privfed.record import ConfigRecord, Record, RecordDict
+from privfed.record import ConfigRecord, ConfigValue, Record, RecordDict
 from privfed.runtime.disk import sync_folder, write_atomically
 from privfed.runtime.store import NodeState
 
@@ -56,11 +56,11 @@ class Keep:
     def choose(self, rounds: list[int], metrics: tuple[Mapping[str, object], ...]) -> set[int]:
         """Return the rounds to keep, of those that have a checkpoint (ascending)."""
         kept = set(rounds[-self.last :])
-        values = {
-            number: find_metric(metrics[number - 1], self.best) for number in rounds if 0 < number <= len(metrics)
-        }
-        numbers = {number: value for number, value in values.items() if isinstance(value, int | float)}
-        numbers = {number: value for number, value in numbers.items() if value == value}
+        numbers: dict[int, float] = {}
+        for number in rounds:
+            value = find_metric(metrics[number - 1], self.best) if 0 < number <= len(metrics) else None
+            if isinstance(value, int | float) and value == value:
+                numbers[number] = value
         if self.best and numbers:
             best = min if self.best.endswith("loss") else max
             kept.add(best(numbers, key=lambda number: numbers[number]))
@@ -100,7 +100,11 @@ class CheckpointFolder:
     def write(self, checkpoint: Checkpoint, states: Mapping[int, NodeState]) -> None:
         """Commit a round: durable when this returns, and whole or absent whenever it is interrupted."""
         digest = _write(self.states_file(checkpoint.round), _pack_states(states)) if states else b""
-        meta = {"round": checkpoint.round, "metrics": _dump_json(checkpoint.metrics), "states": digest}
+        meta: dict[str, ConfigValue] = {
+            "round": checkpoint.round,
+            "metrics": _dump_json(checkpoint.metrics),
+            "states": digest,
+        }
         content: dict[str, Record] = {"checkpoint": ConfigRecord(meta), "arrays": checkpoint.arrays}
         content |= {f"state.{name}": record for name, record in checkpoint.state.items()}
         _write(self.file(checkpoint.round), RecordDict(content))
@@ -128,7 +132,7 @@ class CheckpointFolder:
             checkpoint, states_digest = _read_checkpoint(path)
             path = self.states_file(checkpoint.round)
             return checkpoint, _unpack_states(_read(path, states_digest)) if states_digest else {}
-        except (OSError, WireError) as fault:
+        except (OSError, ValueError, WireError) as fault:
             raise RunFolderError(f"the checkpoint {path} is damaged ({fault}): {older}") from None
 
 

@@ -1,4 +1,4 @@
-"""The Link: the meeting point of a server app and its nodes. It carries opaque messages and knows no strategy or mod."""
+"""The Link: where a server app and its nodes meet. It carries opaque messages and knows no strategy or mod."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_WAIT = 1.0
 
 @dataclass(slots=True)
 class Traffic:
-    """Messages and array bytes of a run. down: to nodes. up: replies with content. errors: replies without, by cause."""
+    """Messages and array bytes of a run. down: to nodes. up: replies with content. errors: the others, by cause."""
 
     messages_down: int = 0
     messages_up: int = 0

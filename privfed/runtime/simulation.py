@@ -231,14 +231,14 @@ class _Run:
             self.folder.end(state, reason)
 
     def _result(self, state: str, result: object) -> RunResult:
-        memory = isinstance(self.recorder, _Memory)
+        memory = self.recorder if isinstance(self.recorder, _Memory) else None
         return RunResult(
             run_id=self.run_id,
             status=state,
-            checkpoint=self.recorder.checkpoint if isinstance(self.recorder, _Memory) else self.recorder.restore(),
+            checkpoint=self.recorder.restore(),
             traffic=self.link.traffic(self.run_id),
             run_dir=self.folder.path if self.folder is not None else None,
             result=result,
             seed=self.assignment.seed,
-            events=tuple(self.recorder.events) if memory else (),
+            events=tuple(memory.events) if memory is not None else (),
         )

@@ -1,9 +1,10 @@
 """What a federation remembers: runs, nodes, tasks, replies, and the state of every node.
 
-A task is one instruction to one node. It is *queued*, then *leased* to one worker at a time, then *done* by exactly one
-reply; tasks of one node are handed out one at a time, in the order they were pushed, since they share its state. A lease
-that is not finished in time goes back to the queue, and whoever held it can no longer finish it. An instruction past its
-time to live is answered with an error, whether it was handed out or not. A run that ends takes its open tasks with it.
+A task is one instruction to one node. It is *queued*, then *leased* to one worker at a time, then *done* by exactly
+one reply; tasks of one node are handed out one at a time, in the order they were pushed, since they share its state. A
+lease that is not finished in time goes back to the queue, and whoever held it can no longer finish it. An instruction
+past its time to live is answered with an error, whether it was handed out or not. A run that ends takes its open tasks
+with it.
 """
 
 from __future__ import annotations
