@@ -185,6 +185,8 @@ class Strategy:
             )
         if type(self).configure_node is not Strategy.configure_node:
             raise PlanRefused(f"privacy: {name} configures nodes apart, which the plan does not account for")
+        if self.fraction_train != 1:
+            raise PlanRefused("privacy: the plan's sampler draws the cohorts; leave fraction_train at 1")
         if self.fraction_evaluate > 0:
             raise PlanRefused(
                 "privacy: metrics of evaluation rounds are not accounted for under a plan; pass fraction_evaluate=0 "

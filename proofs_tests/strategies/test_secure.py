@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from itertools import product
@@ -9,20 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed import mods
-from privfed.apps import ClientApp
+from privfed.apps import ClientApp, ServerApp
 from privfed.array import Array
 from privfed.context import Context
 from privfed.errors import QuorumError, RunFailed
 from privfed.grid import LocalGrid, MemoryRecorder
 from privfed.message import Error, ErrorCode, Message
-from privfed.protocols import LightSecAgg, SecAgg, SecAggPlus
-from privfed.protocols.session import Policy
+from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
+from privfed.protocols.session import Identity, Policy
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.ring import REPLY, REQUEST, SECURE, Layout, RingOverflow, bind
+from privfed.runtime.simulation import run_simulation
 from privfed.strategies import FedAvg, GroupedStage, GroupMeans, SecureStage, Strategy
 from proofs_tests.strategies.toy import Toy
 
@@ -98,6 +101,36 @@ def test_the_mean_is_fedavgs_and_metrics_travel_inside(protocol: Any) -> None:
     plain = FedAvg(fraction_evaluate=0).start(LocalGrid(plain_app(), 5), MODEL, num_rounds=1)
     assert abs(float(result.arrays["scalar"].view()) - float(plain.arrays["scalar"].view())) <= bound + 1e-12
     assert {"advertise", "hello"} & {fields["stage"] for name, fields in grid.recorder.events if name == "stage"}
+
+
+KEYS = {node: hashlib.sha256(b"key %d" % node).digest() for node in range(1, 6)}
+ROSTER = {n: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw() for n, key in KEYS.items()}
+
+
+@pytest.mark.parametrize("protocol", [OneShot(threshold=3), SecAgg(threshold=4, mode="active")])
+def test_protocols_with_identities(protocol: Any) -> None:
+    app = app_of(identity=lambda context: Identity(context.node_id, KEYS[context.node_id], ROSTER), protocols=None)
+    grid = FlakyGrid(app, 5)
+    result = FedAvg(fraction_evaluate=0, stage=SecureStage(protocol, max_weight=8)).start(grid, MODEL, 1)
+    check_model(result.arrays, [1, 2, 3, 4, 5])
+    ran = [fields["stage"] for name, fields in grid.recorder.events if name == "stage"]  # type: ignore[attr-defined]
+    assert tuple(ran) == protocol.stages
+    with pytest.raises(QuorumError):
+        FedAvg(fraction_evaluate=0, stage=SecureStage(protocol)).start(FlakyGrid(app_of(protocols=None), 5), MODEL, 1)
+
+
+def test_a_simulation_is_bit_identical_whatever_the_masks_and_threads() -> None:
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        stage = SecureStage(SecAgg(threshold=3), max_weight=8)
+        FedAvg(fraction_train=0.6, fraction_evaluate=0, stage=stage).start(grid, MODEL, 2)
+
+    runs = [run_simulation(server, app_of(protocols=None), 9, seed=4, threads=threads) for threads in (1, 4)]
+    assert runs[0].arrays is not None
+    assert runs[0].arrays == runs[1].arrays
+    assert runs[0].metrics == runs[1].metrics
 
 
 def plain_app() -> ClientApp:
