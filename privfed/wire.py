@@ -26,6 +26,9 @@ from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord,
 MAGIC = b"PFW1"
 ALIGNMENT = 64
 MAX_TEXT = 1 << 24
+MAX_BYTES = 1 << 31
+MAX_INTEGER = 1 << 16
+"""Limits in bytes, of an encoder as of a decoder: what was encoded can be decoded."""
 DIGEST_BYTES = 32
 Buffer = bytes | memoryview
 T = TypeVar("T")
@@ -50,8 +53,14 @@ def _read_float(reader: Reader) -> float:
     return value
 
 
+def _limited(raw: bytes, limit: int, what: str) -> bytes:
+    if len(raw) > limit:
+        raise ValueError(f"{what} of {len(raw)} bytes cannot travel: at most {limit}, put large data into an Array")
+    return blob(raw)
+
+
 def _text(value: str) -> bytes:
-    return blob(value.encode())
+    return _limited(value.encode(), MAX_TEXT, "a text")
 
 
 def _read_text(reader: Reader) -> str:
@@ -64,13 +73,14 @@ def _value(value: ConfigValue) -> bytes:
     if isinstance(value, int):
         if -(1 << 63) <= value < 1 << 63:
             return u8(_INT) + value.to_bytes(8, "big", signed=True)
-        return u8(_BIG) + blob(value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+        raw = value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)
+        return u8(_BIG) + _limited(raw, MAX_INTEGER, "an integer")
     if isinstance(value, float):
         return u8(_FLOAT) + _float(value)
     if isinstance(value, str):
         return u8(_TEXT) + _text(value)
     if isinstance(value, bytes):
-        return u8(_BYTES) + blob(value)
+        return u8(_BYTES) + _limited(value, MAX_BYTES, "bytes")
     return u8(_LIST) + u32(len(value)) + b"".join(_value(item) for item in value)
 
 
@@ -87,7 +97,7 @@ def _read_value(reader: Reader, *, in_list: bool = False) -> ConfigValue:
     if kind == _TEXT:
         return _read_text(reader)
     if kind == _BYTES:
-        return bytes(reader.blob())
+        return bytes(reader.blob(MAX_BYTES))
     if kind != _LIST or in_list:
         raise DecodeError(f"no value begins with {kind}")
     items = [_read_value(reader, in_list=True) for _ in range(_count(reader))]
@@ -97,7 +107,7 @@ def _read_value(reader: Reader, *, in_list: bool = False) -> ConfigValue:
 
 
 def _read_big(reader: Reader) -> int:
-    raw = bytes(reader.blob(1 << 16))
+    raw = bytes(reader.blob(MAX_INTEGER))
     value = int.from_bytes(raw, "big", signed=True)
     if -(1 << 63) <= value < 1 << 63 or raw != value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True):
         raise DecodeError("an integer longer than it needs to be")
@@ -228,9 +238,15 @@ def _decode(envelope: Buffer, fetch: Callable[[bytes, int], Buffer]) -> Message 
 
 
 def encode(value: Message | RecordDict) -> tuple[bytes, dict[bytes, Buffer]]:
-    """Return the envelope and the buffers it names, by SHA-256 of dtype, shape and content."""
+    """Return the envelope and the buffers it names, by SHA-256 of dtype, shape and content.
+
+    Raises ValueError for what cannot travel: a text or an integer that is too long, an id that is no unsigned 64 bits.
+    """
     buffers: dict[bytes, Buffer] = {}
-    return _envelope(value, buffers), buffers
+    try:
+        return _envelope(value, buffers), buffers
+    except OverflowError as fault:
+        raise ValueError(f"an id or a code does not fit the wire: {fault}") from None
 
 
 def decode(envelope: Buffer, buffers: Mapping[bytes, Buffer]) -> Message | RecordDict:
@@ -263,8 +279,10 @@ def dumps(value: Message | RecordDict) -> bytes:
 
 
 def loads(frame: Buffer) -> Message | RecordDict:
-    """Read a frame. Arrays view the frame's memory: keep it, or copy them. Raises WireError on anything else."""
+    """Read a frame; arrays view its memory, or that of a copy when it could change. Raises WireError on anything else."""
     view = memoryview(frame).cast("B")
+    if not view.readonly:
+        view = memoryview(bytes(view))
     start = len(MAGIC) + 8
     if len(view) < start or bytes(view[: len(MAGIC)]) != MAGIC:
         raise WireError("not a frame: the magic string is missing")

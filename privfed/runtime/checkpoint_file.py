@@ -100,11 +100,8 @@ class CheckpointFolder:
     def write(self, checkpoint: Checkpoint, states: Mapping[int, NodeState]) -> None:
         """Commit a round: durable when this returns, and whole or absent whenever it is interrupted."""
         digest = _write(self.states_file(checkpoint.round), _pack_states(states)) if states else b""
-        meta: dict[str, ConfigValue] = {
-            "round": checkpoint.round,
-            "metrics": _dump_json(checkpoint.metrics),
-            "states": digest,
-        }
+        metrics = _dump_json(checkpoint.metrics)
+        meta: dict[str, ConfigValue] = {"round": checkpoint.round, "metrics": metrics, "states": digest}
         content: dict[str, Record] = {"checkpoint": ConfigRecord(meta), "arrays": checkpoint.arrays}
         content |= {f"state.{name}": record for name, record in checkpoint.state.items()}
         _write(self.file(checkpoint.round), RecordDict(content))
