@@ -76,6 +76,13 @@ class _Stage:
     request: memoryview = field(repr=False)
     digest: bytes = b""
 
+    @property
+    def facts(self) -> bytes:
+        """Hash of what must not change from stage to stage: a weaker parameter later would be a weaker session."""
+        parameters = sorted(self.parameters.items())
+        what = (self.protocol, parameters, self.number, self.binding, self.layout, self.arrays_key, self.weight_key)
+        return hashlib.sha256(repr(what).encode()).digest()
+
     @classmethod
     def read(cls, content: RecordDict) -> _Stage:
         """Decode; Refused when the instruction is malformed."""
@@ -187,7 +194,7 @@ class _Session:
             "number": stage.number,
             "stage": stage.stage,
             "digest": stage.digest,
-            "binding": stage.binding,
+            "facts": stage.facts,
             "kept": b"" if over else bytes(after),
         }
         self._state["session"] = ConfigRecord(remembered)
@@ -200,7 +207,7 @@ class _Session:
         stage, number, done = self._stage, int(str(last["number"])), int(str(last["stage"]))
         if stage.stage == 0 and stage.number > number:
             return b""
-        if stage.number != number or stage.stage != done + 1 or stage.binding != last["binding"]:
+        if stage.number != number or stage.stage != done + 1 or stage.facts != last["facts"]:
             raise SessionOutOfOrder(
                 f"session {stage.number} stage {stage.stage} was asked after session {number} stage {done}"
             )

@@ -16,6 +16,21 @@ MESSAGE_BUDGET = 64 << 20
 """Bytes of replies that may be in flight at once when a round is streamed."""
 
 
+def stream_replies(
+    grid: Grid, messages: Iterable[Message], *, timeout: float, window: int, ordered: bool = False
+) -> Iterator[tuple[int, Message]]:
+    """Yield each reply with the node that was asked, whoever the reply says it is from."""
+    asked: dict[str, int] = {}
+
+    def noted() -> Iterator[Message]:
+        for message in messages:
+            asked[message.metadata.message_id] = message.metadata.dst_node_id
+            yield message
+
+    for reply in grid.stream(noted(), timeout=timeout, window=window, ordered=ordered):
+        yield asked.pop(reply.metadata.reply_to_message_id), reply
+
+
 @dataclass(frozen=True)
 class Exchange:
     """content: the same object for every node, sent once. deadline: time.monotonic() seconds. need: the view to bring.
@@ -50,11 +65,11 @@ class Exchange:
             content = self.content if self.content_for is None else self.content_for(node)
             yield Message(content, node, self.kind, ttl=ttl, group_id=group)
 
-    def replies(self) -> Iterable[Message]:
-        """Send the instructions and yield replies in the order of the nodes, a bounded number at a time."""
+    def replies(self) -> Iterator[tuple[int, Message]]:
+        """Send the instructions; yield node and reply in the order of the nodes, a bounded number at a time."""
         size = max(1, self.model.count_bytes())
         window = min(1024, max(4, MESSAGE_BUDGET // size))
-        return self.grid.stream(self.messages(), timeout=self.remaining, window=window, ordered=True)
+        return stream_replies(self.grid, self.messages(), timeout=self.remaining, window=window, ordered=True)
 
     def aggregate(self, contents: list[RecordDict]) -> MetricRecord:
         """Aggregate the metrics of valid replies."""

@@ -31,9 +31,10 @@ class MeanFold:
             for start in range(0, element_count(expected.shape), BLOCK):
                 block = values[start : start + BLOCK]
                 part = self._buffer[: block.size]
-                np.multiply(block, weight, out=part, dtype=np.float64)
                 target = self._sum[place + start : place + start + block.size]
-                target += part
+                with np.errstate(over="ignore", invalid="ignore"):  # the strategy refuses a sum that is not finite
+                    np.multiply(block, weight, out=part, dtype=np.float64)
+                    target += part
             place += values.size
         self.weight += weight
         if not update:
@@ -44,7 +45,8 @@ class MeanFold:
         mean = self._sum
         if self._absolute:
             # sum(w x) - W received = sum(w (x - received)); in float64 this loses 2^-53 of the weights' size.
-            mean -= self._absolute * flatten(self._model)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean -= self._absolute * flatten(self._model)
         mean /= self.weight
         return Sum(mean, self.weight)
 

@@ -24,11 +24,11 @@ class Intake:
     def train(self) -> Iterator[Reply]:
         """Yield valid training replies; `reject` during the loop's body excludes the one at hand."""
         exchange = self._exchange
-        return self._read(lambda m: read_train(m, exchange.model, exchange.arrays_key, exchange.weight_key))
+        return self._read(lambda node, m: read_train(node, m, exchange.model, exchange.arrays_key, exchange.weight_key))
 
     def evaluate(self) -> Iterator[Reply]:
         """Yield valid evaluation replies."""
-        return self._read(lambda message: read_evaluate(message, self._exchange.weight_key))
+        return self._read(lambda node, m: read_evaluate(node, m, self._exchange.weight_key))
 
     def reject(self, node: int, cause: str) -> None:
         """Exclude the reply that was yielded last."""
@@ -47,15 +47,14 @@ class Intake:
         self.outcome.metrics = self._exchange.aggregate(self._metrics)
         return self.outcome
 
-    def _read(self, read: Callable[[Message], Reply]) -> Iterator[Reply]:
+    def _read(self, read: Callable[[int, Message], Reply]) -> Iterator[Reply]:
         silent = set(self._exchange.nodes)
-        for message in self._exchange.replies():
-            node = message.metadata.src_node_id
+        for node, message in self._exchange.replies():
             silent.discard(node)
             if message.has_content():
                 self.outcome.bytes_up += message.content.count_bytes()
             try:
-                reply = read(message)
+                reply = read(node, message)
             except BadReply as cause:
                 self.outcome.excluded.append(Exclusion(node, str(cause)))
                 continue

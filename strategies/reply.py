@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from privfed.message import ErrorCode, Message
@@ -11,6 +10,10 @@ from privfed.strategies.metric import is_finite_metric, metrics_of
 from privfed.update import UpdateError, arrays_of, check_arrays, is_update
 
 _CODES = {value: name for name, value in vars(ErrorCode).items() if isinstance(value, int)}
+
+
+MAX_WEIGHT = 2.0**53
+"""A claim beyond this is no number of examples, and would push sums out of float64."""
 
 
 class BadReply(Exception):
@@ -44,8 +47,8 @@ def read_weight(metrics: MetricRecord, key: str | None) -> float:
     weight = metrics.get(key)
     if weight is None or isinstance(weight, list):
         raise BadReply(f"metric {key!r}, the weight, is missing")
-    if not math.isfinite(weight) or weight < 0:
-        raise BadReply(f"weight {key!r} is {weight}")
+    if not 0 <= weight <= MAX_WEIGHT:  # false for NaN
+        raise BadReply(f"weight {key!r} is {weight}, not in [0, 2^53]")
     return float(weight)
 
 
@@ -58,7 +61,7 @@ def read_metrics(content: RecordDict) -> MetricRecord:
     return metrics
 
 
-def read_train(message: Message, model: ArrayRecord, arrays_key: str, weight_key: str | None) -> Reply:
+def read_train(node: int, message: Message, model: ArrayRecord, arrays_key: str, weight_key: str | None) -> Reply:
     """Return a valid training reply. Raises BadReply."""
     content = content_of(message)
     weight, metrics = _numbers(content, weight_key)
@@ -67,13 +70,13 @@ def read_train(message: Message, model: ArrayRecord, arrays_key: str, weight_key
         check_arrays(model, arrays, update=is_update(content))
     except UpdateError as cause:
         raise BadReply(str(cause)) from cause
-    return Reply(message.metadata.src_node_id, arrays, is_update(content), weight, metrics)
+    return Reply(node, arrays, is_update(content), weight, metrics)
 
 
-def read_evaluate(message: Message, weight_key: str | None) -> Reply:
+def read_evaluate(node: int, message: Message, weight_key: str | None) -> Reply:
     """Return a valid evaluation reply. Raises BadReply."""
     weight, metrics = _numbers(content_of(message), weight_key)
-    return Reply(message.metadata.src_node_id, ArrayRecord(), False, weight, metrics)
+    return Reply(node, ArrayRecord(), False, weight, metrics)
 
 
 def _numbers(content: RecordDict, weight_key: str | None) -> tuple[float, RecordDict]:

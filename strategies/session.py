@@ -10,7 +10,7 @@ from privfed.protocols.errors import DecodeError, RemoteError
 from privfed.protocols.session import Buffer, Protocol, Server, Session
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
 from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout
-from privfed.strategies.exchange import MESSAGE_BUDGET, Exchange
+from privfed.strategies.exchange import MESSAGE_BUDGET, Exchange, stream_replies
 from privfed.strategies.reply import BadReply, content_of
 from privfed.strategies.view import Exclusion, Outcome
 
@@ -58,9 +58,9 @@ class SessionDrive:
         self._silent = set(self._requests)
         return self._messages()
 
-    def take(self, message: Message) -> None:
-        """Take a reply to one of them, or exclude its node."""
-        node, stage = message.metadata.src_node_id, self.server.stage
+    def take(self, node: int, message: Message) -> None:
+        """Take a node's reply, or exclude it."""
+        stage = self.server.stage
         self._silent.discard(node)
         try:
             self.server.receive(node, self._buffer(message))
@@ -135,8 +135,8 @@ def run_stage(exchange: Exchange, drives: Mapping[int, SessionDrive], size: int,
     window = max(MIN_WINDOW, min(MAX_WINDOW, MESSAGE_BUDGET // (8 * size + 1)))
     down, up = _traffic(sessions)
     requests = (message for drive in sessions for message in drive.open())
-    for message in exchange.grid.stream(requests, timeout=timeout, window=window):
-        drives[message.metadata.src_node_id].take(message)
+    for node, message in stream_replies(exchange.grid, requests, timeout=timeout, window=window):
+        drives[node].take(node, message)
     asked, answered = (sum(values) for values in zip(*(drive.counts for drive in sessions), strict=True))
     total_down, total_up = _traffic(sessions)
     exchange.grid.recorder.report(

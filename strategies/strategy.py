@@ -384,7 +384,7 @@ def add_update(arrays: ArrayRecord, update: Float64s) -> ArrayRecord:
     """
     parts = split(update, arrays)
     moved = {}
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         for name, array in arrays.items():
             values = np.add(array.compute(), parts[name], dtype=np.float64)
             moved[name] = array.replace(np.asarray(values))

@@ -109,6 +109,7 @@ def bad_replies() -> Iterator[tuple[str, Callable[[RecordDict], RecordDict | Non
     yield "negative weight", weight(-4), "weight 'num-examples' is -4"
     yield "nan weight", weight(math.nan), "weight 'num-examples' is nan"
     yield "infinite weight", weight(math.inf), "weight 'num-examples' is inf"
+    yield "absurd weight", weight(1e300), "not in [0, 2^53]"
     yield "list weight", weight([1, 2]), "is missing"
     yield "missing weight", lambda good: RecordDict({"arrays": good["arrays"]}), "is missing"
     yield "missing arrays", lambda good: RecordDict({"metrics": good["metrics"]}), "0 ArrayRecords"
@@ -208,6 +209,28 @@ def test_a_node_that_never_answers_is_excluded() -> None:
     result = FedAvg(fraction_evaluate=0).start(grid, ArrayRecord([np.zeros(1)]), num_rounds=1, timeout=5)
     assert result.rounds[0]["train-replies"]["excluded"] == [{"node": 2, "cause": "no reply before the deadline"}]
     assert result.arrays == ArrayRecord([np.full(1, 2.0)])
+
+
+class ForgingGrid(LocalGrid):
+    """Every reply says it is from node 1."""
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        return [message.with_metadata(src_node_id=1) for message in super().pull_messages(message_ids)]
+
+
+def test_a_reply_counts_for_the_node_that_was_asked() -> None:
+    def reply(message: Message, node: int) -> RecordDict:
+        return content(ArrayRecord([np.full(1, math.nan if node == 3 else float(node))]))
+
+    grid = ForgingGrid(app_of(reply), 4)
+    result = FedAvg(fraction_evaluate=0).start(grid, ArrayRecord([np.zeros(1)]), num_rounds=1)
+    assert [one["node"] for one in result.rounds[0]["train-replies"]["excluded"]] == [3]
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308])
+def test_a_sum_out_of_range_fails_the_round_and_says_so(value: float) -> None:
+    with pytest.raises(RunFailed, match=r"round 1.*leaves the range of float64"):
+        run(lambda m, node: content(ArrayRecord([np.full(1, value)]), 100), 3, ArrayRecord([np.zeros(1)]))
 
 
 class ShuffledGrid(LocalGrid):

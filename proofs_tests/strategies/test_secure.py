@@ -251,6 +251,9 @@ def stage_messages(rounds: int = 1) -> tuple[FlakyGrid, ClientApp, dict[tuple[in
     return grid, app, found
 
 
+MESSAGES = stage_messages()[2]
+
+
 def changed(message: Message, **values: Any) -> Message:
     content = message.content.copy()
     content.config_records[SECURE].update(values)
@@ -310,6 +313,40 @@ def test_a_claimed_binding_must_be_the_sessions() -> None:
     _, app, messages = stage_messages()
     reply = app(changed(messages[0, 0], binding=bytes(32)), Context(node_id=1))
     assert reply.error == Error(ErrorCode.POLICY_REFUSED, "RemoteError")
+
+
+VALUES = st.one_of(
+    st.none(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5), st.binary(max_size=40), st.booleans(),
+    st.lists(st.text(max_size=2), max_size=2), st.lists(st.floats(), max_size=3),
+)  # fmt: skip
+
+
+@given(st.data(), st.sampled_from([0, 1]))
+@settings(max_examples=150, deadline=None)
+def test_a_malformed_instruction_is_refused_and_never_trains(data: st.DataObject, stage: int) -> None:
+    trained: list[int] = []
+
+    def train(message: Message, node: int) -> RecordDict:
+        trained.append(node)
+        return good(message, node)
+
+    app, context = app_of(train), Context(node_id=1)
+    if stage == 1:
+        app(MESSAGES[0, 0], context)
+    content = MESSAGES[0, stage].content.copy()
+    name = data.draw(st.sampled_from([SECURE, SECURE + ".layout", SECURE + ".protocol"]))
+    record = content.config_records[name]
+    key = data.draw(st.sampled_from(list(record)))
+    value = data.draw(VALUES)
+    before = record.pop(key)
+    if value is not None:
+        record[key] = value
+    if value == before and type(value) is type(before):
+        return
+    reply = app(MESSAGES[0, stage].with_content(content), context)
+    # At the first stage the protocol itself and the later stages hold the server to what it said.
+    assert reply.has_error() or stage == 0 or (key == "input" and value)
+    assert not trained or key == "input"
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query"])
