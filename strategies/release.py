@@ -13,7 +13,7 @@ from privfed.errors import PlanRefused, RunFailed
 from privfed.grid import Grid
 from privfed.plan import PrivacyPlan
 from privfed.privacy.filters import Budget, BudgetExceeded
-from privfed.privacy.ledger import Ledger, Terms
+from privfed.privacy.ledger import Ledger, LedgerError, Terms
 from privfed.privacy.mechanisms import LatticeSum
 from privfed.record import ArrayRecord, ConfigRecord
 from privfed.strategies.view import Float64s, RandomBytes, Sum, Unreleased
@@ -45,13 +45,12 @@ class Release:
         plan, path = self.plan, grid.recorder.ledger_path
         budget = Budget(plan.epsilon if plan.epsilon is not None else float("inf"), plan.delta)
         terms = Terms(f"run {self._run}", budget, plan.unit, plan.relation, plan.observer)
-        if path is None or not path.exists():
-            return Ledger.create(path, terms)
-        ledger = Ledger.open(path)
-        if ledger.terms.budget != budget or ledger.terms.meter().measure != terms.meter().measure:
-            ledger.close()
-            raise PlanRefused(f"{path.name}: the ledger of this run was opened for another plan; start a new run")
-        return ledger
+        if path is None:
+            return Ledger.create(None, terms)
+        try:
+            return Ledger.resume(path, terms)
+        except LedgerError as cause:
+            raise PlanRefused(f"the privacy ledger of this run cannot be charged: {cause}") from cause
 
     def close(self) -> None:
         """Close the ledger."""
