@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,8 @@ from numpy.typing import NDArray
 
 from privfed.errors import WireError
 
-DTYPES = {
-    name: np.dtype(name).newbyteorder("<")
-    for name in ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
-}
+_NUMPY_NAMES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMPY_NAMES.split()}
 """The dtypes that may travel. bfloat16 travels as its 16 bits."""
 DTYPES["bfloat16"] = np.dtype("<u2")
 
@@ -33,8 +32,8 @@ def element_count(shape: tuple[int, ...]) -> int:
 class Array:
     """An immutable array.
 
-    `Array(ndarray)` copies it; `Array.adopt(ndarray)` does not and freezes it instead. `Array(dtype, shape, stype, data)`
-    wraps a serialised buffer: stype "raw" (little-endian, C order) without a copy, or "numpy.ndarray" (.npy bytes).
+    `Array(ndarray)` copies it; `Array.adopt(ndarray)` does not and freezes it instead.
+    `Array(dtype, shape, stype, data)` wraps a serialised buffer: stype "raw" (little-endian, C order) without a copy, or "numpy.ndarray" (.npy bytes).
 
     Raises TypeError for a dtype outside `DTYPES`, WireError for a buffer that does not fit.
     """
@@ -101,8 +100,7 @@ class Array:
 
     def to_torch_tensor(self) -> Any:
         """Return a new PyTorch tensor; needs torch."""
-        import torch
-
+        torch = importlib.import_module("torch")  # an extra, and only for those who have tensors
         tensor = torch.from_numpy(np.array(self.compute()))
         return tensor.to(torch.bfloat16) if self.dtype == "bfloat16" else tensor
 
