@@ -170,7 +170,7 @@ def test_the_ledger_is_charged_before_the_release_and_survives_a_resume(tmp_path
     assert [entry.round for entry in ledger.entries] == [1, 2, 2]  # round 2 was perhaps seen: it counts twice
     assert result.epsilon == ledger.spent
     other = DirectoryRecorder(tmp_path)
-    with pytest.raises(PlanRefused, match="another plan"):
+    with pytest.raises(PlanRefused, match="was started under"):
         FedAvg(privacy=PrivacyPlan(clip=1.0, epsilon=9.0, rounds=4), **NONE).start(
             LocalGrid(app_of(), 4, recorder=other), model(50), 2
         )
