@@ -33,7 +33,8 @@ class Array:
     """An immutable array.
 
     `Array(ndarray)` copies it; `Array.adopt(ndarray)` does not and freezes it instead.
-    `Array(dtype, shape, stype, data)` wraps a serialised buffer: stype "raw" (little-endian, C order) without a copy, or "numpy.ndarray" (.npy bytes).
+    `Array(dtype, shape, stype, data)` wraps a serialised buffer: stype "raw" (little-endian, C order) without a copy,
+    or "numpy.ndarray" (.npy bytes).
 
     Raises TypeError for a dtype outside `DTYPES`, WireError for a buffer that does not fit.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,5 +44,6 @@ def test_file_keeps_the_house_rules(path: Path) -> None:
 
 
 def test_imports_go_down_the_floors() -> None:
-    result = subprocess.run(["lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([str(command)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout

@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from privfed.errors import AppError
+
+if TYPE_CHECKING:
+    from privfed.cli.display import Listener
+    from privfed.runtime.run_folder import RunFolder
 
 
 @click.command()
@@ -43,35 +48,54 @@ def run(
     The run leaves a folder with its configuration, metrics, checkpoints, privacy ledger and log.
     """
     from privfed.cli.display import display
-    from privfed.runtime.app_folder import AppFolder
-    from privfed.runtime.run_folder import Keep, RunFolder, find_run
-    from privfed.runtime.simulation import run_simulation
+    from privfed.runtime.run_folder import Keep, RunFolder
 
-    listener = display(form)
-    if resume is not None:
+    del debug
+    listener, kept = display(form), Keep.parse(keep)
+    if resume is None:
+        folder = RunFolder.create(run_dir, _asked(app, nodes, settings, seed), keep=kept, listener=listener)
+    else:
         if app is not None or nodes is not None or settings or seed is not None or run_dir is not None:
             raise AppError("--resume takes the app, nodes, settings and seed from the run: give none of them")
-        folder = RunFolder.open(find_run(resume), keep=Keep.parse(keep), listener=listener)
-        if folder.status.state in ("running", "pending"):
-            raise AppError(f"run {folder.name} is running in process {folder.status.process}: stop it first")
-        if folder.status.state == "completed":
-            raise AppError(f"run {folder.name} is completed: there is nothing left to do")
-    else:
-        if app is None:
-            raise AppError("say which app: `privfed run FOLDER` (or --resume RUN)")
-        manifest = AppFolder.open(app)
-        asked = {
-            "app": str(manifest.path),
-            "name": manifest.name,
-            "run-config": manifest.with_config(_pairs(settings)),
-            "nodes": nodes or manifest.nodes,
-            "seed": seed,
-        }
-        folder = RunFolder.create(run_dir, asked, keep=Keep.parse(keep), listener=listener)
+        folder = RunFolder.open(_resumable(resume), keep=kept, listener=listener)
     if detach:
         _detach(folder.path, keep, threads)
         click.echo(json.dumps({"run": folder.name}) if form == "json" else folder.name)
         return
+    _simulate(folder, threads, listener)
+
+
+def _asked(app: Path | None, nodes: int | None, settings: tuple[str, ...], seed: int | None) -> dict[str, object]:
+    from privfed.runtime.app_folder import AppFolder
+
+    if app is None:
+        raise AppError("say which app: `privfed run FOLDER` (or --resume RUN)")
+    manifest = AppFolder.open(app)
+    return {
+        "app": str(manifest.path),
+        "name": manifest.name,
+        "run-config": manifest.with_config(_pairs(settings)),
+        "nodes": nodes or manifest.nodes,
+        "seed": seed,
+    }
+
+
+def _resumable(name: str) -> Path:
+    from privfed.runtime.run_folder import RunFolder, find_run
+
+    folder = RunFolder.open(find_run(name))
+    status = folder.status
+    if status.state in ("running", "pending"):
+        raise AppError(f"run {folder.name} is running in process {status.process}: stop it first")
+    if status.state == "completed":
+        raise AppError(f"run {folder.name} is completed: there is nothing left to do")
+    return folder.path
+
+
+def _simulate(folder: RunFolder, threads: int | None, listener: Listener) -> None:
+    from privfed.runtime.app_folder import AppFolder
+    from privfed.runtime.simulation import run_simulation
+
     config = folder.config
     server_app, client_app = AppFolder.open(Path(config["app"])).load()
     listener("run", {"name": folder.name, "app": config["name"], "nodes": config["nodes"], "folder": str(folder.path)})
@@ -85,7 +109,6 @@ def run(
         run_dir=folder,
     )
     listener("ended", {"state": result.status, "rounds": len(result.rounds), "folder": str(folder.path)})
-    del debug
 
 
 def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
