@@ -1,0 +1,294 @@
+"""Bracket epsilon or delta of one direction of a composition: estimate by inversion, bounds by lattices, refined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from privfed.privacy import lattice, pld
+from privfed.privacy.atoms import Atoms
+from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
+from privfed.privacy.pair import ULP
+
+LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there is charged
+_FIRST, _LARGEST = 2**12, 2**21  # points of the composed lattice
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Bounds on one number, and whether they came as close as was asked."""
+
+    lower: float
+    estimate: float
+    upper: float
+    settled: bool
+
+
+def _close(lower: float, upper: float, tol: float, floor: float) -> bool:
+    return upper - lower <= tol * max(lower, floor)
+
+
+class Direction:
+    """One ordered side of a composition: parts (pair, count), asked for its epsilon or delta."""
+
+    def __init__(self, parts: tuple[Part, ...]) -> None:
+        self.parts = tuple(part for part in parts if part[1])
+        self.cumulants = Cumulants(self.parts)
+        self._lines: dict[float, Inversion] = {}
+
+    @cached_property
+    def certain(self) -> float:
+        """Probability of an outcome that only P has."""
+        log = sum(count * math.log1p(-_certain(pair)) for pair, count in self.parts if _certain(pair) < 1)
+        return 1.0 if any(_certain(pair) >= 1 for pair, _ in self.parts) else -math.expm1(log)
+
+    @cached_property
+    def ceiling(self) -> float:
+        """The largest finite loss of the sum, as far as floats can tell."""
+        return sum(count * pair.span(0.0)[1] for pair, count in self.parts)
+
+    @property
+    def single(self) -> bool:
+        """Say whether the closed profile of one use answers."""
+        return len(self.parts) == 1 and self.parts[0][1] == 1
+
+    def line(self, log_delta: float) -> tuple[Inversion, float, float]:
+        """Return an inversion line near this delta (kept for queries nearby), its saddle point and spread."""
+        order = self.cumulants.order_for_delta(log_delta)
+        for known in self._lines:
+            if abs(math.log(known / order)) < 0.15:
+                order = known
+        if order not in self._lines:
+            self._lines[order] = invert(self.cumulants, order)
+        _, slope, bend = self.cumulants.at(order)
+        return self._lines[order], slope, math.sqrt(bend)
+
+    def estimate_epsilon(self, delta: float) -> tuple[float, bool]:
+        """Return epsilon(delta), which may be negative, and whether the inversion resolved it."""
+        if self.certain >= delta:
+            return math.inf, True
+        if self.single:
+            return _profile_root(self.parts[0][0].profile, delta), True
+        peak = self._peak(delta)
+        if peak is not None and _close(peak.lower, peak.upper, 1e-9, 1e-9):
+            return peak.upper, True
+        log_delta = math.log((delta - self.certain) / (1 - self.certain))
+        exact = self._exact()
+        if exact is not None:
+            near = self.cumulants.at(self.cumulants.order_for_delta(log_delta))[1]
+            return self._lattice_epsilon(exact, delta, near).estimate, True
+        line, slope, spread = self.line(log_delta)
+        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order), line.settled
+
+    def estimate_delta(self, epsilon: float) -> tuple[float, bool]:
+        """Return delta(epsilon) and whether the inversion resolved it."""
+        if self.single:
+            return self.parts[0][0].profile(epsilon), True
+        if epsilon >= self.ceiling:
+            return self.certain, True
+        exact = self._exact()
+        if exact is not None:
+            found = self._lattice_delta(exact, epsilon)
+            return found.estimate, True
+        line = invert(self.cumulants, self.cumulants.order_for_epsilon(epsilon))
+        delta = math.exp(min(0.0, line.log_delta(epsilon)))
+        return self.certain + (1 - self.certain) * delta, line.settled
+
+    def bracket_epsilon(self, delta: float, tol: float, enough: float = -math.inf) -> Bracket:
+        """Bracket epsilon(delta); stop early when the upper bound is at most `enough`."""
+        estimate, settled = self.estimate_epsilon(delta)
+        if math.isinf(estimate):
+            return Bracket(math.inf, math.inf, math.inf, True)
+        if self.single:
+            return _around(estimate, tol)
+        peak = self._peak(delta)
+        if peak is not None and _close(peak.lower, peak.upper, tol / 10, 1e-3):
+            return peak
+        exact = self._exact()
+        if exact is not None:
+            return _meet(self._lattice_epsilon(exact, delta, estimate), peak)
+        log_delta = math.log(delta)
+        shift = tol * max(estimate, 1e-3)
+
+        def read(composition: pld.Composition, upper: bool) -> float:
+            return composition.epsilon(log_delta, estimate, upper)
+
+        return _meet(self._refined(estimate, settled, delta, shift, tol, 1e-3, read, enough), peak)
+
+    def _peak(self, delta: float) -> Bracket | None:
+        """Bracket by the largest possible loss: the outcome that has it in every use already costs nearly that."""
+        tops = [getattr(pair, "top", lambda: None)() for pair, _ in self.parts]
+        if any(top is None for top in tops) or self.certain > 0:
+            return None
+        most = sum(count * top[0] for top, (_, count) in zip(tops, self.parts, strict=True))
+        log_mass = sum(count * math.log(top[1]) for top, (_, count) in zip(tops, self.parts, strict=True) if top[1] > 0)
+        share = delta * math.exp(min(700.0, -log_mass))
+        low = most + math.log1p(-share) if share < 1 else -math.inf
+        slack = 1e-12 * abs(most) + 1e-15
+        return Bracket(low - slack, max(low, -1e300), most + slack, True)
+
+    def _exact(self) -> list[tuple[lattice.Lattice, int]] | None:
+        """Return the parts as they are if their losses lie on one lattice already."""
+        spacing = {getattr(pair, "spacing", 0.0) for pair, _ in self.parts}
+        if len(spacing) != 1 or 0.0 in spacing:
+            return None
+        step = spacing.pop()
+        out = []
+        for pair, count in self.parts:
+            if not isinstance(pair, Atoms):
+                return None
+            losses = pair.losses
+            middle = float(losses[int(np.argmax(pair.p))])
+            index = np.rint((losses - middle) / step).astype(np.int64)
+            mass = np.bincount(index - index.min(), pair.p)
+            error = pair.rounding + 64 * ULP
+            out.append((lattice.Lattice(np.arange(len(mass)) + index.min(), mass, pair.certain, error, middle), count))
+        return out
+
+    def _lattice_delta(self, parts: list[tuple[lattice.Lattice, int]], epsilon: float) -> Bracket:
+        step = float(getattr(self.parts[0][0], "spacing", 0.0))
+        order, window = self._tilt(epsilon)
+        composition = pld.compose(parts, step, order, window)
+        room = 4 * ULP * sum(count for _, count in parts) * max(1.0, abs(epsilon))
+        upper = composition.delta(epsilon - room, True)
+        lower = composition.delta(epsilon + room, False)
+        return Bracket(lower, (lower + upper) / 2, upper, True)
+
+    def _lattice_epsilon(self, parts: list[tuple[lattice.Lattice, int]], delta: float, near: float) -> Bracket:
+        step = float(getattr(self.parts[0][0], "spacing", 0.0))
+        order, window = self._tilt(near)
+        composition = pld.compose(parts, step, order, window)
+        upper = composition.epsilon(math.log(delta), near, True)
+        lower = composition.epsilon(math.log(delta), near, False)
+        room = 4 * ULP * sum(count for _, count in parts) * max(1.0, abs(upper))
+        return Bracket(lower - room, (lower + upper) / 2, upper + room, True)
+
+    def bracket_delta(self, epsilon: float, tol: float) -> Bracket:
+        """Bracket delta(epsilon)."""
+        estimate, settled = self.estimate_delta(epsilon)
+        if self.single or epsilon >= self.ceiling:
+            around = _around(estimate, tol)
+            return Bracket(max(0.0, around.lower), around.estimate, min(1.0, around.upper), True)
+
+        exact = self._exact()
+        if exact is not None:
+            return self._lattice_delta(exact, epsilon)
+
+        def read(composition: pld.Composition, upper: bool) -> float:
+            return composition.delta(epsilon, upper)
+
+        order = self.cumulants.order_for_epsilon(epsilon)
+        floor = 1e-300
+        found = self._refined(epsilon, settled, max(estimate, floor), tol / order, tol, floor, read, -math.inf)
+        middle = min(max(estimate if settled else (found.lower + found.upper) / 2, found.lower), found.upper)
+        return Bracket(found.lower, middle, found.upper, found.settled)
+
+    def _refined(
+        self,
+        near: float,
+        settled: bool,
+        delta: float,
+        shift: float,
+        tol: float,
+        floor: float,
+        read: Callable[[pld.Composition, bool], float],
+        enough: float,
+    ) -> Bracket:
+        """Halve steps until the bounds meet: tilt for losses near `near`, tolerate `shift` in the loss."""
+        order, window = self._tilt(near)
+        allowed = shift / (4 * (order + 1))
+        total = sum(count for _, count in self.parts)
+        bend = self.cumulants.at(order)[2]
+        step = min((window[1] - window[0]) / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(bend) / 2)
+        step = max(step, (window[1] - window[0]) / (_FIRST * 16))
+        lower, upper = -math.inf, math.inf
+        while True:
+            highs, lows, narrow = self._lattices(step, order, delta, allowed / total)
+            upper = min(upper, read(pld.compose(highs, step, order, window), True))
+            lower = max(lower, read(pld.compose(lows, step, order, window), False))
+            done = _close(lower, upper, tol, floor) or upper <= enough
+            if done or (window[1] - window[0]) / step > _LARGEST:
+                break
+            ratio = (upper - lower) / (tol * max(lower, floor)) if upper < math.inf else 16.0
+            if narrow:
+                step /= min(4.0, max(1.5, 1.2 * math.sqrt(ratio)))
+            allowed /= min(16.0, max(2.0, 1.5 * ratio))
+        return Bracket(lower, min(max(near, lower), upper), upper, done)
+
+    def _tilt(self, near: float) -> tuple[float, tuple[float, float]]:
+        """Return the order to tilt to, and the window of losses where the tilted law then has its mass.
+
+        The saddle point is most accurate; but with rare large losses a smaller order, at the price of a few digits,
+        leaves them out and makes the window many times smaller.
+        """
+        saddle = self.cumulants.order_for_epsilon(near)
+        best = saddle, self._window(saddle, near, LOG_TAIL)
+        least = self.cumulants.at(saddle)[0] - saddle * near
+        for factor in (0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 0.7):
+            order = factor * saddle
+            cost = self.cumulants.at(order)[0] - order * near - least
+            if cost > 0.4:
+                break
+            window = self._window(order, near, LOG_TAIL - cost)
+            if window[1] - window[0] < 0.7 * (best[1][1] - best[1][0]):
+                best = order, window
+        return best
+
+    def _window(self, order: float, near: float, log_tail: float) -> tuple[float, float]:
+        low, high = reaches(self.cumulants, order, log_tail, whole=True)
+        return min(low, near - 2 / order), max(high, near + 8 / order)
+
+    def _lattices(
+        self, step: float, order: float, delta: float, allowed: float
+    ) -> tuple[list[tuple[lattice.Lattice, int]], list[tuple[lattice.Lattice, int]], bool]:
+        highs, lows, narrow = [], [], False
+        for pair, count in self.parts:
+            high = pair.span(min(1e-3, delta * 1e-6 / count))[1]
+            low = pair.span(1e-14 / count)[0]
+            if max(high, -low) > lattice.WIDEST_LOSS:
+                raise OverflowError("losses beyond the range of floats")
+            moment = self.cumulants.of(pair, order)
+            cells = lattice.refine(pair, step, low, high, order, moment, allowed)
+            narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
+            highs.append((lattice.spread(cells, _certain(pair), order, moment), count))
+            lows.append((lattice.merge(pair, cells, _certain(pair), order, moment), count))
+        return highs, lows, narrow
+
+
+def _meet(first: Bracket, second: Bracket | None) -> Bracket:
+    """Return the intersection of two brackets."""
+    if second is None:
+        return first
+    lower, upper = max(first.lower, second.lower), min(first.upper, second.upper)
+    return Bracket(lower, min(max(first.estimate, lower), upper), upper, first.settled)
+
+
+def _certain(pair: object) -> float:
+    return float(getattr(pair, "certain", 0.0))
+
+
+def _around(value: float, tol: float) -> Bracket:
+    """Return a closed form with its rounding: 1e-10 relative, 1e-13 absolute, never more than tol."""
+    room = min(1e-10, tol / 4) * abs(value)
+    return Bracket(value - room, value, value + room, True)
+
+
+def _profile_root(profile: Callable[[float], float], delta: float) -> float:
+    """Return where a decreasing profile takes the value delta."""
+    low, high = -1.0, 1.0
+    while profile(high) > delta:
+        low, high = high, 2 * high
+        if high > 1e6:
+            return math.inf
+    while profile(low) < delta and low > -1e6:
+        low *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if not low < middle < high or high - low < 1e-15 * abs(high):
+            break
+        low, high = (middle, high) if profile(middle) > delta else (low, middle)
+    return high

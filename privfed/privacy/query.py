@@ -1,0 +1,270 @@
+"""Choose the engine for a question about a composition, and put the answers of its directions together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from privfed.privacy import closed_form, rdp
+from privfed.privacy import events as ev
+from privfed.privacy.atoms import Atoms
+from privfed.privacy.bound import Bound, exact
+from privfed.privacy.cumulant import Part
+from privfed.privacy.dominating import RENYI_ONLY, gaussian_mu, pairs, silent
+from privfed.privacy.engine import Bracket, Direction
+from privfed.privacy.pair import NormalPair
+
+_RENYI_LOWER = "; lower covers the parts with a dominating pair only, and tol does not apply"
+
+
+class Plan:
+    """The parts of a composition, sorted by what is known about them."""
+
+    def __init__(self, counts: Mapping[ev.Event, int], relation: str) -> None:
+        self.relation = relation
+        self.infinite = False
+        square = 0.0
+        removed: list[Part] = []
+        added: list[Part] = []
+        self.renyi: list[tuple[ev.Event, int]] = []
+        for event, count in counts.items():
+            mu = gaussian_mu(event, relation)
+            if isinstance(event, ev.Unaccounted):
+                self.infinite = True
+            elif silent(event):
+                continue
+            elif mu is not None:
+                square += count * mu * mu
+            elif _only_renyi(event):
+                self.renyi.append((event, count))
+            else:
+                try:
+                    both = pairs(event, relation)
+                except OverflowError:
+                    self.infinite = True
+                    continue
+                if both is not None:
+                    removed.append((both[0], count))
+                    added.append((both[1], count))
+        self.mu = math.sqrt(square)
+        self.infinite = self.infinite or self.mu == math.inf
+        self._parts = (removed, added)
+        self._directions: tuple[Direction, ...] | None = None
+
+    def grown(self, counts: Mapping[ev.Event, int]) -> Plan | None:
+        """Return a plan for more of the same, or None to start afresh."""
+        return None
+
+    @property
+    def gaussian(self) -> bool:
+        """Say whether everything is plain Gaussian noise."""
+        return not self._parts[0] and not self.renyi
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Return one or two directions of the parts with dominating pairs, the Gaussians among them."""
+        if self._directions is None:
+            self._directions = self._made(())
+        return self._directions
+
+    def _made(self, extra: tuple[Part, ...]) -> tuple[Direction, ...]:
+        removed, added = self._parts
+        gauss: tuple[Part, ...] = ((NormalPair(self.mu), 1),) if self.mu > 0 else ()
+        same = all(a[0] is b[0] for a, b in zip(removed, added, strict=True))
+        sides = (removed,) if same else (removed, added)
+        return tuple(Direction((*side, *gauss, *extra)) for side in sides)
+
+    def _blocked(self) -> tuple[Direction, ...]:
+        """Return the directions with the Renyi block as one more pair."""
+        orders = np.array(rdp.ORDERS)
+        return self._made(((renyi_pair(orders, self._divergences(orders)), 1),))
+
+    def _divergences(self, orders: np.ndarray) -> np.ndarray:
+        total = np.zeros(len(orders))
+        for event, count in self.renyi:
+            total = total + count * rdp.divergence(event, list(orders), self.relation)
+        return total * (1 + 1e-12)
+
+    def estimate(self, delta: float) -> float:
+        """Return the estimate of epsilon."""
+        if self.infinite or self.renyi or delta == 0:
+            return self.epsilon(delta, 1e-3).estimate
+        if self.gaussian:
+            return closed_form.gaussian_epsilon(self.mu, delta)
+        return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
+
+    def rough_delta(self, epsilon: float) -> float:
+        """Return the estimate of delta."""
+        if self.infinite or self.renyi or self.gaussian:
+            return self.delta(epsilon, 1e-3).estimate
+        return max(direction.estimate_delta(epsilon)[0] for direction in self.directions)
+
+    def epsilon(self, delta: float, tol: float) -> Bound:
+        """Bracket epsilon(delta)."""
+        if self.infinite:
+            return exact(math.inf, "none", "something was released without a guarantee")
+        if self.gaussian:
+            value = closed_form.gaussian_epsilon(self.mu, delta)
+            return exact(value, "closed form", "Gaussian composition [BW18, DRS22]", closed_form.SLACK)
+        if delta == 0:
+            return self._pure()
+        if self.renyi:
+            return self._renyi_epsilon(delta, tol)
+        try:
+            found = self._worst(delta, tol, self.directions)
+        except OverflowError:
+            return self._coarse(delta)
+        return _bound(found, "epsilon")
+
+    def _worst(self, delta: float, tol: float, directions: tuple[Direction, ...]) -> Bracket:
+        """Return the bracket of the maximum over directions; the lesser ones only until they are seen to be less."""
+        ranked = sorted(directions, key=lambda d: -d.estimate_epsilon(delta)[0])
+        best = ranked[0].bracket_epsilon(delta, tol)
+        for direction in ranked[1:]:
+            best = _largest(best, direction.bracket_epsilon(delta, tol, enough=best.lower))
+        return Bracket(*(max(0.0, x) for x in (best.lower, best.estimate, best.upper)), best.settled)
+
+    def delta(self, epsilon: float, tol: float) -> Bound:
+        """Bracket delta(epsilon)."""
+        if self.infinite:
+            return exact(1.0, "none", "something was released without a guarantee")
+        if epsilon == math.inf:
+            return exact(0.0, "closed form", "by definition")
+        if self.gaussian:
+            value = closed_form.gaussian_delta(self.mu, epsilon)
+            bound = exact(value, "closed form", "Gaussian composition [BW18, DRS22]", 1e-10)
+            return Bound(bound.lower, value, min(1.0, bound.upper), bound.method, bound.proof)
+        if self.renyi:
+            return self._renyi_delta(epsilon, tol)
+        try:
+            found = [direction.bracket_delta(epsilon, tol) for direction in self.directions]
+        except OverflowError:
+            return Bound(0.0, 1.0, 1.0, "none", "losses leave the range of floats; nothing better is claimed")
+        best = found[0]
+        for other in found[1:]:
+            best = _largest(best, other)
+        return _bound(best, "delta")
+
+    def _pure(self) -> Bound:
+        """Return epsilon at delta 0: the sum of the largest losses, if they have one."""
+        if self.mu > 0 or self.renyi:
+            return exact(math.inf, "closed form", "unbounded privacy losses")
+        worst = 0.0
+        for side in self._parts:
+            total = 0.0
+            for pair, count in side:
+                top = getattr(pair, "top", None)
+                bounded = top is not None or isinstance(getattr(pair, "pair", None), Atoms)
+                if not bounded or getattr(pair, "certain", 0.0) > 0:
+                    bounded = bool(np.isfinite(_ceiling(pair)))
+                if getattr(pair, "certain", 0.0) > 0 or not bounded:
+                    return exact(math.inf, "closed form", "unbounded privacy losses")
+                total += count * _ceiling(pair)
+            worst = max(worst, total)
+        return exact(worst, "closed form", "largest privacy losses add up [DR14, Thm 3.16]", 1e-12)
+
+    def _coarse(self, delta: float) -> Bound:
+        """Return the moment bound where losses are too large for a lattice."""
+        log_delta = math.log(delta)
+        upper = max(0.0, max(direction.cumulants.chernoff(log_delta) for direction in self.directions)) * (1 + 1e-9)
+        estimate = min(upper, max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions)))
+        return Bound(0.0, estimate, upper, "moments: losses leave the range of floats", "Renyi conversion [BBG+20]")
+
+    def _renyi_epsilon(self, delta: float, tol: float) -> Bound:
+        orders = np.array(rdp.ORDERS)
+        divergences = self._divergences(orders)
+        whole = self.mu**2 / 2 * orders
+        if not self._parts[0]:
+            upper = rdp.epsilon_of(rdp.ORDERS, divergences + whole, delta) * (1 + 1e-12)
+            lower = closed_form.gaussian_epsilon(self.mu, delta) * (1 - closed_form.SLACK) if self.mu else 0.0
+            lower = min(lower, upper)
+            return Bound(lower, upper, upper, "Renyi divergences", "[BBG+20, Thm 21]" + _RENYI_LOWER)
+        blocked = [direction.bracket_epsilon(delta, tol) for direction in self._blocked()]
+        upper = max(0.0, max(bracket.upper for bracket in blocked))
+        for share in (0.05, 0.5, 0.95):
+            part = self._worst(delta * share, tol, self.directions).upper
+            upper = min(upper, part + rdp.epsilon_of(rdp.ORDERS, divergences, delta * (1 - share)))
+        lower = min(self._worst(delta, tol, self.directions).lower, upper)
+        method = "Renyi block as a dominating pair, composed on a lattice, or delta split"
+        return Bound(lower, upper, upper, method, "[BBG+20, ZDW22]" + _RENYI_LOWER)
+
+    def _renyi_delta(self, epsilon: float, tol: float) -> Bound:
+        orders = np.array(rdp.ORDERS)
+        if not self._parts[0]:
+            all_of_it = self._divergences(orders) + self.mu**2 / 2 * orders
+            if epsilon >= 0:
+                upper = float(rdp.delta_of(rdp.ORDERS, all_of_it, epsilon)[0])
+            else:
+                mirrored = float(rdp.delta_of(rdp.ORDERS, all_of_it, -epsilon)[0])
+                upper = min(1.0, -math.expm1(epsilon) + math.exp(epsilon) * mirrored)
+            lower = closed_form.gaussian_delta(self.mu, epsilon) * (1 - 1e-10)
+            return Bound(min(lower, upper), upper, upper, "Renyi divergences", "[BBG+20, Thm 20]" + _RENYI_LOWER)
+        upper = min(1.0, max(direction.bracket_delta(epsilon, tol).upper for direction in self._blocked()))
+        lower = max(direction.bracket_delta(epsilon, tol).lower for direction in self.directions)
+        return Bound(min(lower, upper), upper, upper, "Renyi block on a lattice", "[BBG+20, ZDW22]" + _RENYI_LOWER)
+
+
+def _only_renyi(event: ev.Event) -> bool:
+    inner = event.inner if isinstance(event, ev.PoissonSampled) else event
+    return isinstance(inner, RENYI_ONLY)
+
+
+def _ceiling(pair: object) -> float:
+    if isinstance(pair, NormalPair):
+        return math.inf
+    inner = getattr(pair, "pair", None)
+    if inner is not None and not isinstance(inner, Atoms):
+        reach = _ceiling(inner)
+        if math.isinf(reach) and not hasattr(pair, "branches"):
+            span = pair.span(0.0)  # type: ignore[attr-defined]
+            return float(span[1]) if type(pair).__name__ == "Swapped" and inner.rate < 1 else math.inf
+    branches = getattr(pair, "branches", None)
+    if branches is not None:
+        return max(_ceiling(branch) for _, branch in branches)
+    return float(pair.span(0.0)[1])  # type: ignore[attr-defined]
+
+
+def renyi_pair(orders: np.ndarray, divergences: np.ndarray) -> Atoms:
+    """Return a dominating pair for everything with these Renyi divergences in both directions.
+
+    The privacy profile is convex in exp(epsilon); the least convex curve above it on a grid of losses has a pair.
+    """
+    most = max(1.0, rdp.epsilon_of(list(orders), divergences, 1e-30))
+    up = np.linspace(0.0, most, 3001)
+    delta = rdp.delta_of(list(orders), divergences, up)
+    losses = np.concatenate((-up[:0:-1], up))
+    stick = np.concatenate((np.minimum(1.0, -np.expm1(-up[:0:-1]) + np.exp(-up[:0:-1]) * delta[:0:-1]), delta))
+    ratio = np.concatenate(([0.0], np.exp(losses)))
+    stick = np.concatenate(([1.0], stick))
+    keep = [0]
+    for i in range(1, len(ratio)):  # lower convex hull
+        while len(keep) > 1:
+            a, b = keep[-2], keep[-1]
+            if (stick[b] - stick[a]) * (ratio[i] - ratio[b]) <= (stick[i] - stick[b]) * (ratio[b] - ratio[a]):
+                break
+            keep.pop()
+        keep.append(i)
+    x, y = ratio[keep], stick[keep]
+    slope = np.append(np.diff(y) / np.diff(x), 0.0)
+    q = np.diff(slope)
+    p = q * x[1:]
+    good = q > 0
+    return Atoms(p[good], q[good], float(y[-1]), rounding=1e-9)
+
+
+def _largest(first: Bracket, second: Bracket) -> Bracket:
+    """Return the bracket of the maximum."""
+    upper = max(first.upper, second.upper)
+    lower = max(first.lower, second.lower)
+    estimate = min(max(first.estimate, second.estimate, lower), upper)
+    return Bracket(lower, estimate, upper, first.settled and (second.settled or second.upper <= first.lower))
+
+
+def _bound(found: Bracket, what: str) -> Bound:
+    method = "tilted lattices, both sides; inversion for the estimate"
+    if not found.settled:
+        method += "; effort limit reached before tol"
+    proof = f"{what}: connect the dots above [DGK+22], merged outcomes below; dominating pairs [ZDW22]"
+    return Bound(found.lower, found.estimate, found.upper, method, proof)
