@@ -21,6 +21,11 @@ _HOMES = {
     "MultiKrum": "robust",
     "Bulyan": "robust",
     "RobustStrategy": "robust",
+    "RFA": "rfa",
+    "CenteredClipping": "centering",
+    "NearestNeighborMixing": "nnm",
+    "FLTrust": "fltrust",
+    "QFedAvg": "qfedavg",
     "Strategy": "strategy",
     "Result": "result",
     "Stage": "stage",
@@ -33,8 +38,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "RFA",
     "Answer",
     "Bulyan",
+    "CenteredClipping",
+    "FLTrust",
     "FedAdagrad",
     "FedAdam",
     "FedAnalytics",
@@ -49,7 +57,9 @@ __all__ = [
     "GroupedStage",
     "Krum",
     "MultiKrum",
+    "NearestNeighborMixing",
     "PlainStage",
+    "QFedAvg",
     "Result",
     "RobustStrategy",
     "SecureStage",

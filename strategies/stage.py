@@ -12,6 +12,7 @@ from typing import ClassVar
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.fold import MeanFold, RowFold
 from privfed.strategies.intake import Intake
+from privfed.strategies.metric import metrics_of
 from privfed.strategies.view import Float64s, Outcome, RandomBytes, Sum, Unreleased, Updates, View
 from privfed.update import UpdateError, dimension, flatten, subtract
 
@@ -73,10 +74,13 @@ class PlainStage(Stage):
     def _collect_rows(self, exchange: Exchange) -> Outcome:
         intake = Intake(exchange)
         rows = RowFold(exchange.model, len(exchange.nodes))
+        metrics = []
         for reply in intake.train():
-            if not rows.add(reply.node, reply.arrays, reply.weight, update=reply.update):
+            if rows.add(reply.node, reply.arrays, reply.weight, update=reply.update):
+                metrics.append(metrics_of(reply.metrics))
+            else:
                 intake.reject(reply.node, "its update is too large for float32")
-        return intake.finish(Updates(rows.rows, tuple(rows.sources), tuple(rows.weights)))
+        return intake.finish(Updates(rows.rows, tuple(rows.sources), tuple(rows.weights), tuple(metrics)))
 
     def _collect_private(self, exchange: Exchange, clip: float) -> Outcome:
         """Sum clipped updates in integers; an update that is not clipped does not count."""

@@ -29,11 +29,15 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """rows: float32[count, dimension], one update each, by ascending source. weights: what their nodes claim."""
+    """rows: float32[count, dimension], one update each, by ascending source. weights: what their nodes claim.
+
+    metrics: what each node reported, where single nodes are seen.
+    """
 
     rows: NDArray[np.float32]
     sources: tuple[int, ...]
     weights: tuple[float, ...]
+    metrics: tuple[MetricRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

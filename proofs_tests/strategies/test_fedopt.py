@@ -19,7 +19,9 @@ from privfed.message import Message
 from privfed.protocols import SecAgg
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
 from privfed.strategies import (
+    RFA,
     Bulyan,
+    CenteredClipping,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -28,9 +30,12 @@ from privfed.strategies import (
     FedProx,
     FedTrimmedAvg,
     FedYogi,
+    FLTrust,
     GroupedStage,
     Krum,
     MultiKrum,
+    NearestNeighborMixing,
+    QFedAvg,
     SecureStage,
     Strategy,
 )
@@ -278,3 +283,90 @@ def test_optimisers_run_under_secure_aggregation() -> None:
 def test_constructors_name_the_argument(make: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         make(**arguments)
+
+
+def test_rfa_is_the_geometric_median() -> None:
+    rows = [
+        np.array([0.0, 0.0]),
+        np.array([2.0, 0.0]),
+        np.array([0.0, 2.0]),
+        np.array([2.0, 2.0]),
+        np.array([1.0, 1.0]),
+        np.array([1e6, 1e6]),
+    ]
+    point = run(RFA(**NONE), rows[:5], [np.zeros(2)])[0]
+    np.testing.assert_allclose(point, [1, 1], atol=1e-5)
+    assert np.all(np.abs(run(RFA(**NONE), rows, [np.zeros(2)])[0]) < 3)
+
+
+def test_centered_clipping_moves_with_its_center_and_remembers_it() -> None:
+    rows = [np.full(4, 5.0)] * 4
+
+    def start(recorder: MemoryRecorder, rounds: int) -> np.ndarray:
+        grid = LocalGrid(app_of(rows, relative=True), 4, recorder=recorder)
+        return CenteredClipping(radius=4.0, **NONE).start(grid, ArrayRecord([np.zeros(4)]), rounds).arrays["0"].numpy()
+
+    # The update has norm 10; the center reaches 4, then 8, then 10.
+    np.testing.assert_allclose(start(MemoryRecorder(), 3), np.full(4, 2.0 + 4.0 + 5.0), rtol=1e-6)
+    first = MemoryRecorder()
+    start(first, 2)
+    np.testing.assert_allclose(start(MemoryRecorder(first.checkpoint), 3), np.full(4, 11.0), rtol=1e-6)
+
+
+def test_mixing_helps_krum_average() -> None:
+    rng = np.random.default_rng(0)
+    honest = [rng.normal(0, 1, 200) for _ in range(9)]
+    rows = [*honest, np.full(200, 50.0)]
+    mixed = run(
+        NearestNeighborMixing(Krum(num_malicious_nodes=1), num_malicious_nodes=1, **NONE), rows, [np.zeros(200)]
+    )[0]
+    plain = run(Krum(num_malicious_nodes=1, **NONE), rows, [np.zeros(200)])[0]
+    truth = np.mean(honest, axis=0)
+    assert np.linalg.norm(mixed - truth) < 0.1 * np.linalg.norm(plain - truth)
+    with pytest.raises(ValueError, match="strategy"):
+        NearestNeighborMixing(FedAvg(), num_malicious_nodes=1)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_fltrust_follows_the_servers_own_update() -> None:
+    def train(server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        return arrays.map(lambda x: x + 1.0)
+
+    rows = [np.array([3.0, 3.0]), np.array([-9.0, -9.0]), np.array([1e4, 1e4]), np.array([-1.0, -2.0])]
+    moved = run(FLTrust(train=train, **NONE), rows, [np.zeros(2)])[0]
+    np.testing.assert_allclose(moved, [1, 1], rtol=1e-5)
+    with pytest.raises(RunFailed, match="does not fit the model"):
+        run(FLTrust(train=lambda r, a: ArrayRecord([np.zeros(3)]), **NONE), rows, [np.zeros(2)])
+
+
+def losses_app(losses: list[float]) -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        moved = message.content.array_records["arrays"].map(lambda x: x + context.node_id)
+        metrics = MetricRecord({"num-examples": 1, "train_loss": losses[context.node_id - 1]})
+        return Message(RecordDict({"arrays": moved, "m": metrics}), reply_to=message)
+
+    return app
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=5), st.floats(0, 2), st.floats(0.01, 1))
+@settings(max_examples=40, deadline=None)
+def test_q_fedavg_takes_the_papers_step(losses: list[float], q: float, rate: float) -> None:
+    strategy = QFedAvg(client_learning_rate=rate, q=q, **NONE)
+    result = strategy.start(LocalGrid(losses_app(losses), len(losses)), ArrayRecord([np.zeros(2)]), 1)
+    top = bottom = 0.0
+    for index, loss in enumerate(losses):
+        delta = -(index + 1) / rate
+        top += loss**q * delta
+        bottom += q * loss ** (q - 1) * 2 * delta**2 + loss**q / rate
+    np.testing.assert_allclose(result.arrays["0"].view(), np.full(2, -top / bottom), rtol=1e-6)
+
+
+def test_q_fedavg_needs_losses_it_can_see() -> None:
+    with pytest.raises(RunFailed, match="node 2 reports train_loss=0"):
+        QFedAvg(client_learning_rate=0.1, **NONE).start(
+            LocalGrid(losses_app([1.0, 0.0]), 2), ArrayRecord([np.zeros(2)]), 1
+        )
+    with pytest.raises(ValueError, match="hides"):
+        QFedAvg(client_learning_rate=0.1, stage=GroupedStage(SecAgg(threshold=2), 2), **NONE)

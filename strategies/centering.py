@@ -1,0 +1,50 @@
+"""Centered clipping: updates are clipped around the last aggregate, which is remembered [KHJ21]."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.array import Array
+from privfed.record import ArrayRecord, RecordDict
+from privfed.strategies import rules
+from privfed.strategies.robust import RobustStrategy
+
+CENTER = "centered-clipping"
+
+
+class CenteredClipping(RobustStrategy):
+    """Add the mean of the updates clipped to `radius` around the last round's aggregate, `steps` times over.
+
+    The first round clips around zero. radius: the distance that honest updates may have from each other.
+    """
+
+    def __init__(self, *, radius: float, steps: int = 1, **arguments: Any) -> None:
+        if not (math.isfinite(radius) and radius > 0):
+            raise ValueError(f"radius must be finite and > 0, got {radius}")
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        super().__init__(**arguments)
+        self.radius = radius
+        self.steps = steps
+        self._center: NDArray[np.float32] | None = None
+
+    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the aggregate and remember it as the next center."""
+        found = np.asarray(rules.centered_clipping(rows, self.radius, self._center, self.steps), np.float32)
+        self._center = found
+        return found
+
+    def save(self) -> RecordDict:
+        """Return the center."""
+        if self._center is None:
+            return RecordDict()
+        return RecordDict({CENTER: ArrayRecord({"center": Array(self._center)})})
+
+    def load(self, state: RecordDict) -> None:
+        """Take up the center."""
+        record = state.array_records.get(CENTER)
+        self._center = record["center"].numpy() if record is not None else None
