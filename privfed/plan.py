@@ -80,10 +80,10 @@ class PrivacyPlan:
         return AvailabilitySampler()
 
     def event(self, noise_multiplier: float) -> Event:
-        """Return what one round costs."""
-        from privfed.privacy.events import Gaussian
+        """Return what one round costs; `Central` says that the server, which adds the noise, is not the observer."""
+        from privfed.privacy.events import Central, Gaussian
 
-        return self.cohorts.event(Gaussian(noise_multiplier))
+        return self.cohorts.event(Central(Gaussian(noise_multiplier)))
 
     def resolve(self, num_rounds: int) -> float:
         """Return the noise multiplier for a run of so many rounds, rounded up so that the budget is kept."""
@@ -94,4 +94,14 @@ class PrivacyPlan:
         from privfed.privacy.calibrate import calibrate
 
         count = self.rounds if self.rounds is not None else max(1, num_rounds)
-        return float(calibrate(self.event, count=count, epsilon=self.epsilon, delta=self.delta, **self.terms))
+        return float(
+            calibrate(
+                self.event,
+                count=count,
+                epsilon=self.epsilon,
+                delta=self.delta,
+                unit=self.unit,
+                relation=self.relation,
+                observer=self.observer,
+            )
+        )
