@@ -261,6 +261,17 @@ def decode(envelope: Buffer, buffers: Mapping[bytes, Buffer]) -> Message | Recor
     return _decode(envelope, fetch)
 
 
+def peek(envelope: Buffer) -> Metadata:
+    """Read the metadata at the head of a message's envelope and nothing else. Raises WireError."""
+    reader = Reader(envelope)
+    try:
+        if reader.number(1) != _MESSAGE:
+            raise DecodeError("the envelope holds records, not a message")
+        return _read_metadata(reader)
+    except (DecodeError, ValueError) as fault:
+        raise WireError(str(fault)) from None
+
+
 def parts(value: Message | RecordDict) -> list[Buffer]:
     """Return a frame in parts that are written one after the other; buffers are not copied."""
     envelope, buffers = encode(value)
@@ -279,7 +290,7 @@ def dumps(value: Message | RecordDict) -> bytes:
 
 
 def loads(frame: Buffer) -> Message | RecordDict:
-    """Read a frame; arrays view its memory, or that of a copy when it could change. Raises WireError on anything else."""
+    """Read a frame; arrays view its memory, or a copy's when it could change. Raises WireError on anything else."""
     view = memoryview(frame).cast("B")
     if not view.readonly:
         view = memoryview(bytes(view))

@@ -19,7 +19,7 @@ from privfed.errors import PrivfedError, WireError
 from privfed.grid import Checkpoint
 from privfed.record import ConfigRecord, ConfigValue, Record, RecordDict
 from privfed.runtime.disk import sync_folder, write_atomically
-from privfed.runtime.store import NodeState
+from privfed.runtime.store import NodeState, pack_states, unpack_states
 
 MAGIC = b"PFC1"
 _HEAD = 64
@@ -99,7 +99,7 @@ class CheckpointFolder:
 
     def write(self, checkpoint: Checkpoint, states: Mapping[int, NodeState]) -> None:
         """Commit a round: durable when this returns, and whole or absent whenever it is interrupted."""
-        digest = _write(self.states_file(checkpoint.round), _pack_states(states)) if states else b""
+        digest = _write(self.states_file(checkpoint.round), pack_states(states)) if states else b""
         metrics = _dump_json(checkpoint.metrics)
         meta: dict[str, ConfigValue] = {"round": checkpoint.round, "metrics": metrics, "states": digest}
         content: dict[str, Record] = {"checkpoint": ConfigRecord(meta), "arrays": checkpoint.arrays}
@@ -128,7 +128,7 @@ class CheckpointFolder:
         try:
             checkpoint, states_digest = _read_checkpoint(path)
             path = self.states_file(checkpoint.round)
-            return checkpoint, _unpack_states(_read(path, states_digest)) if states_digest else {}
+            return checkpoint, unpack_states(_read(path, states_digest)) if states_digest else {}
         except (OSError, ValueError, WireError) as fault:
             raise RunFolderError(f"the checkpoint {path} is damaged ({fault}): {older}") from None
 
@@ -193,22 +193,3 @@ def _read(path: Path, expected: bytes | None = None) -> RecordDict:
     if not isinstance(records, RecordDict):
         raise WireError("it holds a message, not records")
     return records
-
-
-def _pack_states(states: Mapping[int, NodeState]) -> RecordDict:
-    packed: dict[str, Record] = {}
-    for node, state in states.items():
-        packed |= {json.dumps([node, key]): record for key, record in state.app.items()}
-        for mod, kept in state.mods.items():
-            packed |= {json.dumps([node, mod, key]): record for key, record in kept.items()}
-    return RecordDict(packed)
-
-
-def _unpack_states(packed: RecordDict) -> dict[int, NodeState]:
-    states: dict[int, NodeState] = {}
-    for name, record in packed.items():
-        node, *mod, key = json.loads(name)
-        state = states.setdefault(node, NodeState())
-        target = state.mods.setdefault(mod[0], RecordDict()) if mod else state.app
-        target[key] = record
-    return states

@@ -9,13 +9,14 @@ with it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from privfed.errors import PrivfedError
 from privfed.message import Error, ErrorCode, Message
-from privfed.record import RecordDict
+from privfed.record import Record, RecordDict
 
 RUN_STATES = ("pending", "running", "completed", "failed", "stopped")
 _NEXT = {
@@ -158,3 +159,24 @@ def expired_reply(message: Message) -> Message:
 def unknown_node_reply(message: Message) -> Message:
     """Return the answer to an instruction for a node that is not in the run."""
     return Message(Error(ErrorCode.NODE_UNAVAILABLE, "unknown node"), reply_to=message)
+
+
+def pack_states(states: Mapping[int, NodeState]) -> RecordDict:
+    """Put the states of nodes into one RecordDict; what is empty is left out."""
+    packed: dict[str, Record] = {}
+    for node, state in states.items():
+        packed |= {json.dumps([node, key]): record for key, record in state.app.items()}
+        for mod, kept in state.mods.items():
+            packed |= {json.dumps([node, mod, key]): record for key, record in kept.items()}
+    return RecordDict(packed)
+
+
+def unpack_states(packed: RecordDict) -> dict[int, NodeState]:
+    """Take apart what `pack_states` made. Raises ValueError for anything else."""
+    states: dict[int, NodeState] = {}
+    for name, record in packed.items():
+        node, *mod, key = json.loads(name)
+        state = states.setdefault(node, NodeState())
+        target = state.mods.setdefault(mod[0], RecordDict()) if mod else state.app
+        target[key] = record
+    return states

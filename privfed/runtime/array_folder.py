@@ -1,0 +1,46 @@
+"""Array buffers on disk, each once, named by its SHA-256."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from privfed.runtime.disk import write_atomically
+
+Buffer = bytes | memoryview
+
+
+class ArrayFolder:
+    """Content-addressed files, written whole or not at all; who refers to them is somebody else's business."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _file(self, digest: bytes) -> Path:
+        name = digest.hex()
+        return self.path / name[:2] / name[2:]
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self._file(digest).exists()
+
+    def write(self, digest: bytes, buffer: Buffer) -> None:
+        """Keep a buffer; durable when this returns. The caller has hashed it."""
+        file = self._file(digest)
+        if not file.exists():
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(file, [buffer])
+
+    def read(self, digest: bytes) -> bytes:
+        """Return a buffer; the reader checks its hash. Raises FileNotFoundError."""
+        return self._file(digest).read_bytes()
+
+    def remove(self, digest: bytes) -> None:
+        """Drop a buffer."""
+        self._file(digest).unlink(missing_ok=True)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for folder in sorted(self.path.iterdir()):
+            for file in sorted(folder.iterdir()):
+                if not file.name.startswith("."):
+                    yield bytes.fromhex(folder.name + file.name)

@@ -1,0 +1,330 @@
+"""The durable store: SQLite for what is small, content-addressed files for large arrays.
+
+Every method is one transaction that takes the write lock first (BEGIN IMMEDIATE, WAL, synchronous=FULL). A buffer is
+written in the transaction that first refers to it, and its file is removed in a transaction after the one that dropped
+the last reference, so neither a crash nor a rolled-back transaction loses a buffer that is referred to.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from privfed import wire
+from privfed.errors import WireError
+from privfed.message import Message
+from privfed.record import RecordDict
+from privfed.runtime.array_folder import ArrayFolder, Buffer
+from privfed.runtime.sql_schema import buffers, holds, nodes, open_database, runs, sql, states, tasks
+from privfed.runtime.store import (
+    Lease,
+    NodeState,
+    RunInfo,
+    StoreError,
+    check_running,
+    check_transition,
+    expired_reply,
+    pack_states,
+    unknown_node_reply,
+    unpack_states,
+)
+
+LARGE = 1 << 16
+"""Buffers of at least this many bytes are files."""
+
+
+class SqlStore:
+    """A store in a folder: `link.db` and `arrays/`. Safe for threads and for several processes on one machine."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._engine = open_database(path / "link.db")
+        self._arrays = ArrayFolder(path / "arrays")
+        self._doomed: set[bytes] = set(self._arrays)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[_Transaction]:
+        with self._engine.begin() as connection:
+            transaction = _Transaction(connection, self._arrays)
+            self._doomed -= transaction.sweep(self._doomed)
+            yield transaction
+        self._doomed |= transaction.dropped
+
+    def create_run(self, run_id: int, node_ids: Sequence[int]) -> None:
+        with self._transaction() as work:
+            if work.run(run_id, missing_ok=True) is not None:
+                raise StoreError(f"run {run_id} exists already")
+            work.do(runs.insert().values(run_id=run_id, state="pending", reason=""))
+            rows = [{"run_id": run_id, "node_id": node} for node in node_ids]
+            if rows:
+                work.connection.execute(nodes.insert(), rows)
+
+    def run(self, run_id: int) -> RunInfo:
+        with self._transaction() as work:
+            return work.known(run_id)
+
+    def runs(self) -> list[RunInfo]:
+        with self._transaction() as work:
+            return [RunInfo(*row) for row in work.do(sql.select(runs).order_by(runs.c.run_id))]
+
+    def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
+        with self._transaction() as work:
+            check_transition(work.known(run_id).state, state)
+            work.do(runs.update().where(runs.c.run_id == run_id).values(state=state, reason=reason))
+            if state != "running":
+                work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(tasks.c.run_id == run_id))])
+
+    def nodes(self, run_id: int) -> Sequence[int]:
+        with self._transaction() as work:
+            work.known(run_id)
+            found = sql.select(nodes.c.node_id).where(nodes.c.run_id == run_id).order_by(nodes.c.node_id)
+            return [row.node_id for row in work.do(found)]
+
+    def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+        answered = []
+        with self._transaction() as work:
+            check_running(work.known(run_id))
+            for message in messages:
+                data = message.metadata
+                again = (tasks.c.message_id == data.message_id) & (tasks.c.run_id == run_id)
+                if work.do(sql.select(tasks.c.id).where(again & ~tasks.c.withdrawn)).first() is not None:
+                    raise StoreError(f"the message {data.message_id} was pushed already")
+                task = work.add_task(run_id, message)
+                if not work.has_node(run_id, data.dst_node_id):
+                    work.answer(task, unknown_node_reply(message))
+                    answered.append(data.message_id)
+        return answered
+
+    def lease(self, now: float, seconds: float, run_id: int | None = None) -> Lease | None:
+        other = tasks.alias("other")
+        same_node = (other.c.run_id == tasks.c.run_id) & (other.c.node_id == tasks.c.node_id)
+        out = sql.exists().where(same_node & other.c.token.is_not(None))
+        free = tasks.c.reply.is_(None) & tasks.c.token.is_(None) & (tasks.c.expires_at > now) & ~out
+        if run_id is not None:
+            free &= tasks.c.run_id == run_id
+        with self._transaction() as work:
+            row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()
+            if row is None:
+                return None
+            token = secrets.token_hex(16)
+            work.change_task(row.id, token=token, lease_until=now + seconds)
+            return Lease(token, work.message(row.envelope), work.state(row.run_id, row.node_id), now + seconds)
+
+    def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
+        with self._transaction() as work:
+            row = work.do(sql.select(tasks).where(tasks.c.token == token)).first()
+            if row is None:
+                return None
+            if row.withdrawn:
+                work.drop_tasks([row.id])
+                return None
+            work.answer(row.id, reply)
+            if state is not None:
+                work.put_state(row.run_id, row.node_id, state)
+            return str(row.message_id)
+
+    def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
+        with self._transaction() as work:
+            found = work.answered(run_id)
+            chosen = [found[one] for one in dict.fromkeys(message_ids) if one in found]
+            replies = [work.message(work.reply(task)) for task in chosen]
+            work.drop_tasks(chosen)
+            return replies
+
+    def arrived(self, run_id: int, message_ids: Iterable[str]) -> bool:
+        with self._transaction() as work:
+            return not work.answered(run_id).keys().isdisjoint(message_ids)
+
+    def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
+        with self._transaction() as work:
+            work.known(run_id)
+            for message_id in message_ids:
+                mine = (tasks.c.run_id == run_id) & (tasks.c.message_id == message_id)
+                for row in work.do(sql.select(tasks.c.id, tasks.c.token).where(mine)).all():
+                    if row.token is None:
+                        work.drop_tasks([row.id])
+                    else:  # its node stays taken until the worker is done
+                        work.change_task(row.id, withdrawn=True)
+
+    def expire(self, now: float) -> list[str]:
+        lapsed = tasks.c.token.is_not(None) & (tasks.c.lease_until <= now)
+        overdue = tasks.c.reply.is_(None) & ~tasks.c.withdrawn & (tasks.c.expires_at <= now)
+        with self._transaction() as work:
+            work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(lapsed & tasks.c.withdrawn))])
+            work.do(tasks.update().where(lapsed).values(token=None, lease_until=None))
+            answered = []
+            for row in work.do(sql.select(tasks.c.id, tasks.c.message_id, tasks.c.envelope).where(overdue)).all():
+                work.answer(row.id, expired_reply(Message.restore(wire.peek(row.envelope), RecordDict())))
+                answered.append(row.message_id)
+            return answered
+
+    def state(self, run_id: int, node_id: int) -> NodeState:
+        with self._transaction() as work:
+            work.known(run_id)
+            return work.state(run_id, node_id)
+
+    def states(self, run_id: int) -> Mapping[int, NodeState]:
+        with self._transaction() as work:
+            work.known(run_id)
+            found = sql.select(states.c.node_id).where(states.c.run_id == run_id).order_by(states.c.node_id)
+            return {row.node_id: work.state(run_id, row.node_id) for row in work.do(found).all()}
+
+    def put_states(self, run_id: int, given: Mapping[int, NodeState]) -> None:
+        with self._transaction() as work:
+            work.known(run_id)
+            for node_id, state in given.items():
+                if not work.has_node(run_id, node_id):
+                    raise StoreError(f"run {run_id} has no node {node_id}")
+                work.put_state(run_id, node_id, state)
+
+
+class _Transaction:
+    """Rows, envelopes and the buffers they hold, inside one transaction."""
+
+    def __init__(self, connection: sql.Connection, arrays: ArrayFolder) -> None:
+        self.connection = connection
+        self.dropped: set[bytes] = set()
+        self._arrays = arrays
+
+    def do(self, statement: sql.Executable) -> Any:
+        return self.connection.execute(statement)
+
+    def run(self, run_id: int, *, missing_ok: bool = False) -> RunInfo | None:
+        row = self.do(sql.select(runs).where(runs.c.run_id == run_id)).first()
+        if row is None and not missing_ok:
+            raise StoreError(f"there is no run {run_id}")
+        return None if row is None else RunInfo(*row)
+
+    def known(self, run_id: int) -> RunInfo:
+        info = self.run(run_id)
+        if info is None:
+            raise StoreError(f"there is no run {run_id}")
+        return info
+
+    def has_node(self, run_id: int, node_id: int) -> bool:
+        here = (nodes.c.run_id == run_id) & (nodes.c.node_id == node_id)
+        return self.do(sql.select(nodes.c.node_id).where(here)).first() is not None
+
+    def add_task(self, run_id: int, message: Message) -> int:
+        envelope, parts = wire.encode(message)
+        data = message.metadata
+        row = {"run_id": run_id, "node_id": data.dst_node_id, "message_id": data.message_id, "withdrawn": False}
+        inserted = self.do(tasks.insert().values(**row, envelope=envelope, expires_at=data.expires_at))
+        task = int(inserted.inserted_primary_key[0])
+        self._hold(f"task {task}", parts)
+        return task
+
+    def change_task(self, task: int, **values: object) -> None:
+        self.do(tasks.update().where(tasks.c.id == task).values(**values))
+
+    def answer(self, task: int, reply: Message) -> None:
+        envelope, parts = wire.encode(reply)
+        self._hold(f"reply {task}", parts)
+        self._release(f"task {task}")
+        self.change_task(task, reply=envelope, token=None, lease_until=None)
+
+    def answered(self, run_id: int) -> dict[str, int]:
+        self.known(run_id)
+        done = (tasks.c.run_id == run_id) & tasks.c.reply.is_not(None)
+        return {row.message_id: row.id for row in self.do(sql.select(tasks.c.id, tasks.c.message_id).where(done))}
+
+    def reply(self, task: int) -> bytes:
+        return bytes(self.do(sql.select(tasks.c.reply).where(tasks.c.id == task)).scalar_one())
+
+    def drop_tasks(self, task_ids: Iterable[int]) -> None:
+        for task in task_ids:
+            self._release(f"task {task}")
+            self._release(f"reply {task}")
+            self.do(tasks.delete().where(tasks.c.id == task))
+
+    def message(self, envelope: bytes) -> Message:
+        value = wire.decode(envelope, _Buffers(self.connection, self._arrays))
+        if not isinstance(value, Message):
+            raise WireError("the store holds records where a message should be")
+        return value
+
+    def state(self, run_id: int, node_id: int) -> NodeState:
+        here = (states.c.run_id == run_id) & (states.c.node_id == node_id)
+        row = self.do(sql.select(states.c.envelope).where(here)).first()
+        if row is None:
+            return NodeState()
+        packed = wire.decode(row.envelope, _Buffers(self.connection, self._arrays))
+        if not isinstance(packed, RecordDict):
+            raise WireError("the store holds a message where records should be")
+        return unpack_states(packed).get(node_id, NodeState())
+
+    def put_state(self, run_id: int, node_id: int, state: NodeState) -> None:
+        holder = f"state {run_id} {node_id}"
+        before = {row.digest for row in self.do(sql.select(holds.c.digest).where(holds.c.holder == holder))}
+        here = (states.c.run_id == run_id) & (states.c.node_id == node_id)
+        self.do(states.delete().where(here))
+        self.do(holds.delete().where(holds.c.holder == holder))
+        if not state.is_empty():
+            envelope, parts = wire.encode(pack_states({node_id: state}))
+            self.do(states.insert().values(run_id=run_id, node_id=node_id, envelope=envelope))
+            self._hold(holder, parts)
+        self._drop_unheld(before)
+
+    def _hold(self, holder: str, parts: Mapping[bytes, Buffer]) -> None:
+        for digest, buffer in parts.items():
+            if len(buffer) >= LARGE:
+                self._arrays.write(digest, buffer)
+            elif self.do(sql.select(buffers.c.digest).where(buffers.c.digest == digest)).first() is None:
+                self.do(buffers.insert().values(digest=digest, data=bytes(buffer)))
+            self.do(holds.insert().values(holder=holder, digest=digest))
+
+    def _release(self, holder: str) -> None:
+        digests = {row.digest for row in self.do(sql.select(holds.c.digest).where(holds.c.holder == holder))}
+        if digests:
+            self.do(holds.delete().where(holds.c.holder == holder))
+            self._drop_unheld(digests)
+
+    def _held(self, digest: bytes) -> bool:
+        return self.do(sql.select(holds.c.holder).where(holds.c.digest == digest).limit(1)).first() is not None
+
+    def _drop_unheld(self, digests: Iterable[bytes]) -> None:
+        for digest in digests:
+            if not self._held(digest):
+                self.do(buffers.delete().where(buffers.c.digest == digest))
+                self.dropped.add(digest)
+
+    def sweep(self, doomed: Iterable[bytes]) -> set[bytes]:
+        """Remove the files of buffers that nobody held when this transaction began."""
+        done = set(doomed)
+        for digest in done:
+            if not self._held(digest):
+                self._arrays.remove(digest)
+        return done
+
+
+class _Buffers(Mapping[bytes, Buffer]):
+    """The buffers of the store, read when asked for."""
+
+    def __init__(self, connection: sql.Connection, arrays: ArrayFolder) -> None:
+        self._connection = connection
+        self._arrays = arrays
+
+    def __getitem__(self, digest: bytes) -> Buffer:
+        found = sql.select(buffers.c.data).where(buffers.c.digest == digest)
+        data = self._connection.execute(found).scalar_one_or_none()
+        if data is not None:
+            return bytes(data)
+        try:
+            return self._arrays.read(digest)
+        except FileNotFoundError:
+            raise KeyError(digest) from None
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._connection.execute(sql.select(buffers.c.digest)).scalars()
+        yield from self._arrays
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
