@@ -37,9 +37,16 @@ def flat(metrics: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 def worth_showing(metrics: Mapping[str, object]) -> dict[str, object]:
     """Return the columns of a round: metrics, epsilon, valid replies; not byte counts."""
-    hidden = ("bytes", "round", "unit", "relation", "observer", "delta", "nodes", "seconds")
-    shown = {name: value for name, value in flat(metrics).items() if not name.split(".")[-1].startswith(hidden)}
-    return {name: value for name, value in shown.items() if not isinstance(value, str) or len(value) < 24}
+    hidden = ("bytes", "round", "nodes", "seconds")
+    rest = {name: value for name, value in metrics.items() if name != "privacy"}
+    shown = {name: value for name, value in flat(rest).items() if not name.split(".")[-1].startswith(hidden)}
+    shown = {name: value for name, value in shown.items() if not isinstance(value, str) or len(value) < 24}
+    privacy = metrics.get("privacy")
+    if isinstance(privacy, Mapping) and "epsilon" in privacy:
+        # An epsilon means nothing without its unit, relation, observer and delta.
+        terms = ", ".join(str(privacy.get(name, "?")) for name in ("unit", "relation", "observer"))
+        shown["epsilon"] = f"{text_of(privacy['epsilon'])} at delta {privacy.get('delta', '?')} ({terms})"
+    return shown
 
 
 def text_of(value: object) -> str:

@@ -85,7 +85,8 @@ def _resumable(name: str) -> Path:
 
     folder = RunFolder.open(find_run(name))
     status = folder.status
-    if status.state in ("running", "pending"):
+    # A detached run is handed to its own process as pending.
+    if status.state in ("running", "pending") and status.process != os.getpid():
         raise AppError(f"run {folder.name} is running in process {status.process}: stop it first")
     if status.state == "completed":
         raise AppError(f"run {folder.name} is completed: there is nothing left to do")
