@@ -16,7 +16,7 @@ from privfed.runtime.store import Lease, NodeState, RunInfo, Store, StoreError
 
 LEASE_SECONDS = 3600.0
 MAX_WAIT = 1.0
-"""Seconds after which a waiter looks again, in case something expired or another process wrote to the store."""
+"""Seconds after which a waiter looks again, in case another process wrote to the store."""
 
 
 @dataclass(slots=True)
@@ -124,12 +124,13 @@ class Link:
                 left = deadline - time.monotonic()
                 if lease is not None or left <= 0:
                     return lease
-                self._work.wait(min(left, MAX_WAIT))
+                self._work.wait(self._patience(left))
         return None
 
     def complete(self, lease: Lease, reply: Message, state: NodeState | None) -> bool:
         """Finish a leased task; False when the lease was lost, and then nothing has changed."""
         with self._lock:
+            self._expire()  # a reply that comes too late does not count, even when nobody has looked yet
             accepted = self.store.complete(lease.token, reply, state) is not None
             if accepted:
                 self._arrival(lease.message.metadata.run_id).notify_all()
@@ -161,13 +162,17 @@ class Link:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                self._arrival(run_id).wait(min(left, MAX_WAIT))
+                self._arrival(run_id).wait(self._patience(left))
             return True
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
         """Withdraw instructions nobody waits for."""
         with self._lock:
             self.store.forget(run_id, message_ids)
+
+    def _patience(self, left: float) -> float:
+        """Return how long to wait for news: until something expires, and not for ever."""
+        return min(left, max(0.0, self.store.next_deadline() - self._clock()), MAX_WAIT)
 
     def _expire(self) -> bool:
         answered = self.store.expire(self._clock())

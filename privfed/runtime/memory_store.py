@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,6 +218,9 @@ class MemoryStore:
             answered.append(message_id)
         self._compact()
         return answered
+
+    def next_deadline(self) -> float:
+        return min(heap[0][0] if heap else math.inf for heap in (self._overdue, self._lapsing))
 
     def _requeue(self, token: str) -> None:
         lease, key = self._leases[token]

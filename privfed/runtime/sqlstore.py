@@ -7,6 +7,7 @@ the last reference, so neither a crash nor a rolled-back transaction loses a buf
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,13 @@ class SqlStore:
                 work.answer(row.id, expired_reply(Message.restore(wire.peek(row.envelope), RecordDict())))
                 answered.append(row.message_id)
             return answered
+
+    def next_deadline(self) -> float:
+        waiting = tasks.c.reply.is_(None) & ~tasks.c.withdrawn
+        with self._transaction() as work:
+            overdue = work.do(sql.select(sql.func.min(tasks.c.expires_at)).where(waiting)).scalar()
+            lapsed = work.do(sql.select(sql.func.min(tasks.c.lease_until))).scalar()
+            return min((found for found in (overdue, lapsed) if found is not None), default=math.inf)
 
     def state(self, run_id: int, node_id: int) -> NodeState:
         with self._transaction() as work:

@@ -124,6 +124,10 @@ class Store(Protocol):
         """Requeue overdue leases, answer overdue instructions with an error; return the ids answered."""
         ...
 
+    def next_deadline(self) -> float:
+        """Return when `expire` may have something to do next, or a time before that; infinity for never."""
+        ...
+
     def state(self, run_id: int, node_id: int) -> NodeState:
         """Return what a node keeps; empty when it has kept nothing."""
         ...

@@ -91,6 +91,16 @@ def test_a_lost_lease_goes_out_again_and_its_first_holder_changes_nothing(store:
     assert len(store.pull(RUN, ids(message))) == 1
 
 
+def test_the_next_deadline_is_not_missed(store: Store) -> None:
+    assert store.next_deadline() == math.inf
+    store.push(RUN, [instruction(1, ttl=30), instruction(2, ttl=20)])
+    assert store.next_deadline() == EPOCH + 20
+    leased(store, seconds=5)
+    assert store.next_deadline() == EPOCH + 5
+    store.expire(EPOCH + 5)
+    assert EPOCH + 5 < store.next_deadline() <= EPOCH + 20
+
+
 def test_an_endless_lease_never_lapses(store: Store) -> None:
     store.push(RUN, [instruction(1, ttl=1e9)])
     lease = leased(store, seconds=math.inf)
