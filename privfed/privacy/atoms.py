@@ -44,6 +44,11 @@ class Atoms:
         keep = self.losses > 0
         return self.losses[keep], self.p[keep]
 
+    def ends(self) -> tuple[float, float] | None:
+        """Return the two losses of a pair of at most three outcomes."""
+        losses = self.losses
+        return (float(losses.min()), float(losses.max())) if 2 <= len(losses) <= 3 else None
+
     def top(self) -> tuple[float, float]:
         """Return the largest finite loss and its P mass."""
         losses = self.losses
@@ -68,6 +73,12 @@ class Atoms:
             return float(np.maximum(self.p - math.exp(epsilon) * self.q, 0.0).sum()) + self.certain
 
 
+def atoms_of(pair: Pair) -> tuple[float, float] | None:
+    """Return the losses of two atoms that hold much of the mass, if the pair has such."""
+    ends = getattr(pair, "ends", None)
+    return ends() if ends is not None else None
+
+
 @dataclass(frozen=True)
 class Swapped:
     """The pair (Q, P)."""
@@ -83,6 +94,11 @@ class Swapped:
     def certain(self) -> float:
         """Return the mass of Q where P is 0."""
         return max(0.0, 1 - float(self.pair.q.sum())) if isinstance(self.pair, Atoms) else 0.0
+
+    def ends(self) -> tuple[float, float] | None:
+        """Return the losses of two atoms that belong on a lattice, if the pair has such."""
+        ends = atoms_of(self.pair)
+        return None if ends is None else (-ends[1], -ends[0])
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
         """Return the mirrored nodes."""

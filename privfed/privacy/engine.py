@@ -79,7 +79,7 @@ class Direction:
         log_delta = math.log((delta - self.certain) / (1 - self.certain))
         exact = self._exact()
         if exact is not None:
-            near = self.cumulants.at(self.cumulants.order_for_delta(log_delta))[1]
+            near = self.cumulants.at(min(self.cumulants.order_for_delta(log_delta), 64.0))[1]
             return self._lattice_epsilon(exact, delta, near).estimate, True
         line, slope, spread = self.line(log_delta)
         return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order), line.settled
@@ -206,8 +206,10 @@ class Direction:
         step = min((window[1] - window[0]) / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(bend) / 2)
         step = max(step, (window[1] - window[0]) / (_FIRST * 16))
         lower, upper = -math.inf, math.inf
+        ends = next((found for found in (lattice.atoms_of(pair) for pair, _ in self.parts) if found), None)
         while True:
-            highs, lows, narrow = self._lattices(step, order, delta, allowed / total)
+            step = lattice.aligned_step(step, ends) if ends else step
+            highs, lows, narrow = self._lattices(step, order, delta, allowed)
             upper = min(upper, read(pld.compose(highs, step, order, window), True))
             lower = max(lower, read(pld.compose(lows, step, order, window), False))
             done = _close(lower, upper, tol, floor) or upper <= enough
@@ -225,7 +227,8 @@ class Direction:
         The saddle point is most accurate; but with rare large losses a smaller order, at the price of a few digits,
         leaves them out and makes the window many times smaller.
         """
-        saddle = self.cumulants.order_for_epsilon(near)
+        spacing = max(float(getattr(pair, "spacing", 0.0)) for pair, _ in self.parts)
+        saddle = min(self.cumulants.order_for_epsilon(near), 20 / spacing if spacing else math.inf)
         best = saddle, self._window(saddle, near, LOG_TAIL)
         least = self.cumulants.at(saddle)[0] - saddle * near
         for factor in (0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 0.7):
@@ -247,12 +250,13 @@ class Direction:
     ) -> tuple[list[tuple[lattice.Lattice, int]], list[tuple[lattice.Lattice, int]], bool]:
         highs, lows, narrow = [], [], False
         for pair, count in self.parts:
+            share = allowed / (len(self.parts) * count)
             high = pair.span(min(1e-3, delta * 1e-6 / count))[1]
             low = pair.span(1e-14 / count)[0]
             if max(high, -low) > lattice.WIDEST_LOSS:
                 raise OverflowError("losses beyond the range of floats")
             moment = self.cumulants.of(pair, order)
-            cells = lattice.refine(pair, step, low, high, order, moment, allowed)
+            cells = lattice.refine(pair, step, low, high, order, moment, share)
             narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
             highs.append((lattice.spread(cells, _certain(pair), order, moment), count))
             lows.append((lattice.merge(pair, cells, _certain(pair), order, moment), count))

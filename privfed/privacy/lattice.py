@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from privfed.privacy.atoms import atoms_of
 from privfed.privacy.pair import ULP, Floats, Masses, Pair
 
 Ints = npt.NDArray[np.int64]
@@ -82,11 +83,37 @@ def bulk(pair: Pair, step: float, low: float, high: float) -> float:
 
 def refine(pair: Pair, step: float, low: float, high: float, order: float, log_moment: float, allowed: float) -> Cells:
     """Return cells over [low, high] whose spreading adds at most about `allowed` variance to the tilted law."""
+    ends = atoms_of(pair)
+    if ends is not None and ends[1] - ends[0] > step:
+        return _refined(pair, step, *_aligned(step, ends), order, log_moment, allowed)
     offset = bulk(pair, step, low, high)
     first, last = min(0, math.floor((low - offset) / step)), max(0, math.ceil((high - offset) / step))
     stride = 1 << max(0, math.ceil(math.log2(max(1, (last - first) / 96))))
     first, last = first // stride, -(-last // stride)
     index = stride * np.arange(first, max(last, first + 1) + 1, dtype=np.int64)
+    return _refined(pair, step, offset, index, order, log_moment, allowed)
+
+
+def aligned_step(step: float, ends: tuple[float, float]) -> float:
+    """Return the step, or the next smaller one, that puts both atoms on one lattice (a hair inside their span)."""
+    gap = (ends[1] - ends[0]) * (1 - 4e-13)
+    return gap / math.ceil(gap / step) if gap > step else step
+
+
+def _aligned(step: float, ends: tuple[float, float]) -> tuple[float, Ints]:
+    """Return the offset and coarse indices between two atoms, so that each atom lies just outside its edge."""
+    count = round((ends[1] - ends[0]) / step)
+    start = (ends[0] + ends[1]) / 2 - count * step / 2
+    middle = min(max(round(-start / step), 0), count)
+    stride = max(1, count // 96)
+    index = np.unique(np.concatenate((np.arange(0, count, stride), [middle, count]))).astype(np.int64)
+    return start + middle * step, index - middle
+
+
+def _refined(
+    pair: Pair, step: float, offset: float, index: Ints, order: float, log_moment: float, allowed: float
+) -> Cells:
+    """Split cells until little variance is added; see `refine`."""
     while True:
         cells = Cells(step, index, pair.masses(offset + step * index), offset)
         lower, upper = spread_parts(cells)

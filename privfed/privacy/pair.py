@@ -234,6 +234,11 @@ class LaplacePair:
         weights = np.concatenate([part[1] for part in parts]) * density
         return np.append(self.loss(x), self.loss(np.array([self.mu]))), np.append(weights, above)
 
+    def ends(self) -> tuple[float, float]:
+        """Return the losses of the two atoms."""
+        ends = self.loss(np.array([-self.mu, self.mu]))
+        return float(ends[0]), float(ends[1])
+
     def top(self) -> tuple[float, float]:
         """Return the largest loss and its P mass."""
         mass = (1 - self.rate) * math.exp(-self.mu) / 2 + self.rate / 2

@@ -36,10 +36,12 @@ class Composition:
     overflow: float
 
     def _sums(self, reference: float) -> tuple[Floats, Floats, Floats]:
-        losses = self.start + self.step * np.arange(len(self.mass))
-        with np.errstate(over="ignore"):
-            weight = self.mass * np.exp(np.clip(-self.order * (losses - reference), -700, 600))
-            other = weight * np.exp(np.clip(reference - losses, -700, 600))
+        """Return losses from well below the reference upwards, and the suffix sums of P and Q mass, in its units."""
+        skipped = max(0, min(len(self.mass) - 2, int((reference - 200 / (self.order + 1) - self.start) / self.step)))
+        losses = self.start + self.step * np.arange(skipped, len(self.mass))
+        away = losses - reference
+        weight = self.mass[skipped:] * np.exp(np.maximum(-self.order * away, -700.0))
+        other = weight * np.exp(np.maximum(-away, -700.0))
         return losses, np.cumsum(weight[::-1])[::-1], np.cumsum(other[::-1])[::-1]
 
     def _adding(self, sums: Floats) -> Floats:
