@@ -91,7 +91,7 @@ class PrivacyPlan:
             return self.noise_multiplier
         if self.epsilon is None:
             raise ValueError("epsilon: needed to calibrate the noise")
-        from privfed.privacy.calibrate import calibrate
+        from privfed.privacy.calibration import calibrate
 
         count = self.rounds if self.rounds is not None else max(1, num_rounds)
         return float(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from privfed.privacy.accountant import Accountant
     from privfed.privacy.bound import Bound
-    from privfed.privacy.calibrate import calibrate, calibrate_steps
+    from privfed.privacy.calibration import calibrate, calibrate_steps
     from privfed.privacy.events import (
         ZCDP,
         AboveThreshold,
@@ -52,8 +52,8 @@ __all__ = [
 _HOME = {
     "Accountant": "accountant",
     "Bound": "bound",
-    "calibrate": "calibrate",
-    "calibrate_steps": "calibrate",
+    "calibrate": "calibration",
+    "calibrate_steps": "calibration",
     "Budget": "filters",
     "BudgetExceeded": "filters",
     "GdpFilter": "filters",
