@@ -18,6 +18,7 @@ from privfed.privacy.accountant import Accountant
 from privfed.privacy.cost import gdp_cost, renyi_cost, zcdp_cost
 from privfed.privacy.events import Event
 
+_TOLERANCES = (1e-3, 1e-4, 1e-5)  # of a composition's bracket; calibration certifies at 1e-4
 FilterName = Literal["composition", "zcdp", "renyi", "gdp"]
 
 
@@ -209,7 +210,6 @@ class CompositionMeter:
         self._limit = limit
         self._delta = delta
         self._accountant = Accountant(unit=unit, relation=relation, observer=observer)
-        self._terms = {"unit": unit, "relation": relation, "observer": observer}
 
     @property
     def limit(self) -> float:
@@ -219,11 +219,19 @@ class CompositionMeter:
     @property
     def spent(self) -> float:
         """Return the upper bound at delta of all events added."""
-        return self._accountant.epsilon(self._delta).upper
+        return self._read(self._accountant)
 
     def preview(self, event: Event, count: int = 1) -> float:
         """Return what would be spent after `count` times the event."""
-        return self._accountant.preview(event, count).epsilon(self._delta).upper
+        return self._read(self._accountant.preview(event, count))
+
+    def _read(self, accountant: Accountant) -> float:
+        """Look closer while the limit lies inside the bracket: a calibrated plan must not be refused its last round."""
+        for tol in _TOLERANCES:
+            bound = accountant.epsilon(self._delta, tol=tol)
+            if not bound.lower <= self._limit < bound.upper:
+                break
+        return bound.upper
 
     def add(self, event: Event, count: int = 1) -> None:
         """Add without asking whether the limit allows it (for replay)."""

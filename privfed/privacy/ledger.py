@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -354,7 +354,7 @@ class Ledger:
         draft = Entry(len(self._entries) + 1, run, round, attempt, transcript, period, event, count, after, "")
         line, digest = _seal(draft.fields(self.head))
         self._append(line)
-        entry = Entry(*(getattr(draft, name) for name in Entry.__slots__[:-1]), digest)
+        entry = replace(draft, hash=digest)
         self._meter.add(event, count)
         self._keep(entry)
         return entry

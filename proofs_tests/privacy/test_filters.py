@@ -12,7 +12,21 @@ from hypothesis import strategies as st
 
 from privfed.privacy import conversion
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.events import Gaussian, PoissonSampled
+from privfed.privacy.events import (
+    AboveThreshold,
+    Central,
+    Composed,
+    DiscreteGaussian,
+    DiscreteLaplace,
+    DistributedSkellam,
+    FixedSizeSampled,
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    PureDP,
+    RandomizedResponse,
+    Unaccounted,
+)
 from privfed.privacy.filters import Budget, BudgetExceeded, GdpFilter, RenyiFilter, ZcdpFilter
 from privfed.privacy.odometer import RenyiOdometer
 
@@ -144,6 +158,51 @@ def test_sampled_events_have_a_renyi_cost_only() -> None:
     assert 0 < RenyiFilter(10.0, order=8.0).preview(sampled) < alone / 100
     server = RenyiFilter(10.0, order=8.0, observer="server").preview(sampled)
     assert server == pytest.approx(alone, rel=1e-9)
+
+
+@given(st.floats(0.001, 0.9), st.floats(0.5, 20), st.integers(2, 40))
+@settings(max_examples=25, deadline=None)
+def test_sampled_gaussians_cost_what_the_binomial_sum_gives(rate: float, z: float, order: int) -> None:
+    """[MTZ19, Sec 3.3] at 40 digits."""
+    with mpmath.workdps(40):
+        q, s = mpmath.mpf(rate), mpmath.mpf(z)
+        total = mpmath.fsum(
+            mpmath.binomial(order, k) * (1 - q) ** (order - k) * q**k * mpmath.exp((k * k - k) / (2 * s * s))
+            for k in range(order + 1)
+        )
+        exact = float(mpmath.log(total) / (order - 1))
+    cost = RenyiFilter(1e9, order=float(order)).cost(PoissonSampled(rate, Gaussian(z)))
+    assert cost == pytest.approx(exact, rel=1e-7, abs=1e-13)
+
+
+def test_other_events_have_renyi_costs() -> None:
+    skellam = DistributedSkellam(local_stddev=1.0, clip=1.0, scale=100.0, dimension=64, survivors=20, modulus=2**20)
+    for event, relation in (
+        (skellam, "add_remove"),
+        (PoissonSampled(0.1, skellam), "add_remove"),
+        (FixedSizeSampled(5, 100, Gaussian(2.0)), "replace_one"),
+        (Laplace(2.0), "zero_out"),
+        (DiscreteGaussian(3.0), "add_remove"),
+        (RandomizedResponse(0.5), "replace_one"),
+        (Composed(((Gaussian(3.0), 2), (Laplace(9.0), 1))), "add_remove"),
+    ):
+        low = RenyiFilter(1e9, order=2.0, relation=relation).cost(event)
+        high = RenyiFilter(1e9, order=16.0, relation=relation).cost(event)
+        assert 0 < low <= high < 100
+    for event in (Central(Gaussian(5.0)), Unaccounted("seeded")):
+        assert RenyiFilter(1e9, order=2.0, observer="server").cost(event) == math.inf
+
+
+@given(st.floats(0.02, 20), st.floats(1.01, 60))
+@settings(max_examples=60, deadline=None)
+def test_rho_of_pure_privacy_covers_randomised_response_at_every_order(epsilon: float, order: float) -> None:
+    with mpmath.workdps(40):
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(epsilon)))
+        exact = mpmath.log(p**order * (1 - p) ** (1 - order) + (1 - p) ** order * p ** (1 - order)) / (order - 1)
+    assert ZcdpFilter(1e9).cost(PureDP(epsilon)) * order >= exact * (1 - 1e-12)
+    assert RenyiFilter(1e9, order=order).cost(PureDP(epsilon)) == pytest.approx(float(exact), rel=1e-9)
+    for event in (Laplace(1 / epsilon), DiscreteLaplace(1 / epsilon), AboveThreshold(epsilon)):
+        assert RenyiFilter(1e9, order=order).cost(event) <= exact * (1 + 1e-9)
 
 
 def test_a_renyi_filter_covers_the_accountant() -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from privfed.privacy import ledger as module
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.events import Gaussian
+from privfed.privacy.calibration import calibrate
+from privfed.privacy.events import Gaussian, PoissonSampled
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Entry, Ledger, LedgerBusy, LedgerCorrupt, LedgerError, Terms
 
@@ -76,6 +77,20 @@ def refusal_fields(book: Ledger, number: int) -> tuple[float, float]:
         charge(book, number)
     assert caught.value.after > caught.value.limit
     return caught.value.spent, caught.value.limit
+
+
+def test_a_calibrated_plan_runs_to_its_last_round() -> None:
+    """Noise calibrated to the budget is not refused by a wider bracket, and one round more is."""
+    z = calibrate(lambda z: PoissonSampled(0.1, Gaussian(z)), count=12, epsilon=3.0, delta=1e-6)
+    book = Ledger.create(None, TERMS)
+    for number in range(13):
+        event = PoissonSampled(0.1, Gaussian(z))
+        if number == 12:
+            with pytest.raises(BudgetExceeded):
+                book.charge(event, run="a", round=number, transcript=mark(number))
+        else:
+            book.charge(event, run="a", round=number, transcript=mark(number))
+    assert 2.99 < book.spent <= 3.0
 
 
 def test_the_same_charge_is_made_once() -> None:
