@@ -157,11 +157,9 @@ class Array:
         if self.dtype == "bfloat16":
             return Array.from_float32_as_bfloat16(values)
         target = DTYPES[self.dtype]
-        if target.kind in "iu" and values.dtype.kind == "f":
-            values = np.rint(values)
-            limits = np.iinfo(target)
-            # Compare as floats: limits.max itself may round up to a float that no longer fits.
-            if values.size and not (values.min() >= limits.min and values.max() < float(limits.max) + 1):
+        if target.kind in "iu" and values.dtype.kind in "iuf":
+            values = np.rint(values) if values.dtype.kind == "f" else values
+            if values.size and not _fit(values, target):
                 raise ValueError(f"values do not fit {self.dtype}")
         return Array.adopt(np.array(values, dtype=target))
 
@@ -191,14 +189,24 @@ class Array:
         return f"Array({self.dtype}, shape={self.shape})"
 
 
+def _fit(values: NDArray[Any], target: np.dtype[Any]) -> bool:
+    limits = np.iinfo(target)
+    if values.dtype.kind == "f":
+        # Compare as floats: limits.max itself may round up to a float that no longer fits.
+        return bool(values.min() >= limits.min and values.max() < float(limits.max) + 1)
+    return int(values.min()) >= limits.min and int(values.max()) <= limits.max
+
+
 def _freeze(ndarray: NDArray[Any], *, copy: bool) -> tuple[str, NDArray[Any]]:
     values = np.asarray(ndarray)
     name = values.dtype.name
     if name not in DTYPES or name == "bfloat16":
         raise TypeError(f"dtype {values.dtype} cannot travel: use one of {', '.join(DTYPES)}")
-    values = np.array(values, dtype=DTYPES[name], order="C", copy=True if copy else None)
-    values.flags.writeable = False
-    return name, values
+    frozen = np.array(values, dtype=DTYPES[name], order="C", copy=True if copy else None)
+    frozen.flags.writeable = False
+    if not copy and np.may_share_memory(frozen, values):
+        values.flags.writeable = False
+    return name, frozen
 
 
 def _wrap(dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> NDArray[Any]:
