@@ -95,8 +95,10 @@ LAWS: dict[str, Law] = {
         lambda X, f: selection.krum(X, f, neighbours=as_matrix(X).count - f - 1), majority, kappa=kappa_krum
     ),
     "multi_krum": Law(selection.multi_krum, lambda f: 2 * f + 3),
-    "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3),
-    "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority),
+    # the last picks count one neighbour, and the two nearest rows always tie
+    "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3, permutation=False),
+    # several sets often share their two farthest rows, and with them their diameter
+    "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority, permutation=False),
     "monna": Law(selection.monna, majority, permutation=False),
     "cge": Law(selection.cge, majority, translation=False),
     "smea": Law(spectral.smea, majority),

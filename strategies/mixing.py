@@ -7,6 +7,7 @@ by block inside the rule and whose Gram matrix is W G W'.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,6 +76,8 @@ def lazy_bucketing(X: Any, size: int, rng: np.random.Generator, f: int | None = 
     rows = X if isinstance(X, Screened) else as_matrix(X)
     if isinstance(rows, Matrix):
         rows = screen(rows, (rows.count - 1) // 2 if f is None else f)
+    if f is None:  # what a rule can tolerate among the buckets
+        rows = replace(rows, f=min(rows.f, (-(-rows.rows.count // max(size, 1)) - 1) // 2))
     return _lazy(rows, rows.f, lambda rows, f: (bucket_weights(rows.count, size, rng), None, None))
 
 

@@ -172,8 +172,8 @@ def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
 
 def _neighbours(n: int, f: int, neighbours: int | None) -> int:
     number = n - f - 2 if neighbours is None else neighbours
-    if not 1 <= number <= max(n - 1, 1):
-        raise Refusal(f"Krum needs 1 <= neighbours <= n-1, got neighbours = {number} with n = {n}, f = {f}")
+    if not min(1, n - 1) <= number <= n - 1:  # a row alone has no neighbour to count
+        raise Refusal(f"Krum needs 1 <= neighbours <= n - 1, got neighbours = {number} with n = {n}, f = {f}")
     return number
 
 

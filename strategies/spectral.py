@@ -70,7 +70,7 @@ def caf_weights(G: Square | Gram, f: int) -> Vector:
         values, vectors = np.linalg.eigh(root[:, None] * centred * root[None, :])
         if values[-1] < best:
             best, chosen = float(values[-1]), share
-        spread = (centred @ (root * vectors[:, -1])) ** 2
+        spread = np.where(left > 0, (centred @ (root * vectors[:, -1])) ** 2, 0.0)
         if not spread.max() > 0:
             break
         left = left * (1.0 - spread / spread.max())
