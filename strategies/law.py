@@ -65,8 +65,9 @@ def majority(f: int) -> int:
 def _radius(X: Any) -> float:
     """Return the median norm of rows: a length that scales with them."""
     rows = as_matrix(X)
-    norms = [float(np.linalg.norm(np.nan_to_num(full_row(rows, i).astype(np.float64)))) for i in range(rows.count)]
-    return max(float(np.median(norms)), 1e-300)
+    whole = [full_row(rows, i).astype(np.float64) for i in range(rows.count)]
+    norms = [float(np.linalg.norm(row)) for row in whole if np.isfinite(row).all()]
+    return max(float(np.median(norms)), 1e-300) if norms else 1.0
 
 
 def _after_mixing(rule: Apply) -> Apply:

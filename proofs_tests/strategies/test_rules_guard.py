@@ -1,0 +1,243 @@
+"""What rules do with rows that hold nonsense, inputs of every form, and numbers of rows that promise nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privfed.strategies import rules
+from privfed.strategies.gram import gram
+from privfed.strategies.matrix import as_matrix
+
+ROBUST = sorted(name for name, law in rules.LAWS.items() if law.robust)
+VALUES = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e4]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("name", ROBUST)
+def test_the_grid_of_bad_values(name: str, value: float, everywhere: bool, dtype: type) -> None:
+    law, f = rules.LAWS[name], 2
+    honest = np.random.default_rng(1).standard_normal((max(law.least(f), 12) - f, 30))
+    bad = np.zeros((f, 30))
+    if everywhere:
+        bad[:] = value
+    else:
+        bad[:, 7] = value
+    X = np.vstack([honest[:1], bad, honest[1:]]).astype(dtype)
+    out = law.apply(X, f)
+    spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).max()
+    assert out.dtype == dtype
+    assert np.linalg.norm(out - honest.mean(axis=0)) <= 2 * spread
+
+
+@pytest.mark.parametrize("name", sorted(rules.LAWS))
+def test_more_bad_rows_than_f_are_refused_by_name(name: str) -> None:
+    law, f = rules.LAWS[name], 2
+    X = np.random.default_rng(1).standard_normal((max(law.least(f), 12), 5)).astype(np.float32)
+    X[2 : len(X) // 2 + 3, 1] = np.nan
+    if name == "fltrust":  # tolerates all rows but one, while the server's own is sound
+        X[1:] = np.nan
+        np.testing.assert_allclose(law.apply(X, f), X[0], rtol=1e-6)
+        X[0] = np.nan
+        with pytest.raises(ValueError, match="server is not finite"):
+            law.apply(X, f)
+        return
+    with pytest.raises(rules.Refusal, match=r"row 2 is NaN"):
+        law.apply(X, f)
+
+
+def test_a_mean_refuses_one_bad_row_and_says_which() -> None:
+    X = np.ones((4, 3), np.float32)
+    for value, words in ((np.nan, "row 1 is NaN"), (np.inf, "row 1 is infinite"), (1e20, "row 1 exceeds")):
+        X[1, 2] = value
+        with pytest.raises(rules.Refusal, match=words):
+            rules.weighted_mean(X, [1, 2, 3, 4])
+
+
+def test_screen_reports_and_counts() -> None:
+    X = np.ones((6, 3), np.float32)
+    X[1, 0], X[4, 2], X[5, 1] = np.nan, np.inf, -1e20
+    found = rules.screen(X, 4)
+    assert [e.index for e in found.excluded] == [1, 4, 5]
+    assert [e.reason.split()[1] for e in found.excluded] == ["NaN", "infinite", "1.44e+17"]
+    assert (found.f, found.kept) == (1, (0, 2, 3))
+    np.testing.assert_array_equal(rules.trimmed_mean(found, 4), [1, 1, 1])
+    assert rules.screen(found, 3) is found
+    assert len(rules.screen(np.array([[1.0], [5.0]]), 1, largest=2.0).excluded) == 1
+    with pytest.raises(rules.Refusal, match="3 of 6 rows"):
+        rules.screen(X, 2)
+
+
+def test_exclusion_lowers_f_so_that_preconditions_still_hold() -> None:
+    X = np.random.default_rng(0).standard_normal((11, 8)).astype(np.float32)  # 2f + 3 with f = 4
+    X[3] = np.nan
+    clean = np.delete(X, 3, axis=0)
+    np.testing.assert_array_equal(rules.krum(X, 4), rules.krum(clean, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda X: rules.krum(X, 2), r"krum needs n >= 2f \+ 3 = 7 .* got n = 6"),
+        (lambda X: rules.multi_krum(X, 2, 3), r"multi_krum needs n >= 2f \+ 3 = 7"),
+        (lambda X: rules.bulyan(X, 1), r"bulyan needs n >= 4f \+ 3 = 7"),
+        (lambda X: rules.trimmed_mean(X, 3), r"trimmed_mean needs n >= 2f \+ 1 = 7"),
+        (lambda X: rules.meamed(X, 3), "2f"),
+        (lambda X: rules.phocas(X, 3), "2f"),
+        (lambda X: rules.median(X, 3), "2f"),
+        (lambda X: rules.geometric_median(X, 3), "2f"),
+        (lambda X: rules.minimum_diameter_mean(X, 3), "2f"),
+        (lambda X: rules.nearest_neighbor_mixing(X, 3), "2f"),
+        (lambda X: rules.cge(X, 3), "2f"),
+        (lambda X: rules.smea(X, 3), "2f"),
+        (lambda X: rules.caf(X, 3), "2f"),
+        (lambda X: rules.arc(X, 3), "2f"),
+        (lambda X: rules.multi_krum(X, 1, 7), "keep = 7 with n = 6"),
+        (lambda X: rules.multi_krum(X, 1, 0), "keep = 0"),
+        (lambda X: rules.krum(X, 1, neighbours=6), "neighbours = 6"),
+        (lambda X: rules.krum(X, 99), "= 201"),
+        (lambda X: rules.smea(X, 2, budget=3), "use caf"),
+        (lambda X: rules.mean_around(X, 0.0, 7), "keep = 7"),
+    ],
+)
+def test_preconditions_say_the_numbers(call: Any, words: str) -> None:
+    with pytest.raises(rules.Refusal, match=words):
+        call(np.random.default_rng(0).standard_normal((6, 4)))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: rules.trimmed_mean(np.ones((5, 2)), 0.2), "f must be a whole number"),
+        (lambda: rules.trimmed_mean(np.ones((5, 2)), -1), "f must be"),
+        (lambda: rules.trimmed_mean(np.ones((5, 2)), True), "f must be"),
+        (lambda: rules.median([]), "no rows"),
+        (lambda: rules.median(np.float32(3)), "'numpy.float32' object is not iterable|at least one row"),
+        (lambda: rules.median([np.ones(3), np.ones(4)]), "row 1 of X has shape"),
+        (lambda: rules.median([np.ones(3, np.float32), np.ones(3, np.float16)]), "row 1 of X .* float16"),
+        (lambda: rules.median([[1.0, 2.0], [1.0]]), "row 1 has 1 entries, row 0 has 2"),
+        (lambda: rules.median([[np.ones(2)], [np.ones(3)]]), "layers of row 1"),
+        (lambda: rules.median([[np.ones(2), np.ones(2, np.float32)]] * 3), "mix dtypes"),
+        (lambda: rules.median(np.ones((3, 2), complex)), "complex128"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [1, -4]), r"weights\[1\] is -4"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [1, np.nan]), r"weights\[1\]"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [0, 0]), "all zero"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [1]), "one number a row"),
+        (lambda: rules.centered_clipping(np.ones((2, 2)), 0.0), "radius"),
+        (lambda: rules.centered_clipping(np.ones((2, 2)), 1.0, steps=0), "steps"),
+        (lambda: rules.centered_clipping(np.ones((2, 2)), 1.0, np.ones(3)), "center has 3 numbers"),
+        (lambda: rules.centered_clipping(np.ones((2, 2)), 1.0, np.array([0, np.nan])), "center is not finite"),
+        (lambda: rules.bucketing(np.ones((2, 2)), 3, np.random.default_rng(0)), "size must be"),
+        (lambda: rules.clipping(np.ones((2, 2)), -1.0), "radius"),
+        (lambda: rules.monna(np.ones((3, 2)), 1, pivot=3), "no row 3"),
+        (lambda: rules.krum_weights(np.ones((2, 3)), 0), "square"),
+        (lambda: rules.krum_weights(np.full((5, 5), np.nan), 1), "not finite"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Any, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def test_distances_of_updates_far_smaller_than_the_weights() -> None:
+    rng = np.random.default_rng(0)
+    d = 20_000
+    weights = rng.standard_normal(d)
+    updates = rng.standard_normal((12, d)) * 1e-4 / 3
+    X = (weights + updates).astype(np.float32)
+    exact = X.astype(np.float64)
+    true = ((exact[:, None] - exact[None]) ** 2).sum(axis=2)
+    off = ~np.eye(12, dtype=bool)
+    for center in (None, weights.astype(np.float32)):
+        D = gram(as_matrix(X), center).distance
+        assert (np.abs(np.sqrt(D[off]) / np.sqrt(true[off]) - 1) < 1e-4).all()
+        assert np.array_equal(D, D.T)
+
+
+def test_an_outlier_does_not_spoil_the_distances_of_others() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((10, 5000)).astype(np.float32)
+    X += 100
+    X[0] = 1e15
+    X[4] = X[5] + np.float32(1e-3) * rng.standard_normal(5000).astype(np.float32)  # a tight pair
+    X[6] = X[7]
+    exact = X.astype(np.float64)
+    true = ((exact[:, None] - exact[None]) ** 2).sum(axis=2)
+    found = gram(as_matrix(X))
+    off = true > 0
+    assert (np.abs(np.sqrt(found.distance[off]) / np.sqrt(true[off]) - 1) < 1e-4).all()
+    assert found.distance[6, 7] == 0
+    assert found.medoid != 0
+
+
+def test_attackers_ten_times_farther_are_not_picked_among_large_weights() -> None:
+    rng = np.random.default_rng(2)
+    d = 10_000
+    weights = 3 * rng.standard_normal(d)
+    for _ in range(5):
+        updates = rng.standard_normal((12, d)) * 1e-4
+        updates[:2] *= 10
+        X = (weights + updates).astype(np.float32)
+        w = rules.multi_krum_weights(gram(as_matrix(X)), 2, 6)
+        assert (w[:2] == 0).all()
+
+
+def test_every_form_of_input_gives_its_own_form_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((7, 6)).astype(np.float32)
+    path = tmp_path / "rows.bin"
+    X.tofile(path)
+    mapped = np.memmap(path, dtype=np.float32, mode="r", shape=(7, 6))
+    layers = [[row[:2].reshape(1, 2), row[2:].reshape(2, 2)] for row in X]
+    for rule in (
+        rules.median,
+        lambda X: rules.krum(X, 1),
+        rules.geometric_median,
+        rules.mean,
+        lambda X: rules.bulyan(X, 1),
+    ):
+        flat = rule(X)
+        assert flat.dtype == np.float32
+        for form in (list(X), mapped, X[:, ::-1][:, ::-1], np.asfortranarray(X)):
+            np.testing.assert_allclose(rule(form), flat, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(rule(X.reshape(7, 2, 3)), flat.reshape(2, 3), rtol=1e-6, atol=1e-7)
+        first, second = rule(layers)
+        assert (first.shape, second.shape) == ((1, 2), (2, 2))
+        np.testing.assert_allclose(np.concatenate([first.ravel(), second.ravel()]), flat, rtol=1e-6, atol=1e-7)
+        half = rule(X.astype(np.float16))
+        assert half.dtype == np.float16
+        np.testing.assert_allclose(half, flat, rtol=1e-2, atol=1e-2)
+        assert rule(X.tolist()).dtype == np.float64
+    assert rules.median(np.array([[1, 4], [3, 2], [2, 9]])).dtype == np.float64
+    made = rules.nearest_neighbor_mixing(layers, 1)
+    assert [layer.shape for layer in made[0]] == [(1, 2), (2, 2)]
+    assert rules.median([np.array(1.0), np.array(3.0), np.array(2.0)]).shape == ()
+    assert np.ndim(rules.median(np.array([1.0, 3.0, 2.0]))) == 0
+
+
+def test_inputs_are_not_changed() -> None:
+    X = np.random.default_rng(0).standard_normal((11, 50)).astype(np.float32)
+    kept = X.copy()
+    for law in rules.LAWS.values():
+        law.apply(X, 2)
+    rules.arc(X, 2), rules.clipping(X, 1.0), rules.bucketing(X, 2, np.random.default_rng(0))
+    np.testing.assert_array_equal(X, kept)
+
+
+def test_claimed_weights_can_be_capped() -> None:
+    X = np.array([[0.0], [0.0], [0.0], [10.0]])
+    assert rules.weighted_mean(X, [1, 1, 1, 10**9])[0] > 9.9
+    assert rules.weighted_mean(X, [1, 1, 1, 10**9], cap=1.0)[0] == 2.5
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    X = np.arange(5.0)[:, None]  # scores 5, 2, 2, 2, 5
+    assert rules.krum_weights(X @ X.T, 1).argmax() == 1
+    np.testing.assert_array_equal(rules.krum(np.array([[2.0], [2.0], [2.0], [2.0], [2.0]]), 1), [2.0])
+    assert rules.krum_weights(np.zeros((5, 5)), 1).argmax() == 0
+    np.testing.assert_array_equal(np.flatnonzero(rules.cge_weights(np.eye(5), 2)), [0, 1, 2])
