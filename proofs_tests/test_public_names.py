@@ -12,7 +12,8 @@ import privfed
 
 PROMISED = {
     "privfed": "Array ArrayRecord MetricRecord ConfigRecord RecordDict Message Metadata MessageType Error Context "
-    "ClientApp ServerApp Grid run_simulation PrivacyPlan PlainStage SecureStage GroupedStage Result RunResult RunFailed",
+    "ClientApp ServerApp Grid run_simulation PrivacyPlan PlainStage SecureStage GroupedStage Result RunResult "
+    "RunFailed",
     "privfed.protocols": "SecAgg SecAggPlus LightSecAgg OneShot secure_sum",
     "privfed.protocols.graph": "solve_parameters Parameters",
     "privfed.privacy": "Gaussian Laplace DiscreteGaussian Skellam RandomizedResponse PoissonSampled FixedSizeSampled "
