@@ -30,11 +30,11 @@ $(BIN)/python: | python
 
 # One stamp a set of extras, so that `make demo` does not install the test tools.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]' --constraint constraints.txt --config-settings editable_mode=compat
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[demo]' --constraint constraints.txt --config-settings editable_mode=compat
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt --config-settings editable_mode=compat
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt --config-settings editable_mode=compat
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
