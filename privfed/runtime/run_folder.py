@@ -164,7 +164,8 @@ class RunFolder:
         (self.path / "stop").unlink(missing_ok=True)
         self._snapshot = snapshot
         status = self._read("status.json", Status)
-        self.set_status(Status("running", "", status.round, status.started, process=os.getpid()))
+        last = found[0].round if found else 0
+        self.set_status(Status("running", "", last, status.started, process=os.getpid()))
         self._write_metrics(found[0].metrics if found else ())
         return found[1] if found else {}
 
