@@ -175,6 +175,22 @@ def test_sampled_gaussians_cost_what_the_binomial_sum_gives(rate: float, z: floa
     assert cost == pytest.approx(exact, rel=1e-7, abs=1e-13)
 
 
+@given(st.floats(0.01, 0.9), st.floats(0.4, 5), st.floats(1.5, 64))
+@settings(max_examples=30, deadline=None)
+def test_sampled_replacements_cost_at_least_the_binary_test(rate: float, z: float, order: float) -> None:
+    """Telling the two halves of the line apart is post-processing, so its divergence is a lower bound."""
+    event = FixedSizeSampled(max(1, round(rate * 1000)), 1000, Gaussian(z))
+    cost = RenyiFilter(1e9, order=order, relation="replace_one").cost(event)
+    q = event.sample_size / 1000
+    with mpmath.workdps(60):
+        best = mpmath.mpf(0)
+        for cut in (0, 1 / z, 5 / z, order / z):
+            p, o = ((1 - q) * mpmath.ncdf(-cut) + q * mpmath.ncdf(s / z - cut) for s in (1, -1))
+            moment = p**order * o ** (1 - order) + (1 - p) ** order * (1 - o) ** (1 - order)
+            best = max(best, mpmath.log(moment) / (order - 1))
+    assert cost >= best * (1 - 1e-9)
+
+
 def test_other_events_have_renyi_costs() -> None:
     skellam = DistributedSkellam(local_stddev=1.0, clip=1.0, scale=100.0, dimension=64, survivors=20, modulus=2**20)
     for event, relation in (
