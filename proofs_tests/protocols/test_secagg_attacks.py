@@ -182,7 +182,7 @@ def test_replayed_signature_of_another_session_is_refused() -> None:
 
 def test_another_model_is_another_session() -> None:
     lab, other = Lab().until("share"), Lab(binding=b"M" * 32).until("share")
-    aborts(lab, 1, other.requests[1], "malformed")
+    aborts(lab, 1, other.requests[1], "inconsistent-session")
 
 
 # -- mask: who shared ------------------------------------------------------------------------------------------------

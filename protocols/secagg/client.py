@@ -10,6 +10,7 @@ import numpy as np
 from privfed.protocols import keys
 from privfed.protocols.codec import Reader, decode, encode_vector, node_list
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
+from privfed.protocols.graph import count
 from privfed.protocols.prg import SEED_BYTES, Words, add_masks, reduce, word
 from privfed.protocols.secagg.messages import (
     ADVERTISE,
@@ -23,6 +24,7 @@ from privfed.protocols.secagg.messages import (
     Advertisement,
     Kept,
     Terms,
+    check_head,
     encode_revealed,
     encode_sealed,
     head,
@@ -31,7 +33,7 @@ from privfed.protocols.secagg.messages import (
     read_sealed,
     read_signatures,
 )
-from privfed.protocols.secagg.neighbourhood import holders, in_degree_limit, is_full
+from privfed.protocols.secagg.neighbourhood import holders, in_degree_limit, is_full, least_survivors, least_threshold
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
 from privfed.protocols.shamir import SHARE_BYTES, decode_share, encode_share, split
 
@@ -55,7 +57,11 @@ def refuse(deviation: str, detail: str) -> RemoteError:
 
 
 class SecAggClient:
-    """One node. `step` answers one request; it is a function of what was kept, the request and fresh randomness."""
+    """One node. `step` answers one request; it is a function of what was kept, the request and fresh randomness.
+
+    corrupt: the share of the cohort its protocol provides for in active mode. Where that comes from the server, as it
+    does in a message, `policy.corrupt` is the share this node insists on.
+    """
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class SecAggClient:
         policy: Policy,
         random: Random,
         threads: int,
+        corrupt: float = 0.0,
     ) -> None:
         self._node = node
         self._stages = stages
@@ -72,6 +79,7 @@ class SecAggClient:
         self._policy = policy
         self._random = random
         self._threads = threads
+        self._corrupt = corrupt
 
     def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
         """Answer one request of the server.
@@ -101,6 +109,7 @@ class SecAggClient:
         if state is None:
             return self._advertise(request)
         terms = decode(state.terms, Terms.read)
+        check_head(request, terms.digest(), SERVER)
         if kind == SHARE:
             return self._share(state, terms, request)
         if kind == MASK:
@@ -142,10 +151,15 @@ class SecAggClient:
             raise refuse("threshold-too-high", f"{terms.threshold} of {holding} holders")
         if terms.active != active or (policy.require_active and not active):
             raise refuse("mode-lowered", "the session's mode is not the one this node takes part in")
-        if active and 2 * terms.threshold <= holding:
-            raise refuse("threshold-too-low", f"2 * {terms.threshold} does not exceed the {holding} holders")
+        safe = least_threshold(terms, self._corrupt_nodes(terms))
+        if terms.threshold < safe:
+            raise refuse("threshold-too-low", f"{terms.threshold} of {holding} holders, {safe} are the least safe ones")
         if active and self._identity is None:
             raise LocalError("active mode needs an Identity: this node's signing key and the roster it trusts")
+
+    def _corrupt_nodes(self, terms: Terms) -> int:
+        share = max(self._policy.corrupt, self._corrupt) if terms.active else self._policy.corrupt
+        return count(len(terms.session.nodes), share)
 
     def _secrets(self, root: bytes, terms: Terms) -> tuple[bytes, bytes, bytes]:
         bound = terms.digest()
@@ -185,9 +199,12 @@ class SecAggClient:
         present = tuple(rows)
         mine = holders(terms, self._node, present, seed, state.root)
         seal, mask, own = self._secrets(state.root, terms)
-        shares = split([mask, own], [terms.point(holder) for holder in mine], terms.threshold, self._random)
         sealed: dict[int, bytes] = {}
         inbox: dict[int, bytes] = {}
+        if len(mine) < terms.threshold:
+            # Too few of the chosen ones are there: this node shares nothing, so that the server leaves it out.
+            return replace(state, seed=seed, view=bytes(request)), head(SHARE, bound) + encode_sealed(sealed)
+        shares = split([mask, own], [terms.point(holder) for holder in mine], terms.threshold, self._random)
         for holder, share in zip(mine, shares, strict=True):
             text = encode_share(share.reshape(-1))
             if holder == self._node:
@@ -271,7 +288,7 @@ class SecAggClient:
         if len(live) < terms.threshold:
             raise refuse("too-few-neighbours", f"{len(live)} live neighbours, {terms.threshold} are needed")
         if terms.active and not is_full(terms, present):
-            limit = in_degree_limit(len(present), terms.degree)
+            limit = in_degree_limit(len(terms.session.nodes), terms.degree)
             if len(senders) > limit:
                 raise refuse("in-degree", f"{len(senders)} nodes chose this one, more than {limit} is no accident")
 
@@ -309,7 +326,11 @@ class SecAggClient:
             raise refuse("foreign-node", "a survivor that shared no keys")
         if self._node not in survivors:
             raise refuse("excluded-survivor", "this node sent its masked input and is said to have dropped out")
-        floor = max(self._policy.min_cohort, terms.threshold if is_full(terms, tuple(rows)) else 2)
+        if is_full(terms, tuple(rows)):
+            least = terms.threshold
+        else:
+            least = least_survivors(terms, self._corrupt_nodes(terms)) if terms.active else 2
+        floor = max(self._policy.min_cohort, least)
         if len(survivors) < floor:
             raise refuse("too-few-survivors", f"{len(survivors)} survivors, {floor} are needed")
 

@@ -11,6 +11,7 @@ Every message is: kind (1 byte), digest of the terms (32 bytes; not in the first
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from privfed.protocols.codec import (
     u32,
     u64,
 )
-from privfed.protocols.errors import DecodeError
+from privfed.protocols.errors import DecodeError, RemoteError
 from privfed.protocols.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, digest
 from privfed.protocols.session import Buffer, Session
 from privfed.protocols.shamir import SHARE_BYTES
@@ -68,7 +69,7 @@ class Terms:
 
     def point(self, node: int) -> int:
         """The Shamir point of a node: bound to its place among all nodes, whoever turns up."""
-        return self.session.nodes.index(node) + 1
+        return bisect_left(self.session.nodes, node) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,13 @@ def read_head(reader: Reader, kind: int, terms: bytes) -> None:
         raise DecodeError(f"not a message of the stage {STAGE_NAMES.get(kind, kind)!r}")
     if bytes(reader.take(DIGEST_BYTES)) != terms:
         raise DecodeError("the message belongs to another session, model or configuration")
+
+
+def check_head(message: Buffer, terms: bytes, peer: int) -> None:
+    """Raise RemoteError "inconsistent-session" for a message bound to other terms: session, model, configuration."""
+    if len(message) > DIGEST_BYTES and bytes(message[1 : 1 + DIGEST_BYTES]) != terms:
+        detail = "the message is bound to another session, model or configuration"
+        raise RemoteError("inconsistent-session", (peer,), detail)
 
 
 def encode_advertisements(rows: Mapping[int, Advertisement]) -> bytes:

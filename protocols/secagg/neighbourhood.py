@@ -1,17 +1,21 @@
 """Who holds whose shares, and who masks with whom.
 
 Full graph: every node holds shares of every node, itself included. Sparse, semi-honest: a k-regular graph drawn by the
-server's seed. Sparse, active: every node chooses k out-neighbours itself, so that no server can choose them; shares
-go to the chosen ones, masks are shared along edges of either direction [BBGLR+20, section 4].
+server's seed. Sparse, active: every node chooses k out-neighbours itself, among the whole cohort and not among those
+who are said to be there, so that no server can choose them; shares go to the chosen ones that are there, masks are
+shared along edges of either direction [BBGLR+20, section 4].
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from privfed.protocols.graph import neighbours_of
+import numpy as np
+from numpy.typing import NDArray
+
+from privfed.protocols.graph import corrupt_quantile, neighbours_of
 from privfed.protocols.keys import derive, node_bytes
 from privfed.protocols.secagg.messages import Terms
 
@@ -20,8 +24,9 @@ _LOG_2_40 = -40 * math.log(2)
 
 
 def is_full(terms: Terms, present: Sequence[int]) -> bool:
-    """Return whether the graph over the nodes present is the full one."""
-    return terms.degree == 0 or terms.degree >= len(present) - 1
+    """Return whether the graph is the full one: in active mode a server that thins out the cohort cannot make it so."""
+    size = len(terms.session.nodes) if terms.active else len(present)
+    return terms.degree == 0 or terms.degree >= size - 1
 
 
 def holders(terms: Terms, node: int, present: Sequence[int], seed: bytes, root: bytes | None) -> tuple[int, ...]:
@@ -32,9 +37,36 @@ def holders(terms: Terms, node: int, present: Sequence[int], seed: bytes, root: 
         return tuple(sorted(neighbours_of(node, present, terms.degree, seed)))
     assert root is not None
     key = derive(root, b"out-neighbours", terms.digest())
-    others = (other for other in present if other != node)
+    others = (other for other in terms.session.nodes if other != node)
     ranked = sorted(others, key=lambda other: hashlib.sha256(key + node_bytes(other)).digest())
-    return tuple(sorted(ranked[: terms.degree]))
+    return tuple(sorted(set(ranked[: terms.degree]) & set(present)))
+
+
+def able(holding: Mapping[int, Collection[int]], threshold: int) -> set[int]:
+    """Return the nodes that go on: the largest set in which each has `threshold` of its holders in the set too.
+
+    A secret with fewer holders could never be recovered, so nobody may mask with that node, which takes a neighbour
+    from others in turn.
+    """
+    left = set(holding)
+    while short := {node for node in left if sum(holder in left for holder in holding[node]) < threshold}:
+        left -= short
+    return left
+
+
+def least_threshold(terms: Terms, corrupt: int) -> int:
+    """Return the least threshold that is safe when `corrupt` nodes of the cohort are.
+
+    Active: 2 t > holders + corrupt holders, or one server could gather t shares of both secrets of a node by telling
+    two stories. Semi-honest: t > corrupt holders. On a sparse graph the corrupt holders are their 2^-41 quantile.
+    """
+    nodes = terms.session.nodes
+    corrupt = min(corrupt, len(nodes) - 1)  # the node that asks is not
+    if is_full(terms, nodes):
+        holding, among = len(nodes), corrupt
+    else:
+        holding, among = terms.degree, corrupt_quantile(len(nodes), corrupt, terms.degree)
+    return (holding + among) // 2 + 1 if terms.active else among + 1
 
 
 def _log_choose(n: int, k: int) -> float:
@@ -48,17 +80,35 @@ def chosen_graph_connected(n: int, bad: int, degree: int) -> bool:
 
     Union bound over the sets of s honest live nodes none of whom chose, or was chosen by, the rest of the honest live.
     """
+    from scipy.special import gammaln  # here, because importing privfed loads no scipy
+
+    def log_choose(top: NDArray[np.float64] | float, size: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        left = np.asarray(top) - size
+        logs = gammaln(np.asarray(top) + 1) - gammaln(np.asarray(size) + 1) - gammaln(np.maximum(left, 0) + 1)
+        return np.where(left < 0, -np.inf, logs)
+
     honest = n - bad
-    whole = _log_choose(n - 1, degree)
-    total = 0.0
-    for size in range(1, honest // 2 + 1):
-        inside = size * (_log_choose(n - 1 - (honest - size), degree) - whole)
-        outside = (honest - size) * (_log_choose(n - 1 - size, degree) - whole)
-        term = _log_choose(honest, size) + inside + outside
-        if term > _LOG_2_41:
-            return False
-        total += math.exp(term)
-    return total <= math.exp(_LOG_2_41)
+    if honest < 2:
+        return honest == 1
+    sizes = np.arange(1, honest // 2 + 1, dtype=np.float64)
+    whole = log_choose(n - 1, degree)
+    inside = sizes * (log_choose(n - 1 - (honest - sizes), degree) - whole)
+    outside = (honest - sizes) * (log_choose(n - 1 - sizes, degree) - whole)
+    terms = log_choose(honest, sizes) + inside + outside
+    return bool(np.exp(np.minimum(terms, 0)).sum() <= math.exp(_LOG_2_41))
+
+
+def least_survivors(terms: Terms, corrupt: int) -> int:
+    """Return the fewest survivors whose honest ones are connected, in the sparse graph that the nodes chose."""
+    n = len(terms.session.nodes)
+    low, high = 2, n
+    while low < high:
+        middle = (low + high) // 2
+        if chosen_graph_connected(n, min(corrupt + n - middle, n), terms.degree):
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def in_degree_limit(n: int, degree: int) -> int:

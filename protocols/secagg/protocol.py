@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from privfed.protocols.errors import LocalError
+from privfed.protocols.codec import decode, encode_session, read_session
+from privfed.protocols.errors import DecodeError, LocalError
 from privfed.protocols.graph import corrupt_quantile, count, full_graph_thresholds, solve_full_graph, solve_parameters
 from privfed.protocols.secagg.client import SecAggClient
 from privfed.protocols.secagg.messages import Terms
@@ -63,7 +64,8 @@ class SecAgg:
         return _limited(Terms(session, 0, threshold, active))
 
     def server(self, session: Session, *, random: Random = os_random) -> SecAggServer:
-        return SecAggServer(self.terms(session), self.stages, random, self.threads)
+        corrupt = count(len(session.nodes), self.corrupt)
+        return SecAggServer(self.terms(session), self.stages, random, self.threads, corrupt)
 
     def client(
         self,
@@ -73,7 +75,7 @@ class SecAgg:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> SecAggClient:
-        return SecAggClient(node, self.stages, identity, policy, random, self.threads)
+        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.corrupt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,8 @@ class SecAggPlus:
             raise LocalError(f"{degree} neighbours of {n} nodes do not keep the honest ones connected: use more")
 
     def server(self, session: Session, *, random: Random = os_random) -> SecAggServer:
-        return SecAggServer(self.terms(session), self.stages, random, self.threads)
+        corrupt = count(len(session.nodes), self.corrupt)
+        return SecAggServer(self.terms(session), self.stages, random, self.threads, corrupt)
 
     def client(
         self,
@@ -142,7 +145,7 @@ class SecAggPlus:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> SecAggClient:
-        return SecAggClient(node, self.stages, identity, policy, random, self.threads)
+        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.corrupt)
 
 
 def _stages(mode: str) -> tuple[str, ...]:
@@ -168,6 +171,11 @@ def _count(threshold: int | float, n: int) -> int:
 
 
 def _limited(terms: Terms) -> Terms:
+    try:
+        if decode(encode_session(terms.session), read_session) != terms.session:
+            raise LocalError("session.nodes must be distinct and ascending")
+    except (DecodeError, OverflowError) as fault:
+        raise LocalError(f"session cannot be sent: {fault}") from None
     if len(terms.session.nodes) >= P or terms.threshold > MAX_THRESHOLD:
         raise LocalError(f"at most {P - 1} nodes and a threshold of {MAX_THRESHOLD}: use SecAggPlus")
     return terms

@@ -23,6 +23,7 @@ from privfed.protocols.secagg.messages import (
     STAGE_NAMES,
     Advertisement,
     Terms,
+    check_head,
     encode_advertisements,
     encode_sealed,
     encode_signatures,
@@ -31,9 +32,10 @@ from privfed.protocols.secagg.messages import (
     read_revealed,
     read_sealed,
 )
-from privfed.protocols.secagg.neighbourhood import is_full
+from privfed.protocols.secagg.neighbourhood import able, is_full, least_survivors
 from privfed.protocols.secagg.unmasking import Secrets, recover, unmask
 from privfed.protocols.session import Buffer, Random, RingSum
+from privfed.protocols.shamir import decode_share
 
 _KINDS = {name: kind for kind, name in STAGE_NAMES.items()}
 
@@ -41,18 +43,22 @@ _KINDS = {name: kind for kind, name in STAGE_NAMES.items()}
 class SecAggServer:
     """One session. `receive` a stage's replies in any order, `close` it, send `outbound`; at the end read `result`."""
 
-    def __init__(self, terms: Terms, stages: tuple[str, ...], random: Random, threads: int) -> None:
+    def __init__(self, terms: Terms, stages: tuple[str, ...], random: Random, threads: int, corrupt: int = 0) -> None:
         self._terms = terms
+        self._corrupt = corrupt
         self._bound = terms.digest()
         self._stages = stages
         self._at = 0
         self._threads = threads
+        self._probe = random(keys.KEY_BYTES)
         self._seed = bytes(32) if terms.active or not terms.degree else random(32)
         self._rows: dict[int, Advertisement] = {}
+        self._used: set[bytes] = set()
         self._graph: dict[int, tuple[int, ...]] = {}
         self._sealed: dict[int, dict[int, bytes]] = {}
         self._masked: set[int] = set()
         self._signatures: dict[int, bytes] = {}
+        self._openers: set[int] = set()
         self._revealed: dict[int, dict[int, tuple[int, bytes]]] = {}
         kind = np.dtype(word(terms.session.bits)).newbyteorder("<")
         self._total: Words = np.zeros(terms.session.dimension, dtype=kind)
@@ -87,7 +93,7 @@ class SecAggServer:
             body = head(REVEAL, self._bound) + node_list(self._masked)
             if self._terms.active:
                 body += encode_signatures(self._signatures)
-            return dict.fromkeys(sorted(self._signatures if self._terms.active else self._masked), body)
+            return dict.fromkeys(sorted(self._openers), body)
         raise LocalError("the session is over: read `result`")
 
     def _relay(self, node: int) -> bytes:
@@ -106,6 +112,7 @@ class SecAggServer:
         expected = self._expected()
         if node not in expected:
             raise RemoteError("unexpected-reply", (node,), f"no reply of this node is due at stage {self.stage!r}")
+        check_head(reply, self._bound, node)
         try:
             self._take(kind, node, reply)
         except DecodeError as fault:
@@ -122,12 +129,14 @@ class SecAggServer:
         if self.stage == "confirm":
             return self._masked - set(self._signatures)
         if self.stage == "reveal":
-            return (set(self._signatures) if self._terms.active else self._masked) - set(self._revealed)
+            return self._openers - set(self._revealed)
         return set()
 
     def _take(self, kind: int, node: int, reply: Buffer) -> None:
         if kind == ADVERTISE:
-            self._rows[node] = decode(reply, lambda r: Advertisement.of(self._body(r, kind).take(ROW_BYTES)))
+            row = decode(reply, lambda r: Advertisement.of(self._body(r, kind).take(ROW_BYTES)))
+            self._check_keys(node, row)
+            self._rows[node] = row
         elif kind == SHARE:
             self._take_sealed(node, decode(reply, lambda r: read_sealed(self._body(r, kind))))
         elif kind == MASK:
@@ -141,6 +150,14 @@ class SecAggServer:
         elif kind == REVEAL:
             self._take_revealed(node, decode(reply, lambda r: read_revealed(self._body(r, kind))))
 
+    def _check_keys(self, node: int, row: Advertisement) -> None:
+        # Every honest node would abort on them: better that one node is left out.
+        for key in (row.seal_key, row.mask_key):
+            keys.agree(self._probe, node, key)
+        if row.seal_key == row.mask_key or self._used & {row.seal_key, row.mask_key}:
+            raise RemoteError("duplicate-key", (node,), "its keys are not two new ones")
+        self._used |= {row.seal_key, row.mask_key}
+
     def _body(self, reader: Reader, kind: int) -> Reader:
         read_head(reader, kind, self._bound)
         return reader
@@ -149,7 +166,7 @@ class SecAggServer:
         others = set(self._rows) - {node}
         chosen = self._terms.active and not is_full(self._terms, tuple(self._rows))
         due = others if is_full(self._terms, tuple(self._rows)) else set(self._graph.get(node, ()))
-        if (chosen and (len(rows) != self._terms.degree or not set(rows) <= others)) or (
+        if (chosen and (len(rows) > self._terms.degree or not set(rows) <= others)) or (
             not chosen and set(rows) != due
         ):
             raise RemoteError("wrong-holders", (node,), "its shares are not for its neighbours")
@@ -164,6 +181,8 @@ class SecAggServer:
         for owner, (which, _) in rows.items():
             if which != (OF_SELF_SEED if owner in self._masked else OF_MASK_KEY):
                 raise RemoteError("wrong-shares", (node,), f"its share of node {owner} is of the other secret")
+        if decode_share(b"".join(share for _, share in rows.values()), len(rows)) is None:
+            raise RemoteError("bad-share", (node,), "it reveals a share with an entry outside the field")
         self._revealed[node] = rows
 
     def close(self) -> None:
@@ -184,9 +203,38 @@ class SecAggServer:
             raise TooFewSurvivors(have, need, stage)
         if stage == "advertise" and not full and not self._terms.active:
             self._graph = neighbours(tuple(self._rows), self._terms.degree, self._seed)
+        if stage == "share":
+            self._leave_out()
+        if stage == ("confirm" if self._terms.active else "mask"):
+            self._choose_openers(stage)
+        if stage == "mask" and self._terms.active and not full:
+            least = least_survivors(self._terms, self._corrupt)
+            if len(self._masked) < least:  # nodes would refuse: the graph may be split
+                raise TooFewSurvivors(len(self._masked), least, stage)
         if stage == "reveal":
             self._finish()
         self._at += 1
+
+    def _leave_out(self) -> None:
+        """Go on with the nodes that have enough live neighbours, as if the others had not shared."""
+        kept = able({node: self._holders(node) for node in self._sealed}, self._terms.threshold)
+        self._sealed = {node: rows for node, rows in self._sealed.items() if node in kept}
+        if len(self._sealed) < self._terms.threshold:
+            raise TooFewSurvivors(len(self._sealed), self._terms.threshold, "share")
+
+    def _choose_openers(self, stage: str) -> None:
+        """Ask for shares only those who will answer, and only when they suffice for every secret."""
+        there = set(self._signatures) if self._terms.active else set(self._masked)
+        need = self._terms.threshold
+        holding = {node: self._holders(node) for node in self._sealed}
+        if self._terms.active:
+            # A node opens nothing unless `need` of its own holders confirmed.
+            self._openers = {node for node in there if sum(holder in there for holder in holding[node]) >= need}
+        else:
+            self._openers = there
+        fewest = min(sum(holder in self._openers for holder in holders) for holders in holding.values())
+        if fewest < need:
+            raise TooFewSurvivors(fewest, need, stage)
 
     def _finish(self) -> None:
         holders_of = {owner: [n for n in self._revealed if owner in self._revealed[n]] for owner in self._sealed}
