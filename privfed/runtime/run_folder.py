@@ -157,13 +157,15 @@ class RunFolder:
         """Mark the run as running in this process, forget an old request to stop, and take up where it was.
 
         snapshot: gives the node states to keep with each commit. Returns those of the newest checkpoint.
-        Raises RunFolderError when another process has the run, or the checkpoint is damaged.
+        Raises RunFolderError when the run is completed, another process has it, or the checkpoint is damaged.
         """
         found = self._checkpoints().read()
+        status = self._read("status.json", Status)
+        if status.state == "completed":
+            raise RunFolderError(f"the run in {self.path} is completed: there is nothing left to do")
         self._take_lock()
         (self.path / "stop").unlink(missing_ok=True)
         self._snapshot = snapshot
-        status = self._read("status.json", Status)
         last = found[0].round if found else 0
         self.set_status(Status("running", "", last, status.started, process=os.getpid()))
         self._write_metrics(found[0].metrics if found else ())

@@ -166,12 +166,12 @@ class _Run:
 
     def execute(self, server_app: Main, client_app: CallNext, threads: int) -> RunResult:
         """Run to the end; whatever happens, workers stop and the end is noted."""
-        if self.folder is not None:
-            self._take_up(self.folder.begin(self.snapshot))
+        kept = self.folder.begin(self.snapshot) if self.folder is not None else {}
         work = functools.partial(execute, client_app, assignment=self.assignment, log=self._log)
         engine = ThreadEngine(MemoryTransport(self.link), work, threads, self.link.close)
         state, reason, result = "failed", "the run broke off", None
         try:
+            self._take_up(kept)
             self.link.set_run_state(self.run_id, "running")
             engine.start()
             result = self._serve(server_app, engine)
@@ -226,9 +226,9 @@ class _Run:
     def _end(self, engine: ThreadEngine, state: str, reason: str) -> None:
         self.link.set_run_state(self.run_id, state, reason)
         self.link.close()
-        engine.stop()
         if self.folder is not None:
             self.folder.end(state, reason)
+        engine.stop()
 
     def _result(self, state: str, result: object) -> RunResult:
         memory = self.recorder if isinstance(self.recorder, _Memory) else None

@@ -240,6 +240,8 @@ def test_one_process_runs_a_folder(folder: RunFolder) -> None:
     folder.end("stopped")
     second.begin()
     second.end("completed")
+    with pytest.raises(RunFolderError, match="is completed"):
+        second.begin()
 
 
 def test_a_run_whose_process_is_gone_has_failed(folder: RunFolder) -> None:

@@ -30,7 +30,7 @@ from privfed import (
 from privfed.errors import RunStopped
 from privfed.grid import Checkpoint
 from privfed.runtime import simulation
-from privfed.runtime.run_folder import RunFolder
+from privfed.runtime.run_folder import RunFolder, RunFolderError
 
 Handler = Callable[[Message, Context], Message]
 
@@ -327,6 +327,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert resumed.rounds == whole.rounds
     assert resumed.result == whole.result
     assert RunFolder.open(folder).status.state == "completed"
+    with pytest.raises(RunFolderError, match="is completed"):
+        run_simulation(rounds(5), client(training), 6, seed=2, run_dir=folder, resume=True)
     with pytest.raises(ValueError, match="seed 2, not 3"):
         run_simulation(rounds(5), client(training), 6, seed=3, run_dir=folder, resume=True)
 

@@ -148,6 +148,20 @@ def test_a_withdrawn_task_is_not_handed_out_and_its_reply_is_dropped(store: Stor
     assert store.expire(EPOCH + 1000) != ids(waiting)
 
 
+def test_an_instruction_sent_again_after_it_was_withdrawn_is_a_task_of_its_own(store: Store) -> None:
+    message = instruction(1)
+    store.push(RUN, [message])
+    lease = leased(store)
+    store.forget(RUN, ids(message))
+    store.push(RUN, [message])
+    assert store.complete(lease.token, reply_to(lease), state(1)) is None
+    assert not store.arrived(RUN, ids(message))
+    again = leased(store)
+    assert again.state == NodeState()
+    assert store.complete(again.token, reply_to(again), None) == message.metadata.message_id
+    assert len(store.pull(RUN, ids(message))) == 1
+
+
 def test_an_unknown_node_is_answered_at_once(store: Store) -> None:
     message = instruction(9)
     assert store.push(RUN, [message]) == ids(message)
