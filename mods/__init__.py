@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from privfed.apps import compose
 
@@ -14,6 +14,12 @@ _HOMES = {
 }
 
 __all__ = ["clip", "compose", "message_size", "secure_aggregation"]
+
+
+if TYPE_CHECKING:
+    from privfed.mods.clipping import clip
+    from privfed.mods.masking import secure_aggregation
+    from privfed.mods.size import message_size
 
 
 def __getattr__(name: str) -> Any:

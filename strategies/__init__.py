@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "Answer": "analytics",
@@ -69,6 +69,27 @@ __all__ = [
     "Updates",
     "rules",
 ]
+
+
+if TYPE_CHECKING:
+    from privfed.strategies import rules
+    from privfed.strategies.analytics import Answer, FedAnalytics
+    from privfed.strategies.centering import CenteredClipping
+    from privfed.strategies.fedavg import FedAvg
+    from privfed.strategies.fedavgm import FedAvgM
+    from privfed.strategies.fedopt import FedAdagrad, FedAdam, FedOpt, FedYogi
+    from privfed.strategies.fedprox import FedProx
+    from privfed.strategies.fltrust import FLTrust
+    from privfed.strategies.grouped import GroupedStage
+    from privfed.strategies.nnm import NearestNeighborMixing
+    from privfed.strategies.qfedavg import QFedAvg
+    from privfed.strategies.result import Result
+    from privfed.strategies.rfa import RFA
+    from privfed.strategies.robust import Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum, RobustStrategy
+    from privfed.strategies.secure import SecureStage
+    from privfed.strategies.stage import PlainStage, Stage
+    from privfed.strategies.strategy import Strategy
+    from privfed.strategies.view import GroupMeans, Sum, Updates
 
 
 def __getattr__(name: str) -> Any:
