@@ -65,6 +65,8 @@ class Policy:
     """What a node refuses, whatever the server asks. The defaults suit tests; deployments raise them.
 
     binding: the only `Session.binding` it joins, H(the model and configuration it was given itself); None: any.
+    corrupt: share of a cohort that may collude with the server; parameters safe only against fewer are refused,
+    whoever chose them. 0 trusts the parameters, which is right where they are the node's own.
     """
 
     min_cohort: int = 2
@@ -74,6 +76,11 @@ class Policy:
     require_active: bool = False
     min_round: int = 0
     binding: bytes | None = None
+    corrupt: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.corrupt < 1:
+            raise ValueError(f"corrupt must be a share of the cohort in [0, 1), got {self.corrupt}")
 
 
 @dataclass(frozen=True, slots=True)
