@@ -109,16 +109,6 @@ class Cumulants:
 
         return self._search(excess)
 
-    def chernoff(self, log_delta: float) -> float:
-        """Return the epsilon that the best order's moment alone proves [BBG+20]."""
-
-        def at(order: float) -> float:
-            room = order * math.log(order) - (1 + order) * math.log1p(order)
-            return (self.at(order)[0] - log_delta + room) / order
-
-        best = math.log(self.order_for_delta(log_delta))
-        return min(at(math.exp(best + 0.1 * k)) for k in range(-10, 11))
-
     def _search(self, function: Callable[[float], float]) -> float:
         low, high = math.log(1e-3), math.log(4.0)
         while function(high) > 0 and high < math.log(_MAX_REACH):

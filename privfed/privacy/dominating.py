@@ -102,6 +102,8 @@ def _pairs(event: ev.Event, relation: str) -> tuple[Pair, Pair] | None:
     if isinstance(event, ev.TruncatedPoisson):
         return _truncated(event, relation)
     if isinstance(event, ev.RandomAllocation):
+        if silent(event.inner):
+            return None
         from privfed.privacy.allocation import allocation_pairs
 
         return allocation_pairs(event, relation)

@@ -36,7 +36,7 @@ class Direction:
     """One ordered side of a composition: parts (pair, count), asked for its epsilon or delta."""
 
     def __init__(self, parts: tuple[Part, ...]) -> None:
-        self.parts = tuple(part for part in parts if part[1])
+        self.parts = _enumerated(tuple(part for part in parts if part[1]))
         self.cumulants = Cumulants(self.parts)
         self._lines: dict[float, Inversion] = {}
 
@@ -54,18 +54,19 @@ class Direction:
     @property
     def single(self) -> bool:
         """Say whether the closed profile of one use answers."""
-        return len(self.parts) == 1 and self.parts[0][1] == 1
+        return len(self.parts) == 1 and self.parts[0][1] == 1 and not hasattr(self.parts[0][0], "below")
 
     def line(self, log_delta: float) -> tuple[Inversion, float, float]:
         """Return an inversion line near this delta (kept for queries nearby), its saddle point and spread."""
-        order = self.cumulants.order_for_delta(log_delta)
+        line = self._line_at(self.cumulants.order_for_delta(log_delta))
+        _, slope, bend = self.cumulants.at(line.order)
+        return line, slope, math.sqrt(bend)
+
+    def _line_at(self, order: float) -> Inversion:
         for known in self._lines:
             if abs(math.log(known / order)) < 0.15:
-                order = known
-        if order not in self._lines:
-            self._lines[order] = invert(self.cumulants, order)
-        _, slope, bend = self.cumulants.at(order)
-        return self._lines[order], slope, math.sqrt(bend)
+                return self._lines[known]
+        return self._lines.setdefault(order, invert(self.cumulants, order))
 
     def estimate_epsilon(self, delta: float) -> tuple[float, bool]:
         """Return epsilon(delta), which may be negative, and whether the inversion resolved it."""
@@ -94,7 +95,7 @@ class Direction:
         if exact is not None:
             found = self._lattice_delta(exact, epsilon)
             return found.estimate, True
-        line = invert(self.cumulants, self.cumulants.order_for_epsilon(epsilon))
+        line = self._line_at(self.cumulants.order_for_epsilon(epsilon))
         delta = math.exp(min(0.0, line.log_delta(epsilon)))
         return self.certain + (1 - self.certain) * delta, line.settled
 
@@ -259,8 +260,30 @@ class Direction:
             cells = lattice.refine(pair, step, low, high, order, moment, share)
             narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
             highs.append((lattice.spread(cells, _certain(pair), order, moment), count))
-            lows.append((lattice.merge(pair, cells, _certain(pair), order, moment), count))
+            below = getattr(pair, "below", pair)
+            if below is not pair:
+                cells = lattice.Cells(step, cells.index, below.masses(cells.edges), cells.offset)
+            lows.append((lattice.merge(below, cells, _certain(below), order, moment), count))
         return highs, lows, narrow
+
+
+def _enumerated(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Return one pair with every outcome of a composition, if those are few; else the parts as they are."""
+    size = 1.0
+    for pair, count in parts:
+        if not isinstance(pair, Atoms) or len(pair.p) > 8 or count > 16:
+            return parts
+        size *= float(len(pair.p)) ** count
+    if not 1 < size <= 4096 or sum(count for _, count in parts) == 1:
+        return parts
+    p, q, log_kept, rounding = np.ones(1), np.ones(1), 0.0, 0.0
+    for pair, count in parts:
+        assert isinstance(pair, Atoms)
+        for _ in range(count):
+            p, q = np.multiply.outer(p, pair.p).ravel(), np.multiply.outer(q, pair.q).ravel()
+            log_kept += math.log1p(-pair.certain)
+            rounding += pair.rounding + 2 * ULP
+    return ((Atoms(p, q, -math.expm1(log_kept), rounding), 1),)
 
 
 def _meet(first: Bracket, second: Bracket | None) -> Bracket:

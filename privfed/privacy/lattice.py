@@ -60,8 +60,9 @@ def spread_parts(cells: Cells) -> tuple[Floats, Floats]:
     """Return the P mass every inner cell sends to its lower and its upper edge."""
     edges = cells.edges
     p, q = cells.masses.p[1:-1], cells.masses.q[1:-1]
-    upper = (p - q * np.exp(edges[:-1])) / -np.expm1(edges[:-1] - edges[1:])
-    upper = np.clip(upper, 0.0, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        upper = (p - q * np.exp(edges[:-1])) / -np.expm1(edges[:-1] - edges[1:])
+    upper = np.clip(np.where(np.isnan(upper), p, upper), 0.0, p)  # an empty width keeps its mass on top
     return p - upper, upper
 
 

@@ -23,7 +23,7 @@ class Plan:
     """The parts of a composition, sorted by what is known about them."""
 
     def __init__(self, counts: Mapping[ev.Event, int], relation: str) -> None:
-        self.relation = relation
+        self.relation, self.counts = relation, dict(counts)
         self.infinite = False
         square = 0.0
         removed: list[Part] = []
@@ -167,10 +167,12 @@ class Plan:
 
     def _coarse(self, delta: float) -> Bound:
         """Return the moment bound where losses are too large for a lattice."""
-        log_delta = math.log(delta)
-        upper = max(0.0, max(direction.cumulants.chernoff(log_delta) for direction in self.directions)) * (1 + 1e-9)
-        estimate = min(upper, max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions)))
-        return Bound(0.0, estimate, upper, "moments: losses leave the range of floats", "Renyi conversion [BBG+20]")
+        total = self.mu**2 / 2 * np.array(rdp.ORDERS)
+        for event, count in self.counts.items():
+            if gaussian_mu(event, self.relation) is None:
+                total = total + count * rdp.divergence(event, rdp.ORDERS, self.relation)
+        upper = rdp.epsilon_of(rdp.ORDERS, total, delta) * (1 + 1e-9)
+        return Bound(0.0, upper, upper, "moments: losses leave the range of floats", "Renyi conversion [BBG+20]")
 
     def _renyi_epsilon(self, delta: float, tol: float) -> Bound:
         orders = np.array(rdp.ORDERS)

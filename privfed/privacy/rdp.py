@@ -15,7 +15,7 @@ from scipy import special
 from privfed.privacy import events as ev
 from privfed.privacy.cumulant import Cumulants
 from privfed.privacy.dominating import gaussian_mu, pairs, silent
-from privfed.privacy.pair import Floats
+from privfed.privacy.pair import Floats, NormalPair
 
 ORDERS: tuple[float, ...] = tuple(
     [1 + x / 10 for x in range(1, 100)] + list(range(11, 65)) + [72, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024]
@@ -128,9 +128,10 @@ def _mixed_gaussians(event: ev.Event, orders: Floats, relation: str) -> Floats |
 
 
 def sampled_gaussian(rate: float, mu: float, order: float) -> float:
-    """Return the divergence of the Poisson-sampled Gaussian [MTZ19, Sec 3.3]; between integers, interpolate.
+    """Return the divergence of the Poisson-sampled Gaussian [MTZ19, Sec 3.3]; between integers, integrate.
 
-    (a - 1) times the divergence is convex in a, so the chord between integer orders lies above it.
+    Where densities would underflow, interpolate: (a - 1) times the divergence is convex in a, so the chord between
+    integer orders lies above it.
     """
     if rate == 0 or mu == 0:
         return 0.0
@@ -142,6 +143,9 @@ def sampled_gaussian(rate: float, mu: float, order: float) -> float:
     below = _log_moment(rate, mu, low)
     if low == order:
         return below / (order - 1)
+    if mu * (order + 1) <= _NEAR:
+        log_moment = Cumulants(((NormalPair(mu, rate), 1),)).at(order - 1)[0]
+        return max(0.0, log_moment) / (order - 1)
     above = _log_moment(rate, mu, low + 1)
     return ((low + 1 - order) * below + (order - low) * above) / (order - 1)
 

@@ -93,23 +93,26 @@ def gaussian_curve(mu: float, alpha: float) -> float:
     return float(special.ndtr(special.ndtri(1 - alpha) - mu))
 
 
-def gdp_mu(accountant: Accountant, fpr_range: tuple[float, float] = (0.0, 1.0), points: int = 200) -> float:
+def gdp_mu(accountant: Accountant, fpr_range: tuple[float, float] = (0.0, 1.0), points: int = 20_000) -> float:
     """Return the least mu whose curve lies below the accountant's at false-positive rates in the range.
 
     By default the range is everything that floats resolve; a mechanism whose curve starts at 0 at once has no finite
-    mu there, so give a range for pure differential privacy. Computed on `points` rates; an estimate.
+    mu there, so give a range for pure differential privacy. An estimate, on `points` rates.
     """
+    import numpy as np
     from scipy import special
 
     low, high = max(fpr_range[0], 1e-12), min(fpr_range[1], 1 - 1e-12)
     if not 0 < low < high < 1:
         raise ValueError(f"fpr_range: must be an interval inside [0, 1], not {fpr_range}")
-    worst = 0.0
-    for k in range(points + 1):
-        t = k / points
-        alpha = float(special.ndtr((1 - t) * special.ndtri(low) + t * special.ndtri(high)))
-        beta = accountant.tradeoff(alpha).estimate
-        if beta <= 0:
-            return math.inf
-        worst = max(worst, float(special.ndtri(1 - alpha) - special.ndtri(beta)))
-    return worst
+    plan = accountant._planned()
+    reach = max(1.0, min(accountant.estimate(1e-12), 600.0))
+    losses = np.linspace(-reach, reach, 1501)
+    caught = 1 - np.array([plan.rough_delta(float(x)) for x in losses])
+    alpha = special.ndtr(np.linspace(special.ndtri(low), special.ndtri(high), points))
+    beta = np.zeros(points)
+    for x, kept in zip(losses, caught, strict=True):
+        np.maximum(beta, kept - math.exp(x) * alpha, out=beta)
+    if (beta <= 0).any():
+        return math.inf
+    return max(0.0, float((special.ndtri(1 - alpha) - special.ndtri(beta)).max()))
