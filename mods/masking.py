@@ -182,7 +182,7 @@ class _Session:
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
         if not 0 <= stage.stage < len(protocol.stages):
             raise SessionOutOfOrder(f"{stage.protocol} has no stage {stage.stage}")
-        known = identity(self._context) if callable(identity) else identity
+        known = identity(self._context) if callable(identity) else identity or self._context.identity()
         client = protocol.client(self._context.node_id, identity=known, policy=policy)
         try:
             after, reply = client.step(kept, stage.request, self._source)

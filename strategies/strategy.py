@@ -16,6 +16,7 @@ from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.metric import MetricsFunction, average_metrics
 from privfed.strategies.result import Result
+from privfed.strategies.resume import START, Resumption
 from privfed.strategies.stage import PlainStage, Stage
 from privfed.strategies.view import Float64s, GroupMeans, Outcome, Sum, Unreleased, Updates, View
 from privfed.update import PLAN, RESERVED, split
@@ -41,6 +42,7 @@ class _Run:
     evaluate_config: ConfigRecord
     evaluate_fn: EvaluateFunction | None
     release: Release | None
+    resumption: Resumption
     initial: MetricRecord | None = None
     rounds: list[dict[str, object]] = field(default_factory=list)
 
@@ -142,6 +144,7 @@ class Strategy:
         for name, array in initial_arrays.items():
             if array.dtype == "bool":
                 raise ValueError(f"initial_arrays[{name!r}] is bool, which has no mean: use uint8")
+        resumption = Resumption(grid.recorder)
         run = _Run(
             grid,
             initial_arrays,
@@ -149,7 +152,8 @@ class Strategy:
             train_config if train_config is not None else ConfigRecord(),
             evaluate_config if evaluate_config is not None else ConfigRecord(),
             evaluate_fn,
-            self._release(grid, initial_arrays, num_rounds, timeout),
+            self._release(grid, initial_arrays, num_rounds, timeout, resumption.checkpoint),
+            resumption,
         )
         try:
             first = self._restore(run)
@@ -193,12 +197,13 @@ class Strategy:
                 "and evaluate on the server with evaluate_fn"
             )
 
-    def _release(self, grid: Grid, model: ArrayRecord, num_rounds: int, timeout: float) -> Release | None:
+    def _release(
+        self, grid: Grid, model: ArrayRecord, num_rounds: int, timeout: float, checkpoint: Checkpoint | None
+    ) -> Release | None:
         if self.privacy is None:
             return None
         from privfed.strategies.release import Release
 
-        checkpoint = grid.recorder.restore()
         kept = checkpoint.state.get(PLAN) if checkpoint is not None else None
         if isinstance(kept, ConfigRecord):
             population = int(str(kept["population"]))
@@ -208,7 +213,7 @@ class Strategy:
 
     def _restore(self, run: _Run) -> int:
         """Take up the last committed round; return the number of the next."""
-        checkpoint = run.grid.recorder.restore()
+        checkpoint = run.resumption.checkpoint
         if checkpoint is None:
             self.load(RecordDict())
             run.initial = run.evaluate_fn(0, run.arrays) if run.evaluate_fn is not None else None
@@ -219,6 +224,7 @@ class Strategy:
             run.initial = MetricRecord(dict(state.metric_records[_ROUND_0]))
             del state[_ROUND_0]
         state.pop(PLAN, None)
+        state.pop(START, None)
         self.load(state)
         run.arrays = checkpoint.arrays
         run.rounds = [dict(metrics) for metrics in checkpoint.metrics]
@@ -226,6 +232,7 @@ class Strategy:
 
     def _state(self, run: _Run) -> RecordDict:
         state = self.save()
+        run.resumption.mark(state)
         if run.initial is not None:
             state[_ROUND_0] = run.initial
         if run.release is not None:

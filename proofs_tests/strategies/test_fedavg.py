@@ -280,6 +280,19 @@ def test_resume_continues_bit_identically() -> None:
     assert set(whole.evaluate_metrics_serverapp) == set(range(7))
 
 
+def test_each_start_of_a_run_begins_anew_and_only_the_one_that_was_cut_off_resumes() -> None:
+    app = app_of(lambda m, node: content(m.content.array_records["arrays"].map(lambda x: x + 1.0)))
+    grid = LocalGrid(app, 2)
+    recorder = grid.recorder
+    assert isinstance(recorder, MemoryRecorder)
+    for start in (5.0, 7.0):
+        result = FedAvg(fraction_evaluate=0).start(grid, ArrayRecord([np.full(1, start)]), 2)
+        assert result.arrays == ArrayRecord([np.full(1, start + 2)])
+    again = LocalGrid(app, 2, recorder=MemoryRecorder(recorder.checkpoint))
+    with pytest.raises(RunFailed, match="cut off in start 2"):
+        FedAvg(fraction_evaluate=0).start(again, ArrayRecord([np.full(1, 5.0)]), 2)
+
+
 def test_a_finished_run_is_returned_as_it_was() -> None:
     checkpoint = Checkpoint(3, ArrayRecord([np.full(1, 5.0)]))
     grid = LocalGrid(

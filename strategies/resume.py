@@ -1,0 +1,41 @@
+"""What a start of a strategy may take up: the last round that this very start committed, in an earlier process."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from privfed.errors import RunFailed
+from privfed.grid import Checkpoint, Recorder
+from privfed.record import ConfigRecord, RecordDict
+
+START = "privfed.start"
+_starts: WeakKeyDictionary[Recorder, int] = WeakKeyDictionary()
+
+
+class Resumption:
+    """The n-th start of a strategy in a run; each start of a run begins anew, unless it is the one that was cut off.
+
+    checkpoint: what to go on from, or None. Raises RunFailed when a later start than this one was cut off: what this
+    one returned is not kept, so the run cannot be taken up.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.number = _starts.get(recorder, 0) + 1
+        _starts[recorder] = self.number
+        found = recorder.restore()
+        number = _number(found) if found is not None else 0
+        if number > self.number:
+            raise RunFailed(
+                f"the run was cut off in start {number} of a strategy, and only a run's first start can be resumed: "
+                "run it again from the beginning"
+            )
+        self.checkpoint: Checkpoint | None = found if number == self.number else None
+
+    def mark(self, state: RecordDict) -> None:
+        """Note in a checkpoint's state which start it belongs to."""
+        state[START] = ConfigRecord({"number": self.number})
+
+
+def _number(checkpoint: Checkpoint) -> int:
+    record = checkpoint.state.get(START)
+    return int(str(record["number"])) if isinstance(record, ConfigRecord) else 1
