@@ -228,9 +228,12 @@ def _close_distances(matrix: Matrix, group: NDArray[np.intp], D: Square, depth: 
 def _mixed_gram(matrix: Mixed) -> Gram:
     """Return the Gram of rows W X from that of X: W G W', without a look at the mixed rows."""
     assert matrix.source is not None
-    below = gram(matrix.source) if matrix.known is None else matrix.known
+    known = matrix.known
+    if known is None:
+        below = gram(matrix.source)
+        known = below.origin, below.inner
     W = matrix.weights
-    origin, inner = _congruent(W, below.origin), _congruent(W, below.inner)
+    origin, inner = _congruent(W, known[0]), _congruent(W, known[1])
     D = distances(inner)
     middle = medoid(D)
     return Gram(origin, D, middle, recentre(inner, middle))

@@ -124,7 +124,7 @@ class Mixed(Matrix):
     source: Matrix | None = None
     weights: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     origin: int | Floats | None = None
-    known: Any = None  # the Gram of the source, where it was needed to find W
+    known: Any = None  # inner products of the source (about its origin, its medoid), where W came of them
 
     @property
     def direct(self) -> bool:

@@ -89,8 +89,9 @@ def geometric_median_weights(G: Square | Gram, *, tolerance: float = CONVERGED, 
     if not away.any():
         return _unit(n, best)
     toward = np.where(away, 1.0 / np.where(away, root[best], 1.0), 0.0)
-    moved = inner - inner[:, [best]] - inner[[best], :] + inner[best, best]
-    pull2 = max(float(toward @ moved @ toward), 0.0)
+    total = toward.sum()
+    about = inner @ toward - inner[:, best] * total - inner[best] @ toward + inner[best, best] * total
+    pull2 = max(float(toward @ about), 0.0)
     ties = n - int(away.sum())
     if pull2 <= ties**2:
         return _unit(n, best)

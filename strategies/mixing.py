@@ -16,7 +16,7 @@ from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, gr
 from privfed.strategies.guard import Screened, Tainted, count, require_majority, screen
 from privfed.strategies.matrix import Floats, Matrix, as_matrix, dense, mixed
 
-Plan: TypeAlias = Callable[[Matrix, int], tuple[Square | Vector, int | Floats | None, Gram | None]]
+Plan: TypeAlias = Callable[[Matrix, int], tuple[Square | Vector, int | Floats | None, tuple[Square, Square] | None]]
 
 
 def neighbor_weights(G: Square | Gram, f: int) -> Square:
@@ -55,10 +55,10 @@ def nearest_neighbor_mixing(X: Any, f: int, *, center: Any = None) -> Any:
 def lazy_mixing(X: Any, f: int, *, center: Any = None) -> Screened:
     """Return the rows of nearest_neighbor_mixing unmade: for any rule, in place of X."""
 
-    def plan(rows: Matrix, f: int) -> tuple[Square, int, Gram]:
+    def plan(rows: Matrix, f: int) -> tuple[Square, int, tuple[Square, Square]]:
         require_majority("nearest_neighbor_mixing", rows.count, f)
         G = gram(rows, center_of(rows, center))
-        return neighbor_weights(G, f), G.medoid, G
+        return neighbor_weights(G, f), G.medoid, (G.origin, G.inner)
 
     return _lazy(X, f, plan)
 

@@ -23,7 +23,7 @@ def honest_rows(seed: int, n: int = 9, d: int = 12) -> Any:
 
 
 @given(seed=st.integers(0, 10**6), direction=st.sampled_from(["deviation", "unit", "sign"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_min_max_and_min_sum_go_exactly_to_their_bound(seed: int, direction: str) -> None:
     X = honest_rows(seed)
     D = ((X[:, None] - X[None]) ** 2).sum(axis=2)

@@ -14,7 +14,7 @@ from privfed.strategies import rules
 from privfed.strategies.diameter import smallest_diameter
 from privfed.strategies.network import NETWORK_ROWS, comparators
 
-FAST = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FAST = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 NAMES = sorted(rules.LAWS)
 
 
@@ -23,7 +23,8 @@ def sample(seed: int, n: int, d: int = 6) -> Any:
 
 
 def rows_for(name: str, seed: int, f: int) -> Any:
-    return sample(seed, rules.LAWS[name].least(f) + seed % 3)
+    least = max(rules.LAWS[name].least(f), 9)
+    return sample(seed, least // 2 * 2 + 1 + 2 * (seed % 2))  # odd, and not few: else ties are natural
 
 
 def named(flag: str) -> list[str]:
@@ -52,7 +53,7 @@ def test_scale_carries_over(name: str, seed: int, f: int, c: float) -> None:
 @given(seed=st.integers(0, 10**6), f=st.integers(0, 2))
 def test_the_order_of_rows_does_not_matter(name: str, seed: int, f: int) -> None:
     law = rules.LAWS[name]
-    X = sample(seed, max(law.least(f), 9) // 2 * 2 + 1 + 2 * (seed % 2))  # odd, and not few: else ties are natural
+    X = rows_for(name, seed, f)
     shuffled = X[np.random.default_rng(seed + 1).permutation(len(X))]
     if name == "fltrust":  # its server row comes first
         shuffled = np.vstack([X[:1], X[1:][::-1]])
@@ -98,7 +99,7 @@ def adversarial(seed: int, n: int, f: int, d: int) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if rules.LAWS[name].kappa])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**9),
     shape=st.sampled_from([(5, 1, 3), (7, 2, 2), (9, 3, 4), (11, 5, 1), (11, 5, 5), (4, 0, 3)]),
@@ -254,7 +255,7 @@ ORACLES = {
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**9), n=st.integers(11, 14), f=st.integers(0, 2), single=st.booleans())
 def test_a_rule_equals_its_plain_form(name: str, seed: int, n: int, f: int, single: bool) -> None:
     X = sample(seed, n, 7).astype(np.float32 if single else np.float64)
@@ -287,7 +288,7 @@ def test_networks_sort_by_the_zero_one_principle(n: int) -> None:
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_geometric_median_is_converged(seed: int) -> None:
     X = sample(seed, 9, 5)
     z = rules.geometric_median(X)
