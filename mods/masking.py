@@ -27,6 +27,7 @@ STATE = "secure_aggregation"
 KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot")
 KINDS = ("train", "evaluate", "query")
 _SLACK = 1 + 2.0**-30
+_MARK_BYTES = 16
 
 Identities = Identity | Callable[[Context], Identity | None] | None
 Makers = Mapping[str, Callable[..., Protocol]]
@@ -46,6 +47,10 @@ class SessionOutOfOrder(Refused):
 
 class BindingMismatch(Refused):
     """The model or configuration is not the one the session was opened for."""
+
+
+class SumAlreadyOpened(Refused):
+    """This node helped to open a sum over this very model and action: two sums differ by somebody's input."""
 
 
 class UpdateNotClipped(Refused):
@@ -124,13 +129,15 @@ def secure_aggregation(
     """Let updates, weights and metrics leave this node only masked; make it the outermost mod.
 
     policy: what this node refuses, whatever the server asks. identity: its long-term key for active security, or a
-    function of the context. protocols: name -> class, the protocols it takes part in (default: those of
+    function of the context; None takes the one the runtime gives the node (a simulation makes one for each). protocols: name -> class, the protocols it takes part in (default: those of
     `privfed.protocols`). kinds: the messages that are protected; one in the clear is refused, it gets no reply but an
     error. Messages of other kinds pass.
 
     The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit
     the model, the public ranges of the layout and the plan's clip. The session's state lives in the node's context; an
-    identical redelivery gets the same bytes, another request of the same stage is refused.
+    identical redelivery gets the same bytes, another request of the same stage is refused. A node helps to open one sum
+    for each model and action of a run (for a query: for each question), so that two sums over cohorts that differ by a
+    node are never both opened; a session that failed before its last stage may be tried again.
     """
     rules = policy if policy is not None else Policy()
     unknown = sorted(set(kinds) - set(KINDS))
@@ -164,6 +171,7 @@ class _Session:
         self._message, self._context, self._call_next = message, context, call_next
         self._stage = _Stage.read(message.content)
         self._state = context.mod_state(STATE)
+        self._mark = b""
 
     def answer(self, policy: Policy, identity: Identities, protocols: Makers | None) -> Message:
         """Answer the stage once, or again with the same bytes."""
@@ -174,6 +182,8 @@ class _Session:
             if last["digest"] == stage.digest:
                 return self._reply()
             kept = self._continue(last)
+            if kept:
+                self._mark = bytes(last["mark"]) if isinstance(last["mark"], bytes) else b""
         elif stage.stage != 0:
             raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
         if stage.stage == 0:
@@ -196,7 +206,10 @@ class _Session:
             "digest": stage.digest,
             "facts": stage.facts,
             "kept": b"" if over else bytes(after),
+            "mark": self._mark,
         }
+        if over:
+            self._state["opened"] = ConfigRecord({"marks": self._opened() + self._mark})
         self._state["session"] = ConfigRecord(remembered)
         view = memoryview(reply).cast("B")
         self._state["reply"] = ArrayRecord({BUFFER: Array("uint8", (view.nbytes,), "raw", view)})
@@ -216,6 +229,26 @@ class _Session:
             raise SessionOutOfOrder(f"session {number} is over")
         return kept
 
+    def _opened(self) -> bytes:
+        """Return the marks of the sums this node helped to open in this run, one after the other."""
+        record = self._state.get("opened")
+        marks = record["marks"] if isinstance(record, ConfigRecord) else b""
+        assert isinstance(marks, bytes)
+        return marks
+
+    def _open_once(self, kind: str, inner: RecordDict) -> None:
+        """Refuse the input for a model and action whose sum was opened. A query's question is all of its content."""
+        stage, state = self._stage, hashlib.sha256(b"privfed opened v1\0" + kind.encode() + b"\0")
+        if kind.partition(".")[0] == "query":
+            state.update(stage.binding)
+        else:
+            for name, array in arrays_of(inner, stage.arrays_key).items():
+                state.update(name.encode() + b"\0" + array.digest)
+        self._mark = state.digest()[:_MARK_BYTES]
+        opened = self._opened()
+        if self._mark in {opened[at : at + _MARK_BYTES] for at in range(0, len(opened), _MARK_BYTES)}:
+            raise SumAlreadyOpened(f"a {kind} sum over this model was opened in this run")
+
     def _reply(self) -> Message:
         record = self._state["reply"]
         return Message(RecordDict({REPLY: record}), reply_to=self._message)
@@ -229,6 +262,7 @@ class _Session:
         if bind(message.content, stage.layout, kind) != stage.binding:
             raise BindingMismatch("the model or configuration differs from what the session was opened for")
         inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
+        self._open_once(kind, inner)
         reply = self._call_next(message.with_content(inner), self._context)
         if reply.has_error():
             raise _Failed(reply.error)

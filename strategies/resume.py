@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from privfed.errors import RunFailed
 from privfed.grid import Checkpoint, Recorder
 from privfed.record import ConfigRecord, RecordDict
 
 START = "privfed.start"
-_starts: WeakKeyDictionary[Recorder, int] = WeakKeyDictionary()
+_starts: dict[int, int] = {}
+_alive: dict[int, ref[Recorder]] = {}
+
+
+def _count(recorder: Recorder) -> int:
+    """Return which start on this very recorder this is; it is forgotten with the recorder, which need not hash."""
+    key = id(recorder)
+    if key not in _alive:
+
+        def forget(_: ref[Recorder]) -> None:
+            _alive.pop(key, None)
+            _starts.pop(key, None)
+
+        _alive[key] = ref(recorder, forget)
+    _starts[key] = _starts.get(key, 0) + 1
+    return _starts[key]
 
 
 class Resumption:
@@ -20,8 +35,7 @@ class Resumption:
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        self.number = _starts.get(recorder, 0) + 1
-        _starts[recorder] = self.number
+        self.number = _count(recorder)
         found = recorder.restore()
         number = _number(found) if found is not None else 0
         if number > self.number:
