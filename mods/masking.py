@@ -129,8 +129,9 @@ def secure_aggregation(
     """Let updates, weights and metrics leave this node only masked; make it the outermost mod.
 
     policy: what this node refuses, whatever the server asks. identity: its long-term key for active security, or a
-    function of the context; None takes the one the runtime gives the node (a simulation makes one for each). protocols: name -> class, the protocols it takes part in (default: those of
-    `privfed.protocols`). kinds: the messages that are protected; one in the clear is refused, it gets no reply but an
+    function of the context; None takes the one the runtime gives the node (a simulation makes one for each).
+    protocols: name -> class, the protocols it takes part in (default: those of `privfed.protocols`). kinds: the
+    messages that are protected; one in the clear is refused, it gets no reply but an
     error. Messages of other kinds pass.
 
     The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from privfed.protocols.session import Identity
 from privfed.record import RecordDict
 
 UserConfigValue = bool | float | int | str
@@ -20,7 +21,7 @@ class Context:
 
     state: records kept between messages of one run on one node; committed with the reply, lost with a failed one.
     run_config: the run's settings. node_config: the node's own ("partition-id", "num-partitions" in a simulation).
-    seed: the run's seed, or None; see `rng`.
+    seed: the run's seed, or None; see `rng`. identify: returns the node's identity, where the runtime has one.
     """
 
     run_id: int = 0
@@ -30,10 +31,15 @@ class Context:
     run_config: UserConfig = field(default_factory=dict)
     seed: int | None = None
     mod_states: dict[str, RecordDict] = field(default_factory=dict, repr=False)
+    identify: Callable[[], Identity | None] | None = field(default=None, repr=False)
 
     def mod_state(self, name: str) -> RecordDict:
         """Return the records that the mod `name` keeps, apart from the app's own state."""
         return self.mod_states.setdefault(name, RecordDict())
+
+    def identity(self) -> Identity | None:
+        """Return the node's signing key and the roster it trusts, or None when the runtime gives it none."""
+        return self.identify() if self.identify is not None else None
 
     def rng(self, *labels: int | str) -> np.random.Generator:
         """Return a generator for data, initialisation and training; never for a mask or a noise.

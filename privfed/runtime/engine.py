@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from privfed.apps import CallNext
 from privfed.context import Context, UserConfig
 from privfed.grid import answer
 from privfed.message import SERVER_NODE_ID, Error, ErrorCode, Message
+from privfed.protocols.session import Identity
 from privfed.runtime.store import Lease, NodeState
 from privfed.runtime.transport import Transport
 
@@ -24,11 +26,12 @@ Log = Callable[[Message, BaseException], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What every node of a run is given: its own configuration by node id, the settings, and the seed."""
+    """What every node of a run is given: its own configuration and identity by node id, the settings, and the seed."""
 
     node_config: Callable[[int], UserConfig]
     run_config: UserConfig = field(default_factory=dict)
     seed: int | None = None
+    identity: Callable[[int], Identity | None] = lambda node_id: None
 
 
 def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tuple[Message, NodeState | None]:
@@ -49,6 +52,7 @@ def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tu
         run_config=dict(assignment.run_config),
         seed=assignment.seed,
         mod_states=lease.state.mods,
+        identify=functools.partial(assignment.identity, node_id),
     )
     try:
         reply = answer(app, message.with_content(message.content.copy()), context, told)

@@ -19,6 +19,7 @@ from privfed.grid import Checkpoint, Grid, MemoryRecorder
 from privfed.message import SERVER_NODE_ID, Message
 from privfed.record import ArrayRecord
 from privfed.runtime.engine import ENGINES, Assignment, ThreadEngine, execute
+from privfed.runtime.identity import SimulatedIdentities
 from privfed.runtime.link import Link, LinkGrid, Traffic
 from privfed.runtime.run_folder import Listener, RunFolder
 from privfed.runtime.store import NodeState, StoreError
@@ -97,7 +98,8 @@ def run_simulation(
     settings = check_user_config(run_config or {}, "run_config")
     asked: dict[str, Any] = {"run-config": settings, "nodes": num_nodes, "seed": seed}
     recorder = _recorder(run_dir, resume, asked, insecure_test_randomness, on_event)
-    assignment = Assignment(_node_configs(num_nodes, node_config), settings, seed)
+    identities = SimulatedIdentities(range(1, num_nodes + 1))
+    assignment = Assignment(_node_configs(num_nodes, node_config), settings, seed, identities)
     run = _Run(num_nodes, assignment, recorder)
     return run.execute(server_app, client_app, min(num_nodes, threads or os.cpu_count() or 1))
 
