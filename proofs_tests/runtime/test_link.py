@@ -22,6 +22,7 @@ from privfed import (
     ClientApp,
     ConfigRecord,
     Context,
+    ErrorCode,
     Message,
     MetricRecord,
     RecordDict,
@@ -32,7 +33,7 @@ from privfed.runtime.link import Link, LinkGrid
 from privfed.runtime.run_folder import RunFolder
 from privfed.runtime.store import Lease, NodeState, StoreError
 from privfed.runtime.transport import MemoryTransport
-from proofs_tests.runtime.store_case import RUN, STORES, ids, instruction
+from proofs_tests.runtime.store_case import EPOCH, RUN, STORES, ids, instruction
 
 
 @pytest.fixture(params=sorted(STORES))
@@ -133,6 +134,21 @@ def test_a_wait_wakes_when_its_message_expires(link: Link) -> None:
     assert link.wait(RUN, ids(message), 60)
     assert 0.1 < time.monotonic() - started < 5
     assert link.pull(RUN, ids(message))[0].has_error()
+
+
+@pytest.mark.parametrize("name", sorted(STORES))
+def test_a_reply_past_its_time_does_not_count_even_when_nobody_has_looked(name: str, tmp_path: Path) -> None:
+    clock = [EPOCH]
+    link = Link(STORES[name](tmp_path), clock=lambda: clock[0])
+    link.create_run(RUN, [1])
+    link.set_run_state(RUN, "running")
+    message = instruction(1, ttl=10)
+    link.push(RUN, [message])
+    lease = link.lease(5)
+    assert lease is not None
+    clock[0] += 10
+    assert not link.complete(lease, Message(RecordDict(), reply_to=message), NodeState())
+    assert link.pull(RUN, ids(message))[0].error.code == ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def test_workers_that_vanish_or_dawdle_lose_nothing_and_double_nothing(tmp_path: Path) -> None:

@@ -118,10 +118,11 @@ def test_an_overdue_task_is_answered_with_an_error_whether_out_or_not(store: Sto
     (reply,) = store.pull(RUN, ids(message))
     assert reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
     assert reply.metadata.reply_to_message_id == message.metadata.message_id
+    # The node does not wait for a worker whose task is over.
+    assert leased(store, EPOCH + 10).message.metadata.message_id == later.metadata.message_id
     if lease is not None:
         assert store.complete(lease.token, reply_to(lease), state(1)) is None
         assert store.state(RUN, 1) == NodeState()
-    assert leased(store, EPOCH + 10).message.metadata.message_id == later.metadata.message_id
 
 
 def test_an_overdue_task_is_not_handed_out_even_before_it_is_answered(store: Store) -> None:
@@ -145,7 +146,24 @@ def test_a_withdrawn_task_is_not_handed_out_and_its_reply_is_dropped(store: Stor
     assert leased(store).message.content == instruction(2, mark=8).content
     assert store.state(RUN, 2) == NodeState()
     assert store.pull(RUN, ids(waiting, out, done)) == []
-    assert store.expire(EPOCH + 1000) != ids(waiting)
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_a_withdrawn_task_is_not_answered_when_it_is_overdue_and_its_node_is_free_when_its_lease_is(
+    store: Store, out: bool
+) -> None:
+    message = instruction(1, ttl=10)
+    store.push(RUN, [message])
+    if out:
+        leased(store, seconds=20)
+    store.forget(RUN, ids(message))
+    assert store.expire(EPOCH + 15) == []
+    assert store.pull(RUN, ids(message)) == []
+    store.push(RUN, [instruction(1, mark=4)])
+    assert (store.lease(EPOCH + 15, 50) is None) == out
+    assert store.expire(EPOCH + 20) == []
+    if out:
+        assert leased(store, EPOCH + 20).message.content == instruction(1, mark=4).content
 
 
 def test_an_instruction_sent_again_after_it_was_withdrawn_is_a_task_of_its_own(store: Store) -> None:
@@ -283,6 +301,21 @@ def test_sqlite_keeps_one_model_sent_to_many_nodes_once_and_drops_it_with_its_la
     store.set_run_state(RUN, "completed")
     store.runs()  # files go in the transaction after the one that dropped their last use
     assert files(tmp_path) == []
+    store.close()
+
+
+def test_sqlite_drops_the_arrays_of_a_state_that_is_replaced(tmp_path: Path) -> None:
+    store = SqlStore(tmp_path)
+    running(store)
+    for mark in (1, 2, 2):
+        store.put_states(RUN, {1: NodeState(RecordDict({"a": weights(mark)}))})
+        store.runs()
+        assert len(files(tmp_path)) == 1
+        assert store.states(RUN) == {1: NodeState(RecordDict({"a": weights(mark)}))}
+    store.put_states(RUN, {1: NodeState()})
+    store.runs()
+    assert files(tmp_path) == []
+    assert store.states(RUN) == {}
     store.close()
 
 
