@@ -6,8 +6,9 @@ Vectors are little-endian, packed to exactly `bits` bits an entry; unused bits o
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from operator import lt
 from typing import TypeVar
 
 import numpy as np
@@ -87,15 +88,18 @@ class Reader:
 
     def nodes(self) -> tuple[int, ...]:
         """Read ids, distinct and ascending from 1."""
-        found = tuple(self.number(8) for _ in range(self._count(8)))
+        count = self._count(8)
+        found = struct.unpack(f">{count}Q", self.take(8 * count))
         _ascending(found)
         return found
 
     def table(self, size: int) -> dict[int, memoryview]:
         """Read rows of a node and `size` bytes, nodes ascending."""
-        rows = [(self.number(8), self.take(size)) for _ in range(self._count(8 + size))]
-        _ascending([node for node, _ in rows])
-        return dict(rows)
+        count, width = self._count(8 + size), 8 + size
+        block = self.take(count * width)
+        nodes = [node for (node,) in struct.iter_unpack(f">Q{size}x", block)]
+        _ascending(nodes)
+        return {node: block[at + 8 : at + width] for node, at in zip(nodes, range(0, len(block), width), strict=True)}
 
     def _count(self, size: int) -> int:
         count = self.number(4)
@@ -109,7 +113,7 @@ class Reader:
 
 
 def _ascending(nodes: Sequence[int]) -> None:
-    if any(left >= right for left, right in pairwise((0, *nodes))) or (nodes and nodes[-1] > MAX_NODE):
+    if nodes and (nodes[0] < 1 or nodes[-1] > MAX_NODE or not all(map(lt, nodes, nodes[1:]))):
         raise DecodeError("node ids must be distinct, ascending and between 1 and 2^63 - 1")
 
 

@@ -22,6 +22,13 @@ TAG_BYTES = 16
 # Each sealing key seals one text: it is derived from both nodes' ephemeral keys, their direction and the transcript.
 _NONCE = bytes(12)
 
+_FIELD = (1 << 255) - 19
+_ORDER_8 = (
+    0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
+    0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
+)
+_LOW_ORDER = frozenset({0, 1, *_ORDER_8, _FIELD - 1, _FIELD, _FIELD + 1})
+
 
 def derive(secret: bytes, label: bytes, context: bytes, size: int = 32) -> bytes:
     """Return bytes for one purpose: HKDF-SHA256, info = label and context (a digest and ids) [RFC5869]."""
@@ -52,10 +59,21 @@ def exchange_public(secret_key: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret_key).public_key().public_bytes_raw()
 
 
-def agree(secret_key: bytes, peer: int, public_key: bytes, culprit: int | None = None) -> bytes:
+def load(secret_key: bytes) -> X25519PrivateKey:
+    """Return a key for many agreements: loading costs as much as agreeing."""
+    return X25519PrivateKey.from_private_bytes(secret_key)
+
+
+def is_low_order(public_key: bytes) -> bool:
+    """Return whether an X25519 public key is one of the seven that make every shared secret zero [RFC7748]."""
+    return int.from_bytes(public_key, "little") & ((1 << 255) - 1) in _LOW_ORDER
+
+
+def agree(secret_key: bytes | X25519PrivateKey, peer: int, public_key: bytes, culprit: int | None = None) -> bytes:
     """Return the X25519 shared secret. Raises RemoteError "low-order-key" for a point that makes it predictable."""
+    own = load(secret_key) if isinstance(secret_key, bytes) else secret_key
     try:
-        return X25519PrivateKey.from_private_bytes(secret_key).exchange(X25519PublicKey.from_public_bytes(public_key))
+        return own.exchange(X25519PublicKey.from_public_bytes(public_key))
     except ValueError:
         who = (peer,) if culprit is None else (culprit,)
         raise RemoteError("low-order-key", who, f"the key of node {peer} is a point of low order") from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privfed.protocols import keys
 from privfed.protocols.codec import Reader, decode, encode_vector, node_list
@@ -40,7 +41,7 @@ from privfed.protocols.shamir import SHARE_BYTES, decode_share, encode_share, sp
 _KINDS = {name: kind for kind, name in STAGE_NAMES.items()}
 
 
-def pair_seed(mask_secret: bytes, peer: int, peer_key: bytes, node: int, view: bytes, culprit: int) -> bytes:
+def pair_seed(mask_secret: X25519PrivateKey, peer: int, peer_key: bytes, node: int, view: bytes, culprit: int) -> bytes:
     """Return the seed of the mask that two nodes share; both ends, and the server after a drop, get the same."""
     shared = keys.agree(mask_secret, peer, peer_key, culprit)
     return keys.derive(shared, b"pair mask", view + keys.node_bytes(*sorted((node, peer))), SEED_BYTES)
@@ -103,7 +104,7 @@ class SecAggClient:
             after, reply = self._answer(state, int(kind), request, source)
         except DecodeError as fault:
             raise refuse("malformed", str(fault)) from None
-        return replace(after, stage=int(kind), request=mark, reply=bytes(reply)).encode(), reply
+        return replace(after, stage=int(kind), request=mark, reply=reply).encode(), reply
 
     def _answer(self, state: Kept | None, kind: int, request: Buffer, source: Source) -> tuple[Kept, Buffer]:
         if state is None:
@@ -204,13 +205,14 @@ class SecAggClient:
         if len(mine) < terms.threshold:
             # Too few of the chosen ones are there: this node shares nothing, so that the server leaves it out.
             return replace(state, seed=seed, view=bytes(request)), head(SHARE, bound) + encode_sealed(sealed)
+        sealing = keys.load(seal)
         shares = split([mask, own], [terms.point(holder) for holder in mine], terms.threshold, self._random)
         for holder, share in zip(mine, shares, strict=True):
             text = encode_share(share.reshape(-1))
             if holder == self._node:
                 inbox[holder] = text
                 continue
-            channel = keys.Channel(keys.agree(seal, holder, rows[holder].seal_key), view)
+            channel = keys.Channel(keys.agree(sealing, holder, rows[holder].seal_key), view)
             sealed[holder] = channel.seal(self._node, holder, text)
         kept = replace(state, seed=seed, view=bytes(request), inbox=inbox)
         return kept, head(SHARE, bound) + encode_sealed(sealed)
@@ -249,9 +251,10 @@ class SecAggClient:
         view = keys.digest(b"secagg view", bound, state.view)
         self._check_neighbours(state, terms, rows, live, sealed)
         seal, mask, own = self._secrets(state.root, terms)
+        sealing, masking = keys.load(seal), keys.load(mask)
         inbox = dict(state.inbox)
         for sender, text in sealed.items():
-            channel = keys.Channel(keys.agree(seal, sender, rows[sender].seal_key), view)
+            channel = keys.Channel(keys.agree(sealing, sender, rows[sender].seal_key), view)
             share = channel.open(sender, self._node, text)
             if decode_share(share, 2) is None:
                 raise RemoteError("bad-share", (sender,), "a share with an entry outside the field")
@@ -261,7 +264,7 @@ class SecAggClient:
         plus: list[bytes] = [self_seed(own, self._node, view)]
         minus: list[bytes] = []
         for peer in edges:
-            seed = pair_seed(mask, peer, rows[peer].mask_key, self._node, view, peer)
+            seed = pair_seed(masking, peer, rows[peer].mask_key, self._node, view, peer)
             (plus if self._node < peer else minus).append(seed)
         add_masks(vector, plus, minus, threads=self._threads)
         reduce(vector, terms.session.bits)

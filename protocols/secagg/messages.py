@@ -157,7 +157,7 @@ class Kept:
 
     stage: int
     request: bytes
-    reply: bytes
+    reply: Buffer
     root: bytes
     terms: bytes
     seed: bytes
@@ -167,7 +167,9 @@ class Kept:
     survivors: tuple[int, ...]
 
     def encode(self) -> bytes:
-        parts = [u8(self.stage), self.request, blob(self.reply), blob(self.root), blob(self.terms), self.seed]
+        # A masked vector is big: it is copied once, here, and never when the state is read.
+        parts: list[Buffer] = [u8(self.stage), self.request, u32(len(self.reply)), self.reply]
+        parts += [blob(self.root), blob(self.terms), self.seed]
         parts += [blob(self.view), table(self.inbox.items()), node_list(self.edges), node_list(self.survivors)]
         return b"".join(parts)
 
@@ -176,7 +178,7 @@ class Kept:
         return cls(
             stage=reader.number(1),
             request=bytes(reader.take(DIGEST_BYTES)),
-            reply=bytes(reader.blob()),
+            reply=reader.blob(),
             root=bytes(reader.blob()),
             terms=bytes(reader.blob()),
             seed=bytes(reader.take(DIGEST_BYTES)),

@@ -50,7 +50,6 @@ class SecAggServer:
         self._stages = stages
         self._at = 0
         self._threads = threads
-        self._probe = random(keys.KEY_BYTES)
         self._seed = bytes(32) if terms.active or not terms.degree else random(32)
         self._rows: dict[int, Advertisement] = {}
         self._used: set[bytes] = set()
@@ -153,7 +152,8 @@ class SecAggServer:
     def _check_keys(self, node: int, row: Advertisement) -> None:
         # Every honest node would abort on them: better that one node is left out.
         for key in (row.seal_key, row.mask_key):
-            keys.agree(self._probe, node, key)
+            if keys.is_low_order(key):
+                raise RemoteError("low-order-key", (node,), "it advertises a point of low order")
         if row.seal_key == row.mask_key or self._used & {row.seal_key, row.mask_key}:
             raise RemoteError("duplicate-key", (node,), "its keys are not two new ones")
         self._used |= {row.seal_key, row.mask_key}

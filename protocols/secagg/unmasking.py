@@ -111,8 +111,9 @@ def unmask(
     minus = [self_seed(secret, node, view) for node, secret in sorted(secrets.self_secrets.items())]
     plus: list[bytes] = []
     for node, secret in sorted(secrets.mask_keys.items()):
+        masking = keys.load(secret)
         for peer in sorted(edges[node]):
-            seed = pair_seed(secret, peer, rows[peer].mask_key, node, view, peer)
+            seed = pair_seed(masking, peer, rows[peer].mask_key, node, view, peer)
             # The survivor added the mask when its id is the lower one.
             (minus if peer < node else plus).append(seed)
     return plus, minus
