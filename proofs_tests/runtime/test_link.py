@@ -28,6 +28,7 @@ from privfed import (
     RecordDict,
     run_simulation,
 )
+from privfed.runtime import link as link_module
 from privfed.runtime.engine import Assignment, ThreadEngine, execute
 from privfed.runtime.link import Link, LinkGrid
 from privfed.runtime.run_folder import RunFolder
@@ -37,7 +38,9 @@ from proofs_tests.runtime.store_case import EPOCH, RUN, STORES, ids, instruction
 
 
 @pytest.fixture(params=sorted(STORES))
-def link(request: pytest.FixtureRequest, tmp_path: Path) -> Link:
+def link(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
+    # Whoever is not woken sleeps longer than any test waits.
+    monkeypatch.setattr(link_module, "MAX_WAIT", 1e4)
     found = Link(STORES[request.param](tmp_path))
     found.create_run(RUN, range(1, 5))
     found.set_run_state(RUN, "running")
