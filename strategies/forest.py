@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tree = dict[str, Any]
-_LISTS = (
-    *("base_weights", "default_left", "left_children", "loss_changes", "parents", "right_children"),
-    *("split_conditions", "split_indices", "split_type", "sum_hessian"),
-)
+_INTEGERS = ("default_left", "left_children", "parents", "right_children", "split_indices", "split_type")
+_NUMBERS = ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
+_LISTS = _INTEGERS + _NUMBERS
 _PARTS = ("left_children", "right_children", "split_indices", "split_conditions", "default_left")
 _KIND = ("objective", "learner_model_param")
+_LARGEST = float(np.finfo(np.float32).max)
 MAX_BYTES = 256 << 20
 
 
@@ -122,7 +121,12 @@ def _read(document: dict[str, Any]) -> Forest:
         raise ForestError("the numbers of trees disagree")
     if any(type(one) is not int or not 0 <= one < groups for one in classes):
         raise ForestError("a tree belongs to no class")
-    if starts[0] != 0 or starts[-1] != len(trees) or any(a >= b for a, b in itertools.pairwise(starts)):
+    if (
+        any(type(start) is not int for start in starts)
+        or starts[0] != 0
+        or starts[-1] != len(trees)
+        or any(a >= b for a, b in itertools.pairwise(starts))
+    ):
         raise ForestError("the boosting rounds do not divide the trees")
     checked = tuple(_check(tree, features) for tree in trees)
     return Forest(checked, tuple(classes), tuple(starts), _shell(document))
@@ -150,20 +154,21 @@ def _check(tree: Tree, features: int) -> Tree:
     nodes = int(tree["tree_param"]["num_nodes"])
     if nodes < 1 or any(type(tree[name]) is not list or len(tree[name]) != nodes for name in _LISTS):
         raise ForestError("a tree's arrays differ in length")
+    for name in _INTEGERS:
+        if any(type(value) is not int for value in tree[name]):
+            raise ForestError(f"{name} holds something that is no integer")
+    for name in _NUMBERS:
+        if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in tree[name]):  # false for NaN
+            raise ForestError(f"{name} holds something that is no finite number")
     leaf, deleted = (tree["tree_param"][name] for name in ("size_leaf_vector", "num_deleted"))
     if leaf not in ("0", "1") or deleted != "0" or any(tree["split_type"]) or tree["categories"]:
         raise ForestError("only numeric splits and scalar leaves can be merged")
     if any(value not in (0, 1) for value in tree["default_left"]):
         raise ForestError("default_left is neither 0 nor 1")
-    for name in ("split_conditions", "base_weights", "loss_changes", "sum_hessian"):
-        if not all(type(value) in (int, float) and math.isfinite(value) for value in tree[name]):
-            raise ForestError(f"{name} holds something that is no finite number")
     reached = 0
     for node, (left, right, index) in enumerate(
         zip(tree["left_children"], tree["right_children"], tree["split_indices"], strict=True)
     ):
-        if any(type(value) is not int for value in (left, right, index, tree["parents"][node])):
-            raise ForestError("a tree's index is no integer")
         if left == -1 and right == -1:
             continue
         # Children come after their parent and each has one: no cycle can be written down.
@@ -178,7 +183,9 @@ def _check(tree: Tree, features: int) -> Tree:
         name: [] for name in ("categories", "categories_nodes", "categories_segments", "categories_sizes")
     }
     size = {"num_deleted": "0", "num_feature": str(features), "num_nodes": str(nodes), "size_leaf_vector": leaf}
-    return {**{name: tree[name] for name in _LISTS}, **empty, "tree_param": size}
+    lists: Tree = {name: tree[name] for name in _INTEGERS}
+    lists.update({name: [float(value) for value in tree[name]] for name in _NUMBERS})
+    return {**lists, **empty, "tree_param": size}
 
 
 def _scale(tree: Tree, factor: float) -> Tree:
