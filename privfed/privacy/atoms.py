@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +95,20 @@ class Swapped:
     def certain(self) -> float:
         """Return the mass of Q where P is 0."""
         return max(0.0, 1 - float(self.pair.q.sum())) if isinstance(self.pair, Atoms) else 0.0
+
+    @property
+    def top(self) -> Callable[[], tuple[float, float]] | None:
+        """Return how to ask for the largest loss and its mass, if an atom has it."""
+        if isinstance(self.pair, Atoms):
+            losses = self.pair.losses
+            low = float(losses.min())
+            mass = float(self.pair.q[losses == low].sum())
+            return lambda: (-low, mass)
+        ends = atoms_of(self.pair)
+        if ends is None:
+            return None
+        bottom = float(self.pair.masses(np.array([ends[0] + 1e-12 * abs(ends[0])])).q[0]) * (1 - 1e-9)
+        return lambda: (-ends[0], bottom)
 
     def ends(self) -> tuple[float, float] | None:
         """Return the losses of two atoms that belong on a lattice, if the pair has such."""

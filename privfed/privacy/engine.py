@@ -16,6 +16,7 @@ from privfed.privacy.pair import ULP
 
 LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there is charged
 _FIRST, _LARGEST = 2**12, 2**21  # points of the composed lattice
+_ROUNDS = 8  # of refinement
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Direction:
         peak = self._peak(delta)
         if peak is not None and _close(peak.lower, peak.upper, tol / 10, 1e-3):
             return peak
+        limit = self.ceiling * (1 + 1e-12) if self.certain == 0 and delta > 1e-280 else math.inf
+        if limit <= enough:
+            return Bracket(-math.inf, min(estimate, limit), limit, True)
         exact = self._exact()
         if exact is not None:
             return _meet(self._lattice_epsilon(exact, delta, estimate), peak)
@@ -118,13 +122,15 @@ class Direction:
         def read(composition: pld.Composition, upper: bool) -> float:
             return composition.epsilon(log_delta, estimate, upper)
 
-        return _meet(self._refined(estimate, settled, delta, shift, tol, 1e-3, read, enough), peak)
+        found = self._refined(estimate, settled, delta, shift, tol, 1e-3, read, enough)
+        return _meet(_meet(found, peak), Bracket(-math.inf, limit, limit, True))
 
     def _peak(self, delta: float) -> Bracket | None:
         """Bracket by the largest possible loss: the outcome that has it in every use already costs nearly that."""
-        tops = [getattr(pair, "top", lambda: None)() for pair, _ in self.parts]
-        if any(top is None for top in tops) or self.certain > 0:
+        asked = [getattr(pair, "top", None) for pair, _ in self.parts]
+        if self.certain > 0 or any(top is None for top in asked):
             return None
+        tops = [top() for top in asked if top is not None]
         most = sum(count * top[0] for top, (_, count) in zip(tops, self.parts, strict=True))
         log_mass = sum(count * math.log(top[1]) for top, (_, count) in zip(tops, self.parts, strict=True) if top[1] > 0)
         share = delta * math.exp(min(700.0, -log_mass))
@@ -208,7 +214,7 @@ class Direction:
         step = max(step, (window[1] - window[0]) / (_FIRST * 16))
         lower, upper = -math.inf, math.inf
         ends = next((found for found in (lattice.atoms_of(pair) for pair, _ in self.parts) if found), None)
-        while True:
+        for _ in range(_ROUNDS):
             step = lattice.aligned_step(step, ends) if ends else step
             highs, lows, narrow = self._lattices(step, order, delta, allowed)
             upper = min(upper, read(pld.compose(highs, step, order, window), True))
