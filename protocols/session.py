@@ -9,7 +9,9 @@ node that is still in, and one reply from each node that is still there:
 
 After the last `close`, `server.result` holds the sum in the ring. Requests and replies are bytes (or flat uint8 views
 of big vectors, not copied); `kept` is bytes too, so that a node can persist it before it answers. Neither role reads a
-clock, a socket or a global; randomness is an argument that defaults to the operating system.
+clock, a socket or a global; randomness is an argument that defaults to the operating system. A server is a function of
+its session, its randomness and the replies in the order they came, so `privfed.protocols.journal` can finish a session
+of any protocol after the server crashed.
 """
 
 from __future__ import annotations

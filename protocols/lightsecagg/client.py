@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from privfed.protocols import codec, keys
+from privfed.protocols import codec, graph, keys
 from privfed.protocols.codec import Reader
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
 from privfed.protocols.lightsecagg import messages
@@ -65,6 +65,10 @@ def check_terms(
     for name, what, asked, floor in floors:
         if asked < floor:
             raise deviation(name, f"the {what} asked for is {asked}, this node's policy demands {floor}")
+    corrupt = graph.count(n, policy.corrupt)
+    if terms.privacy < corrupt:
+        detail = f"the session hides from {terms.privacy} colluding nodes, this node's policy assumes {corrupt} of {n}"
+        raise deviation("privacy-too-low", detail)
     if policy.binding not in (None, session.binding):
         raise deviation("inconsistent-model", "the session is bound to another model or configuration")
     if (terms.threshold, terms.privacy) != expected:

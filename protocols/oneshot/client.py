@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
+from privfed.protocols.graph import count
 from privfed.protocols.keys import KEY_BYTES, exchange_public
 from privfed.protocols.oneshot import committee, sharing
 from privfed.protocols.oneshot.agreement import Agreement
@@ -107,6 +108,11 @@ class OneShotClient:
         except LocalError as error:
             raise RemoteError("unsafe-session", (SERVER,), str(error)) from error
         _compare(agreement, invitation)
+        # Any of the corrupt nodes may sit on the committee; the agreement holds 2t > m + corrupt.
+        corrupt = count(len(session.nodes), policy.corrupt)
+        if invitation.corrupt < corrupt:
+            detail = f"safe with {invitation.corrupt} corrupt nodes, this node's policy assumes {corrupt}"
+            raise RemoteError("corrupt-too-low", (SERVER,), detail)
         if agreement.threshold < policy.min_threshold:
             raise RemoteError("threshold-too-low", (SERVER,), f"{agreement.threshold} members could open a sum")
         if len(agreement.committee) <= policy.min_neighbours:
