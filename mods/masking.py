@@ -28,6 +28,8 @@ KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot")
 KINDS = ("train", "evaluate", "query")
 _SLACK = 1 + 2.0**-30
 _MARK_BYTES = 16
+# The session's own layout depends on the cohort, and so does its binding: the mark must not.
+_ANY_LAYOUT = Layout(32, 2, 0, 1.0, None, ())
 
 Identities = Identity | Callable[[Context], Identity | None] | None
 Makers = Mapping[str, Callable[..., Protocol]]
@@ -239,13 +241,10 @@ class _Session:
 
     def _open_once(self, kind: str, inner: RecordDict) -> None:
         """Refuse the input for a model and action whose sum was opened. A query's question is all of its content."""
-        stage, state = self._stage, hashlib.sha256(b"privfed opened v1\0" + kind.encode() + b"\0")
-        if kind.partition(".")[0] == "query":
-            state.update(stage.binding)
-        else:
-            for name, array in arrays_of(inner, stage.arrays_key).items():
-                state.update(name.encode() + b"\0" + array.digest)
-        self._mark = state.digest()[:_MARK_BYTES]
+        asked = inner
+        if kind.partition(".")[0] != "query":
+            asked = RecordDict({"arrays": arrays_of(inner, self._stage.arrays_key)})
+        self._mark = bind(asked, _ANY_LAYOUT, kind)[:_MARK_BYTES]
         opened = self._opened()
         if self._mark in {opened[at : at + _MARK_BYTES] for at in range(0, len(opened), _MARK_BYTES)}:
             raise SumAlreadyOpened(f"a {kind} sum over this model was opened in this run")
