@@ -15,6 +15,7 @@ from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.metric import MetricsFunction, average_metrics
+from privfed.strategies.pace import Pace
 from privfed.strategies.result import Result
 from privfed.strategies.resume import START, Resumption
 from privfed.strategies.stage import PlainStage, Stage
@@ -51,6 +52,7 @@ class Strategy:
     """Run rounds of training and evaluation; a subclass says in `update` what becomes of a round's view.
 
     Arguments have Flower's names and meanings. stage: what the server can see. privacy: a PrivacyPlan, or None.
+    pace: over-selection, deadline and minimum completion of training rounds; default: ask no more than needed, wait.
 
     A subclass declares what it `needs` to see, and whether the sensitivity of what it reads is that of a clipped sum
     (`linear`): only then may it run under a privacy plan. It overrides `update`, and, where it needs to, `configure`,
@@ -75,6 +77,7 @@ class Strategy:
         *,
         stage: Stage | None = None,
         privacy: PrivacyPlan | None = None,
+        pace: Pace | None = None,
     ) -> None:
         for name, fraction in (("fraction_train", fraction_train), ("fraction_evaluate", fraction_evaluate)):
             if not 0 <= fraction <= 1:
@@ -98,6 +101,7 @@ class Strategy:
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn or average_metrics
         self.stage = stage if stage is not None else PlainStage()
         self.privacy = privacy
+        self.pace = pace if pace is not None else Pace()
         self._check_stage()
         self._check_privacy()
 
@@ -189,8 +193,11 @@ class Strategy:
             )
         if type(self).configure_node is not Strategy.configure_node:
             raise PlanRefused(f"privacy: {name} configures nodes apart, which the plan does not account for")
-        if self.fraction_train != 1:
-            raise PlanRefused("privacy: the plan's sampler draws the cohorts; leave fraction_train at 1")
+        if self.fraction_train != 1 or self.pace.over_selection or self.pace.min_completion:
+            raise PlanRefused(
+                "privacy: the plan's sampler draws the cohorts; leave fraction_train at 1, and over_selection and "
+                "min_completion of the pace at 0"
+            )
         if self.fraction_evaluate > 0:
             raise PlanRefused(
                 "privacy: metrics of evaluation rounds are not accounted for under a plan; pass fraction_evaluate=0 "
@@ -213,6 +220,7 @@ class Strategy:
 
     def _restore(self, run: _Run) -> int:
         """Take up the last committed round; return the number of the next."""
+        run.grid.recorder.report("sampling", **self._sampling(run))
         checkpoint = run.resumption.checkpoint
         if checkpoint is None:
             self.load(RecordDict())
@@ -229,6 +237,17 @@ class Strategy:
         run.arrays = checkpoint.arrays
         run.rounds = [dict(metrics) for metrics in checkpoint.metrics]
         return checkpoint.round + 1
+
+    def _sampling(self, run: _Run) -> dict[str, object]:
+        """Say how cohorts are drawn, for the record of the run."""
+        if run.release is not None:
+            sampler, source = repr(run.release.plan.cohorts), "operating system"
+            return {"train": sampler, "randomness": source, "population": run.release.population}
+        return {
+            "train": f"uniform without replacement, fraction {self.fraction_train:g}, at least {self.min_train_nodes}",
+            "evaluate": f"uniform without replacement, fraction {self.fraction_evaluate:g}",
+            "randomness": "fresh" if run.grid.seed is None else f"seed {run.grid.seed}",
+        }
 
     def _state(self, run: _Run) -> RecordDict:
         state = self.save()
@@ -263,13 +282,14 @@ class Strategy:
             run.release.authorise(server_round)
             cohort = run.release.draw(nodes, server_round)
             content[PLAN] = run.release.instruction()
-            self._run_privately(run, self._exchange(run, server_round, "train", content, cohort), metrics)
+            exchange = self._exchange(run, server_round, "train", content, cohort)
+            self._run_privately(run, self.pace.applied(exchange, len(cohort)), metrics)
             return self._applied(run, server_round, run.release.view())
         size = cohort_size(len(nodes), self.fraction_train, self.min_train_nodes)
-        cohort = draw_cohort(run.grid, nodes, size, "train", server_round)
-        exchange = self._exchange(run, server_round, "train", content, cohort)
+        cohort = draw_cohort(run.grid, nodes, self.pace.asked(size, len(nodes)), "train", server_round)
+        exchange = self.pace.applied(self._exchange(run, server_round, "train", content, cohort), size)
         outcome = self.stage.collect(exchange)
-        self._judge(exchange, outcome, self.min_train_nodes, metrics)
+        self._judge(exchange, outcome, self.pace.quorum(size, self.min_train_nodes), metrics)
         if not isinstance(outcome.view, Sum | Updates):
             raise TypeError(f"{self.stage!r} brought back {type(outcome.view).__name__}, not {self.needs.__name__}")
         return self._applied(run, server_round, outcome.view)
