@@ -325,8 +325,9 @@ class SecAggClient:
             raise refuse("foreign-node", "a survivor that advertised no keys")
         if is_full(terms, tuple(rows)) and not set(survivors) <= known:
             raise refuse("foreign-node", "a survivor that shared no keys")
-        if set(survivors) & set(state.inbox) - known:
-            raise refuse("foreign-node", "a survivor that shared no keys")
+        mine = holders(terms, self._node, tuple(rows), state.seed, state.root)
+        if set(survivors) & set(mine) - known:
+            raise refuse("foreign-node", "a neighbour that was said to have shared nothing survives")
         if self._node not in survivors:
             raise refuse("excluded-survivor", "this node sent its masked input and is said to have dropped out")
         if is_full(terms, tuple(rows)):
