@@ -35,6 +35,7 @@ def stream_replies(
 class Exchange:
     """content: the same object for every node, sent once. deadline: time.monotonic() seconds. need: the view to bring.
 
+    enough: replies that count after which no more are awaited; None: all are.
     weight_key None: every reply weighs 1 (a privacy plan). clip: the plan's bound on one update's L2 norm, or None.
     """
 
@@ -51,6 +52,7 @@ class Exchange:
     need: type[View] = Sum
     clip: float | None = None
     content_for: Callable[[int], RecordDict] | None = field(default=None, repr=False)
+    enough: int | None = None
 
     @property
     def remaining(self) -> float:
@@ -66,10 +68,15 @@ class Exchange:
             yield Message(content, node, self.kind, ttl=ttl, group_id=group)
 
     def replies(self) -> Iterator[tuple[int, Message]]:
-        """Send the instructions; yield node and reply in the order of the nodes, a bounded number at a time."""
+        """Send the instructions; yield node and reply, a bounded number at a time.
+
+        In the order of the nodes; in that of arrival when `enough` is given.
+        """
         size = max(1, self.model.count_bytes())
         window = min(1024, max(4, MESSAGE_BUDGET // size))
-        return stream_replies(self.grid, self.messages(), timeout=self.remaining, window=window, ordered=True)
+        return stream_replies(
+            self.grid, self.messages(), timeout=self.remaining, window=window, ordered=self.enough is None
+        )
 
     def aggregate(self, contents: list[RecordDict]) -> MetricRecord:
         """Aggregate the metrics of valid replies."""

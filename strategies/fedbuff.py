@@ -24,6 +24,7 @@ from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.strategies.cohort import wait_for_nodes
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.fold import MeanFold
+from privfed.strategies.pace import Pace
 from privfed.strategies.reply import BadReply, Reply, read_train
 from privfed.strategies.strategy import EvaluateFunction, Strategy, add_update
 from privfed.strategies.view import Exclusion, Outcome, Sum, Updates, View
@@ -84,6 +85,8 @@ class FedBuff(Strategy):
         if reply_timeout is not None and not reply_timeout > 0:
             raise ValueError(f"reply_timeout must be > 0 seconds or None, got {reply_timeout}")
         super().__init__(**arguments)
+        if self.pace != Pace():
+            raise ValueError("pace: FedBuff has no rounds to close; use concurrency and reply_timeout")
         if Updates not in self.stage.offers:
             raise ValueError(
                 f"stage: FedBuff takes updates one by one as they come, which {self.stage!r} hides; use FedAvg"

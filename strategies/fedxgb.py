@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -45,7 +46,7 @@ class _Boosting(Strategy):
     def _ask(self, exchange: Exchange, outcome: Outcome) -> dict[int, tuple[Forest, RecordDict]]:
         """Send the instructions; return each node's forest and metrics, by node."""
         found: dict[int, tuple[Forest, RecordDict]] = {}
-        silent = set(exchange.nodes)
+        silent, missing = set(exchange.nodes), "no reply before the deadline"
         outcome.bytes_down += exchange.content.count_bytes() * len(exchange.nodes)
         replies = stream_replies(exchange.grid, exchange.messages(), timeout=exchange.remaining, window=1024)
         for node, message in replies:
@@ -54,7 +55,10 @@ class _Boosting(Strategy):
                 found[node] = self._read(message, exchange, outcome)
             except (BadReply, ForestError, UpdateError) as cause:
                 outcome.excluded.append(Exclusion(node, str(cause)))
-        outcome.excluded += [Exclusion(node, "no reply before the deadline") for node in sorted(silent)]
+            if len(found) == exchange.enough:
+                missing = "not awaited: enough others had answered"
+                break
+        outcome.excluded += [Exclusion(node, missing) for node in sorted(silent)]
         return dict(sorted(found.items()))
 
     def _read(self, message: Message, exchange: Exchange, outcome: Outcome) -> tuple[Forest, RecordDict]:
@@ -95,8 +99,9 @@ class FedXgbBagging(_Boosting):
         model = self._current(run, server_round)
         nodes = wait_for_nodes(run.grid, self.min_available_nodes, run.timeout)
         size = cohort_size(len(nodes), self.fraction_train, self.min_train_nodes)
-        cohort = draw_cohort(run.grid, nodes, size, "train", server_round)
+        cohort = draw_cohort(run.grid, nodes, self.pace.asked(size, len(nodes)), "train", server_round)
         exchange = self._exchange(run, server_round, "train", self._instruction(run, server_round), cohort)
+        exchange = self.pace.applied(exchange, size)
         outcome = Outcome()
         found = self._ask(exchange, outcome)
         kind = model.kind if model is not None else _commonest(found)
@@ -106,7 +111,7 @@ class FedXgbBagging(_Boosting):
         outcome.valid = len(found)
         outcome.metrics = exchange.aggregate([metrics for _, metrics in found.values()])
         outcome.notes["trees"] = sum(len(trees.trees) for trees, _ in found.values())
-        self._judge(exchange, outcome, self.min_train_nodes, metrics)
+        self._judge(exchange, outcome, self.pace.quorum(size, self.min_train_nodes), metrics)
         for trees, _ in found.values():
             grown = trees.scaled(1 / len(found)) if self.average_trees else trees
             model = grown if model is None else model.joined(grown)
@@ -138,11 +143,13 @@ class FedXgbCyclic(_Boosting):
         content = self._instruction(run, server_round)
         nodes = sorted(wait_for_nodes(run.grid, self.min_available_nodes, run.timeout))
         order = [node for node in nodes if node > self._turn] + [node for node in nodes if node <= self._turn]
-        outcome, asked, deadline = Outcome(), [], time.monotonic() + run.timeout
+        outcome, asked, limit = Outcome(), [], self.pace.deadline or run.timeout
+        deadline = time.monotonic() + min(limit, run.timeout)
         grown: Forest | None = None
         for node in order:
             asked.append(node)
             exchange = self._exchange(run, server_round, "train", content, (node,))
+            exchange = replace(exchange, deadline=deadline)
             grown = self._accept(self._ask(exchange, outcome), model, node, outcome, exchange)
             if grown is not None or time.monotonic() >= deadline:
                 break

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from privfed.message import Message
 from privfed.record import RecordDict
+from privfed.strategies.diagnostic import describe_metrics
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.reply import BadReply, Reply, read_evaluate, read_train
 from privfed.strategies.view import Exclusion, Outcome, Sum, Unreleased, Updates
@@ -45,10 +46,13 @@ class Intake:
         """Return the outcome."""
         self.outcome.view = view
         self.outcome.metrics = self._exchange.aggregate(self._metrics)
+        spread = describe_metrics(self._metrics, self._exchange.weight_key) if self._exchange.clip is None else {}
+        if spread:
+            self.outcome.notes["metric-spread"] = spread
         return self.outcome
 
     def _read(self, read: Callable[[int, Message], Reply]) -> Iterator[Reply]:
-        silent = set(self._exchange.nodes)
+        silent, missing = set(self._exchange.nodes), "no reply before the deadline"
         for node, message in self._exchange.replies():
             silent.discard(node)
             if message.has_content():
@@ -63,5 +67,8 @@ class Intake:
             if not self._rejected:
                 self.outcome.valid += 1
                 self._metrics.append(reply.metrics)
+                if self.outcome.valid == self._exchange.enough:
+                    missing = "not awaited: enough others had answered"
+                    break
         for node in sorted(silent):
-            self.outcome.excluded.append(Exclusion(node, "no reply before the deadline"))
+            self.outcome.excluded.append(Exclusion(node, missing))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from privfed.strategies.diagnostic import NormFold, describe_updates
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.fold import MeanFold, RowFold
 from privfed.strategies.intake import Intake
@@ -64,12 +65,17 @@ class PlainStage(Stage):
 
     def _collect_mean(self, exchange: Exchange) -> Outcome:
         intake = Intake(exchange)
-        fold = MeanFold(exchange.model)
+        fold, norms = MeanFold(exchange.model), NormFold(exchange.model)
         for reply in intake.train():
             fold.add(reply.arrays, reply.weight, update=reply.update)
+            norms.add(reply.node, reply.arrays, reply.weight, update=reply.update)
         if intake.outcome.valid and fold.weight == 0:
             intake.void("all weights are 0")
-        return intake.finish(fold.finish() if intake.outcome.valid else None)
+        if not intake.outcome.valid:
+            return intake.finish(None)
+        view = fold.finish()
+        intake.outcome.notes["updates"] = norms.finish(view.mean, view.weight)
+        return intake.finish(view)
 
     def _collect_rows(self, exchange: Exchange) -> Outcome:
         intake = Intake(exchange)
@@ -80,7 +86,11 @@ class PlainStage(Stage):
                 metrics.append(metrics_of(reply.metrics))
             else:
                 intake.reject(reply.node, "its update is too large for float32")
-        return intake.finish(Updates(rows.rows, tuple(rows.sources), tuple(rows.weights), tuple(metrics)))
+        view = Updates(rows.rows, tuple(rows.sources), tuple(rows.weights), tuple(metrics))
+        if exchange.enough is not None:  # they came in the order of arrival
+            view = view.ordered()
+        intake.outcome.notes["updates"] = describe_updates(view)
+        return intake.finish(view)
 
     def _collect_private(self, exchange: Exchange, clip: float) -> Outcome:
         """Sum clipped updates in integers; an update that is not clipped does not count."""

@@ -39,6 +39,13 @@ class Updates:
     weights: tuple[float, ...]
     metrics: tuple[MetricRecord, ...] = ()
 
+    def ordered(self) -> Updates:
+        """Return the same updates by ascending source."""
+        order = sorted(range(len(self.sources)), key=lambda index: self.sources[index])
+        sources, weights = tuple(self.sources[i] for i in order), tuple(self.weights[i] for i in order)
+        metrics = tuple(self.metrics[i] for i in order) if self.metrics else ()
+        return Updates(self.rows[order], sources, weights, metrics)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupMeans(Updates):
