@@ -148,7 +148,7 @@ def test_what_is_refused_before_any_message() -> None:
         secure_sum({node: np.array([1]) for node in range(1, 10)}, SecAgg(threshold=5, mode="active"))
     with pytest.raises(LocalError, match="no threshold is safe"):
         secure_sum(two, SecAgg(mode="active", corrupt=0.5, dropout=0.5))
-    with pytest.raises(LocalError, match="connected|corrupt neighbours"):
+    with pytest.raises(LocalError, match=r"connected|corrupt neighbours"):
         SecAggPlus(neighbours=4, threshold=3, mode="active").terms(Session(1, 1, "sum", tuple(range(1, 40)), 1, 32))
     for bad in ({"threshold": 1}, {"threshold": 1.5}, {"mode": "trusting"}, {"corrupt": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
