@@ -15,8 +15,8 @@ from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
 from privfed.privacy.pair import ULP
 
 LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there is charged
-_FIRST, _LARGEST = 2**12, 2**21  # points of the composed lattice
-_ROUNDS = 8  # of refinement
+_FIRST, _LARGEST = 2**12, 2**20  # points of the composed lattice
+_ROUNDS = 6  # of refinement
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ class Direction:
         step = min((window[1] - window[0]) / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(bend) / 2)
         step = max(step, (window[1] - window[0]) / (_FIRST * 16))
         lower, upper = -math.inf, math.inf
-        ends = next((found for found in (lattice.atoms_of(pair) for pair, _ in self.parts) if found), None)
+        spans = [found for found in (lattice.atoms_of(pair) for pair, _ in self.parts) if found]
+        ends = min(spans, key=lambda span: span[1] - span[0], default=None)
         for _ in range(_ROUNDS):
             step = lattice.aligned_step(step, ends) if ends else step
             highs, lows, narrow = self._lattices(step, order, delta, allowed)

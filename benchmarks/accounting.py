@@ -1,0 +1,161 @@
+"""Measure the accountants: certified gap, time, calibration, incremental use, import; peers in the same run.
+
+    python benchmarks/accounting.py [--repeat 3] [--json FILE]
+
+CPU time of one thread, best of the repeats. Peers: dp-accounting's PLD (default grid), and opacus' RDP if installed.
+"""
+
+from __future__ import annotations
+
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+
+import argparse  # noqa: E402 - threads are fixed before numpy loads
+import json  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from privfed.privacy import Accountant, Gaussian, PoissonSampled, RandomAllocation, calibrate  # noqa: E402
+from privfed.privacy.dominating import _pairs  # noqa: E402
+
+GRID = Path(__file__).parents[1] / "proofs_tests" / "vectors" / "dp_grid.json"
+EXACT = Path(__file__).parents[1] / "proofs_tests" / "vectors" / "dp_reference.json"
+
+
+def best(work: Callable[[], Any], repeat: int) -> tuple[float, Any]:
+    """Return CPU milliseconds of the fastest run, and its result; nothing is cached between runs."""
+    times, result = [], None
+    for _ in range(repeat):
+        _pairs.cache_clear()
+        start = time.process_time()
+        result = work()
+        times.append(1e3 * (time.process_time() - start))
+    return min(times), result
+
+
+def ours(row: dict[str, float]) -> Any:
+    """Return the certified bracket of one grid row."""
+    event = PoissonSampled(row["q"], Gaussian(row["sigma"]))
+    return Accountant().step(event, int(row["T"])).epsilon(row["delta"])
+
+
+def peer(row: dict[str, float]) -> float:
+    """Return dp-accounting's upper bound."""
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    event = dp_accounting.PoissonSampledDpEvent(row["q"], dp_accounting.GaussianDpEvent(row["sigma"]))
+    return float(accountant.compose(event, int(row["T"])).get_epsilon(row["delta"]))
+
+
+def opacus(row: dict[str, float]) -> float:
+    """Return opacus' RDP figure."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(row["sigma"], row["q"], int(row["T"]))]
+    return float(accountant.get_epsilon(row["delta"]))
+
+
+def reference() -> dict[tuple[float, ...], float]:
+    """Return exact values by (q, sigma, T, delta)."""
+    facts = json.loads(EXACT.read_text())["facts"]
+    keys = ("q", "sigma", "T", "delta")
+    return {
+        tuple(float(fact["inputs"][key]) for key in keys): fact["expected"]
+        for fact in facts
+        if fact["id"].startswith("exact-sg")
+    }
+
+
+def grid(repeat: int) -> list[dict[str, Any]]:
+    """Measure every row of the grid."""
+    exact, out = reference(), []
+    for row in json.loads(GRID.read_text())["rows"]:
+        spent, bound = best(lambda row=row: ours(row), repeat)
+        truth = exact.get(tuple(float(row[key]) for key in ("q", "sigma", "T", "delta")))
+        entry = {**row, "ms": spent, "gap": bound.gap, "lower": bound.lower, "upper": bound.upper}
+        entry["estimate_error"] = abs(bound.estimate / truth - 1) if truth else None
+        if find_spec("dp_accounting"):
+            entry["dp_accounting_ms"], entry["dp_accounting"] = best(lambda row=row: peer(row), 1)
+        if find_spec("opacus"):
+            entry["opacus_rdp_ms"], entry["opacus_rdp"] = best(lambda row=row: opacus(row), 1)
+        out.append(entry)
+        print(
+            f"q {row['q']:<7g} sigma {row['sigma']:<5g} T {row['T']:<7g} delta {row['delta']:<7g} "
+            f"[{bound.lower:.6f}, {bound.upper:.6f}] gap {bound.gap:.1e} {spent:7.1f} ms   "
+            f"dp-accounting {entry.get('dp_accounting', float('nan')):.6f} "
+            f"{entry.get('dp_accounting_ms', float('nan')):7.1f} ms",
+            flush=True,
+        )
+    return out
+
+
+def incremental(total: int = 100_000, asked: int = 100) -> float:
+    """Return milliseconds per step + epsilon in a training loop of `total` steps that asks at every one of them.
+
+    Measured over evenly spread moments, each asked after one more step.
+    """
+    accountant, event = Accountant(), PoissonSampled(0.01, Gaussian(5.0))
+    spent = 0.0
+    for _ in range(asked):
+        accountant.step(event, total // asked - 1)
+        start = time.process_time()
+        accountant.step(event)
+        accountant.estimate(1e-6)
+        spent += time.process_time() - start
+    return 1e3 * spent / asked
+
+
+def import_time() -> float:
+    """Return CPU milliseconds that importing the package costs beyond numpy."""
+    code = (
+        "import numpy, time; t = time.process_time(); import privfed.privacy; "
+        "print(1e3 * (time.process_time() - t))"
+    )
+    return min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(5)
+    )
+
+
+def main() -> None:
+    """Print the figures; write them as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = grid(options.repeat)
+    times = [row["ms"] for row in rows]
+    errors = [row["estimate_error"] for row in rows if row["estimate_error"] is not None]
+    calibration, noise = best(
+        lambda: calibrate(lambda z: PoissonSampled(0.04, Gaussian(z)), count=2000, epsilon=8.0, delta=1e-5), 3
+    )
+    allocation, bound = best(lambda: Accountant().step(RandomAllocation(1000, Gaussian(1.0))).epsilon(1e-5), 1)
+    summary = {
+        "worst_gap": max(row["gap"] for row in rows),
+        "median_ms": statistics.median(times),
+        "max_ms": max(times),
+        "worst_estimate_error": max(errors),
+        "calibrate_ms": calibration,
+        "calibrated_noise": noise,
+        "allocation_ms": allocation,
+        "allocation_gap": bound.gap,
+        "step_and_estimate_ms": incremental(),
+        "import_ms": import_time(),
+    }
+    print(json.dumps(summary, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

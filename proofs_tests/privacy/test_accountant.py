@@ -1,0 +1,201 @@
+"""An accountant's answers bracket the truth, order as they should, and mix nothing that does not mix."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privfed.privacy import events as ev
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.bound import Bound
+from privfed.privacy.calibration import calibrate, calibrate_bound, calibrate_steps
+
+RELATIONS = ("add_remove", "replace_one", "zero_out")
+few = settings(max_examples=6, deadline=None)
+
+
+def epsilon(event: ev.Event, count: int = 1, delta: float = 1e-6, **terms: Any) -> Bound:
+    return Accountant(**terms).step(event, count).epsilon(delta)
+
+
+rates = st.sampled_from([0.01, 0.05, 0.3, 0.9])
+noises = st.sampled_from([0.8, 1.0, 2.0, 5.0])
+steps = st.sampled_from([1, 2, 10, 300])
+
+
+@few
+@given(rates, noises, steps, st.sampled_from([1e-3, 1e-6, 1e-12]))
+def test_monotone_in_every_parameter(rate: float, noise: float, count: int, delta: float) -> None:
+    """More noise, fewer steps, a lower rate or a larger delta never cost more, up to the bracket."""
+    here = epsilon(ev.PoissonSampled(rate, ev.Gaussian(noise)), count, delta)
+    assert here.lower <= here.estimate <= here.upper
+    assert epsilon(ev.PoissonSampled(rate, ev.Gaussian(noise * 1.1)), count, delta).lower <= here.upper
+    assert epsilon(ev.PoissonSampled(rate * 0.9, ev.Gaussian(noise)), count, delta).lower <= here.upper
+    assert epsilon(ev.PoissonSampled(rate, ev.Gaussian(noise)), count, delta * 2).lower <= here.upper
+    assert epsilon(ev.PoissonSampled(rate, ev.Gaussian(noise)), count + 1, delta).upper >= here.lower
+    assert epsilon(ev.Gaussian(noise), count, delta).upper >= here.lower  # sampling only helps
+
+
+@few
+@given(st.permutations(range(4)), st.sampled_from(RELATIONS))
+def test_composition_commutes_and_associates(order: list[int], relation: str) -> None:
+    parts = [ev.Gaussian(4.0), ev.PoissonSampled(0.1, ev.Gaussian(1.0)), ev.Laplace(30.0), ev.PureDP(0.1)]
+    one = Accountant(relation=relation)
+    for k in range(4):
+        one.step(parts[k], 5)
+    other, rest = Accountant(relation=relation), Accountant(relation=relation)
+    for k in order[:2]:
+        other.step(parts[k], 2)
+    for k in order:
+        rest.step(parts[k], 3 if k in order[:2] else 5)
+    other.compose(rest)
+    assert other.events == one.events
+    first, second = one.epsilon(1e-6), other.epsilon(1e-6)
+    assert max(first.lower, second.lower) <= min(first.upper, second.upper)
+    assert first.estimate == pytest.approx(second.estimate, rel=1e-7)
+
+
+def test_tighter_tolerance_never_widens() -> None:
+    accountant = Accountant().step(ev.PoissonSampled(0.01, ev.Gaussian(1.0)), 1000)
+    gaps = [accountant.epsilon(1e-5, tol=tol).gap for tol in (1e-2, 1e-3, 1e-4, 1e-5)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] <= 1e-5
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-15, 1e-20, 1e-30])
+def test_small_delta(delta: float) -> None:
+    """Deltas far below the resolution of floats keep two sides."""
+    found = epsilon(ev.PoissonSampled(0.01, ev.Gaussian(1.0)), 1000, delta)
+    assert found.gap <= 1e-3
+    back = Accountant().step(ev.PoissonSampled(0.01, ev.Gaussian(1.0)), 1000).delta(found.estimate)
+    assert back.lower <= delta <= back.upper
+    assert back.estimate == pytest.approx(delta, rel=1e-6)
+
+
+def test_edges() -> None:
+    sampled = ev.PoissonSampled(0.1, ev.Gaussian(1.0))
+    assert epsilon(ev.Gaussian(0.0)).upper == math.inf
+    assert epsilon(ev.PoissonSampled(0.1, ev.Gaussian(0.0))).upper == math.inf
+    assert epsilon(ev.Laplace(0.0)).upper == math.inf
+    assert epsilon(ev.Unaccounted("test randomness")).upper == math.inf
+    assert Accountant().step(ev.Unaccounted()).delta(1.0).upper == 1
+    assert epsilon(ev.PoissonSampled(0.0, ev.Gaussian(1.0)), 10).upper == 0
+    assert epsilon(ev.Gaussian(math.inf), 10).upper == 0
+    assert epsilon(sampled, 0).upper == 0
+    assert epsilon(sampled, delta=0).upper == math.inf
+    assert epsilon(ev.Laplace(10.0), 5, delta=0).estimate == pytest.approx(0.5, rel=1e-12)
+    assert epsilon(ev.PureDP(0.3), 4, delta=0).upper == pytest.approx(1.2, rel=1e-9)
+    assert epsilon(ev.PoissonSampled(1.0, ev.Gaussian(2.0)), 9) == epsilon(ev.Gaussian(2.0), 9)
+
+
+def test_observers_and_relations() -> None:
+    """The server sees cohorts; replace_one doubles the sensitivity; zero_out of a sum is add_remove."""
+    sampled = ev.PoissonSampled(0.01, ev.Gaussian(3.0))
+    assert epsilon(sampled, 50, observer="server") == epsilon(ev.Gaussian(3.0), 50)
+    fixed = ev.FixedSizeSampled(10, 1000, ev.Gaussian(3.0))
+    assert epsilon(fixed, 50, observer="server", relation="replace_one").estimate == pytest.approx(
+        epsilon(ev.Gaussian(1.5), 50).estimate
+    )
+    assert epsilon(ev.Central(sampled), observer="server").upper == math.inf
+    assert epsilon(ev.Central(sampled), 3) == epsilon(sampled, 3)
+    assert epsilon(sampled, 50, relation="zero_out") == epsilon(sampled, 50)
+    assert epsilon(sampled, 50, relation="replace_one").lower > epsilon(sampled, 50).upper
+
+
+REFUSED: list[tuple[ev.Event, str]] = [
+    (ev.FixedSizeSampled(10, 100, ev.Gaussian(1.0)), "add_remove"),
+    (ev.FixedSizeSampled(10, 100, ev.Gaussian(1.0)), "zero_out"),
+    (ev.RandomizedResponse(0.5, 3), "add_remove"),
+    (ev.PoissonSampled(0.1, ev.PureDP(1.0)), "replace_one"),
+    (ev.RandomAllocation(4, ev.Gaussian(1.0)), "replace_one"),
+    (ev.PoissonSampled(0.1, ev.Composed(((ev.Gaussian(1.0), 2),))), "add_remove"),
+]
+
+
+@pytest.mark.parametrize(("event", "relation"), REFUSED)
+def test_what_is_not_proved_is_refused_and_changes_nothing(event: ev.Event, relation: str) -> None:
+    accountant = Accountant(relation=relation).step(ev.Gaussian(2.0))
+    before = accountant.events
+    with pytest.raises(ValueError, match=r"^(relation|event):"):
+        accountant.step(ev.Composed(((ev.Gaussian(1.0), 1), (event, 1))))
+    assert accountant.events == before
+
+
+def test_bad_arguments_name_themselves() -> None:
+    accountant = Accountant()
+    for name, call in {
+        "count": lambda: accountant.step(ev.Gaussian(1.0), -1),
+        "event": lambda: accountant.step("Gaussian"),  # type: ignore[arg-type]
+        "delta": lambda: accountant.epsilon(1.0),
+        "epsilon": lambda: accountant.delta(math.nan),
+        "relation": lambda: Accountant(relation="add"),
+        "observer": lambda: Accountant(observer="me"),
+        "unit": lambda: Accountant(unit=""),
+        "alpha": lambda: accountant.tradeoff(2.0),
+        "prior": lambda: accountant.bayes_risk(-1.0),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}:"):
+            call()
+    for terms in ({"unit": "record"}, {"relation": "zero_out"}, {"observer": "server"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(terms))}:"):
+            accountant.compose(Accountant(**terms))
+
+
+def test_preview_leaves_no_trace_and_equal_events_merge() -> None:
+    accountant = Accountant().step(ev.Gaussian(2.0), 3)
+    after = accountant.preview(ev.Gaussian(2.0), 2)
+    assert after.events == {ev.Gaussian(2.0): 5}
+    assert accountant.events == {ev.Gaussian(2.0): 3}
+
+
+def test_gaussian_curve_and_risks() -> None:
+    """Trade-off, true-positive rate and Bayes risk of plain Gaussian noise have closed forms."""
+    from statistics import NormalDist
+
+    normal = NormalDist()
+    accountant = Accountant().step(ev.Gaussian(1.0))
+    for alpha in (0.01, 0.1, 0.5):
+        beta = normal.cdf(normal.inv_cdf(1 - alpha) - 1)
+        found = accountant.tradeoff(alpha)
+        assert found.lower <= beta <= found.upper
+        assert found.estimate == pytest.approx(beta, rel=1e-6)
+        assert accountant.tpr_at(alpha).upper == pytest.approx(1 - found.lower)
+    assert accountant.bayes_risk(0.5).estimate == pytest.approx(normal.cdf(-0.5))
+
+
+@pytest.mark.parametrize(("rate", "count", "budget", "delta"), [(0.04, 2000, 8.0, 1e-5), (0.01, 500, 1.0, 1e-6)])
+def test_calibration_is_certified_and_nearly_least(rate: float, count: int, budget: float, delta: float) -> None:
+    def plan(z: float) -> ev.Event:
+        return ev.PoissonSampled(rate, ev.Gaussian(z))
+
+    noise = calibrate(plan, count=count, epsilon=budget, delta=delta)
+    assert epsilon(plan(noise), count, delta).lower <= budget
+    assert Accountant().step(plan(noise), count).epsilon(delta, tol=1e-4).upper <= budget
+    found = calibrate_bound(plan, count=count, epsilon=budget, delta=delta)
+    assert found.lower <= found.estimate <= found.upper == noise
+    assert found.upper <= found.lower * (1 + 1e-3)
+
+
+def test_calibrated_steps_are_the_last_that_fit() -> None:
+    event = ev.PoissonSampled(0.02, ev.Gaussian(1.1))
+    most = calibrate_steps(event, epsilon=2.0, delta=1e-6)
+    assert epsilon(event, most).upper <= 2.0 < epsilon(event, most + max(2, most // 200)).upper
+    assert calibrate_steps(ev.Gaussian(0.1), epsilon=1.0, delta=1e-6) == 0
+    with pytest.raises(ValueError, match=r"^epsilon:"):
+        calibrate(lambda z: event, epsilon=-1.0, delta=1e-6)
+
+
+def test_import_is_lazy() -> None:
+    """Names load nothing of scipy until something is asked."""
+    code = (
+        "import sys, privfed.privacy as p; assert 'scipy' not in sys.modules; p.Gaussian(1.0); "
+        "assert 'scipy' not in sys.modules; p.Accountant().step(p.Gaussian(1.0)).epsilon(1e-5); "
+        "assert 'scipy.stats' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
