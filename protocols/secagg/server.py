@@ -240,7 +240,7 @@ class SecAggServer:
         holders_of = {owner: [n for n in self._revealed if owner in self._revealed[n]] for owner in self._sealed}
         secrets: Secrets = recover(self._terms, self._rows, self._masked, self._revealed, holders_of)
         self.culprits = secrets.culprits
-        plus, minus = unmask(self._terms, self._rows, self._view(), secrets, self._edges(), self._masked)
+        plus, minus = unmask(self._rows, self._view(), secrets, self._edges())
         add_masks(self._total, plus, minus, threads=self._threads)
         reduce(self._total, self._terms.session.bits)
         self._result = RingSum(self._total.astype(np.uint64, copy=False), frozenset(self._masked))

@@ -10,7 +10,7 @@ import numpy as np
 from privfed.protocols import keys
 from privfed.protocols.errors import RemoteError, TooFewSurvivors
 from privfed.protocols.secagg.client import pair_seed, self_seed
-from privfed.protocols.secagg.messages import OF_SELF_SEED, Advertisement, Terms
+from privfed.protocols.secagg.messages import Advertisement, Terms
 from privfed.protocols.shamir import Ints, decode_share, inconsistent, interpolate, secret_of
 
 _TRIES = 64
@@ -99,15 +99,12 @@ def _search(
 
 
 def unmask(
-    terms: Terms,
     rows: Mapping[int, Advertisement],
     view: bytes,
     secrets: Secrets,
     edges: Mapping[int, Set[int]],
-    survivors: Set[int],
 ) -> tuple[list[bytes], list[bytes]]:
     """Return the seeds of the masks to add and to subtract, so that the sum of the survivors' inputs is left."""
-    del terms, survivors
     minus = [self_seed(secret, node, view) for node, secret in sorted(secrets.self_secrets.items())]
     plus: list[bytes] = []
     for node, secret in sorted(secrets.mask_keys.items()):
@@ -117,6 +114,3 @@ def unmask(
             # The survivor added the mask when its id is the lower one.
             (minus if peer < node else plus).append(seed)
     return plus, minus
-
-
-__all__ = ["OF_SELF_SEED", "Secrets", "recover", "unmask"]
