@@ -44,15 +44,14 @@ def describe_updates(view: Updates) -> dict[str, object]:
         toward += block @ sum_of_units
     found: dict[str, object] = {"norm": describe_norms(norms, view.sources)}
     moved = int((norms > 0).sum())
-    if moved > 1 and total > 0:
-        nonzero = np.flatnonzero(norms > 0)
-        cosines = toward[nonzero] / math.sqrt(total)
-        least = int(np.argmin(cosines))
-        found["cosine"] = {
-            "mean": (total - moved) / (moved * (moved - 1)),
-            "least": float(cosines[least]),
-            "least-node": view.sources[int(nonzero[least])],
-        }
+    if moved > 1:
+        cosine: dict[str, object] = {"mean": (total - moved) / (moved * (moved - 1))}
+        if total > 0:  # directions that cancel have no mean to be compared with
+            nonzero = np.flatnonzero(norms > 0)
+            cosines = toward[nonzero] / math.sqrt(total)
+            least = int(np.argmin(cosines))
+            cosine.update({"least": float(cosines[least]), "least-node": view.sources[int(nonzero[least])]})
+        found["cosine"] = cosine
     if center > 0:
         found["diversity"] = float(norms @ norms) / count / center
     bound = limit(rows.dtype)

@@ -27,6 +27,10 @@ class NearestNeighborMixing(RobustStrategy):
         self.strategy = strategy
         self.num_malicious_nodes = num_malicious_nodes
 
+    def least_rows(self) -> tuple[int, str]:
+        """Return 2f + 1, or what the rule needs if that is more."""
+        return max((2 * self.num_malicious_nodes + 1, "2f + 1"), self.strategy.least_rows())
+
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
         """Return what the rule makes of the mixed rows."""
         mixed = rules.nearest_neighbor_mixing(rows, self.num_malicious_nodes)

@@ -2,22 +2,28 @@
 
 They ignore the weights nodes claim, which would be a lever. Under GroupedStage the rows are group means, and the number
 of nodes to tolerate is the number of groups to tolerate: f nodes spoil at most f groups. What a rule cannot promise for
-the rows that are there (Krum needs n >= 2 f + 3, Bulyan n >= 4 f + 3, others n > 2 f) fails the round with the numbers.
+the rows that are there (Krum needs n >= 2 f + 3, Bulyan n >= 4 f + 3, others n > 2 f) fails the round with the numbers,
+before any node is asked when the cohort or its groups are too few, and afterwards when too few have answered.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.record import ArrayRecord
+from privfed.errors import RunFailed
+from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
+from privfed.strategies.exchange import Exchange
 from privfed.strategies.strategy import Strategy, add_update
 from privfed.strategies.view import Updates, View
+
+if TYPE_CHECKING:
+    from privfed.strategies.strategy import _Run
 
 
 class RobustStrategy(Strategy, ABC):
@@ -29,11 +35,30 @@ class RobustStrategy(Strategy, ABC):
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
         """Return one row from n rows, which are in the order of node ids (or group numbers)."""
 
+    def least_rows(self) -> tuple[int, str]:
+        """Return how many rows the rule needs for what it is to tolerate, and the formula that says so."""
+        return 1, "1"
+
     def update(self, server_round: int, arrays: ArrayRecord, view: View) -> ArrayRecord:
         """Add what the rule makes of the updates."""
         if not isinstance(view, Updates):
             raise TypeError(f"{type(self).__name__} needs Updates, got {type(view).__name__}")
         return add_update(arrays, np.asarray(self.aggregate(view.rows), np.float64))
+
+    def _exchange(
+        self, run: _Run, server_round: int, kind: str, content: RecordDict, cohort: tuple[int, ...]
+    ) -> Exchange:
+        group_size = getattr(self.stage, "group_size", 1)
+        rows = max(1, len(cohort) // group_size)
+        least, formula = self.least_rows()
+        if kind == "train" and rows < least:
+            source = f"{len(cohort)} nodes" + (f" in groups of {group_size}" if group_size > 1 else "")
+            remedy = "make the groups smaller, ask more nodes" if group_size > 1 else "ask more nodes"
+            raise RunFailed(
+                f"round {server_round}: {type(self).__name__} needs n >= {formula} = {least} rows, got n = {rows} "
+                f"({source}); {remedy}, or lower num_malicious_nodes"
+            )
+        return super()._exchange(run, server_round, kind, content, cohort)
 
 
 class FedMedian(RobustStrategy):
@@ -69,6 +94,10 @@ class _Counting(RobustStrategy):
         super().__init__(**arguments)
         self.num_malicious_nodes = num_malicious_nodes
 
+    def least_rows(self) -> tuple[int, str]:
+        """Return 2f + 3, Krum's least."""
+        return 2 * self.num_malicious_nodes + 3, "2f + 3"
+
 
 class Krum(_Counting):
     """The update whose n - f - 2 nearest others are nearest [BEGS17]."""
@@ -94,6 +123,10 @@ class MultiKrum(_Counting):
 
 class Bulyan(_Counting):
     """Repeated Krum, then the mean of the values nearest to the median [EGR18]."""
+
+    def least_rows(self) -> tuple[int, str]:
+        """Return 4f + 3."""
+        return 4 * self.num_malicious_nodes + 3, "4f + 3"
 
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
         """Return Bulyan's row."""
