@@ -1,0 +1,123 @@
+"""The graph that nodes choose themselves: what a server gains by hiding nodes, or by who is said to have confirmed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privfed.protocols import secure_sum
+from privfed.protocols.codec import Reader, decode, node_list
+from privfed.protocols.errors import RemoteError, TooFewSurvivors
+from privfed.protocols.secagg import messages
+from privfed.protocols.secagg.messages import Advertisement, Kept
+from privfed.protocols.secagg.neighbourhood import holders, least_survivors
+from proofs_tests.protocols.test_secagg_refusals import refuses
+from proofs_tests.protocols.test_secagg_sparse import ACTIVE, COHORT, Room
+
+
+def chosen(room: Room, node: int) -> tuple[int, ...]:
+    """Return the holders a node chose: its secret, which the test reads from what it kept."""
+    return holders(room.server._terms, node, COHORT, bytes(32), decode(room.kept[node], Kept.read).root)
+
+
+def thinned(request: bytes, present: set[int]) -> bytes:
+    def read(reader: Reader) -> dict[int, Advertisement]:
+        reader.take(65)
+        return messages.read_advertisements(reader)
+
+    rows = {node: row for node, row in decode(request, read).items() if node in present}
+    return request[:65] + messages.encode_advertisements(rows)
+
+
+def sealed_for(reply: bytes) -> set[int]:
+    return set(decode(reply, lambda r: (r.take(33), messages.read_sealed(r))[1]))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sets(st.sampled_from(COHORT[1:]), min_size=15))
+def test_hiding_nodes_brings_no_other_holders(present: set[int]) -> None:
+    """Otherwise a server could show the corrupt nodes and few others, and they would hold t shares."""
+    room = Room(ACTIVE, "share")
+    mine = set(chosen(room, 1)) & present
+    reply = room.step(1, thinned(bytes(room.server.outbound()[1]), present | {1}))
+    assert sealed_for(reply) == (mine if len(mine) >= ACTIVE.threshold else set())  # type: ignore[operator]  # a count
+
+
+def test_a_node_without_enough_holders_shares_nothing_and_masks_nothing() -> None:
+    room = Room(ACTIVE, "share")
+    strangers = set(COHORT) - set(chosen(room, 1))
+    reply = room.step(1, thinned(bytes(room.server.outbound()[1]), strangers))
+    assert sealed_for(reply) == set()
+    told = messages.head(messages.MASK, room.server._bound) + node_list([]) + messages.encode_sealed({})
+    refuses(room, 1, told, "too-few-neighbours")
+
+
+def test_survivors_few_enough_to_be_apart_are_refused() -> None:
+    room = Room(ACTIVE, "confirm")
+    least = least_survivors(room.server._terms, 0)
+    head = bytes(room.server.outbound()[1])[:33]
+    assert 2 < least < len(COHORT)
+    refuses(room, 1, head + node_list(COHORT[: least - 1]), "too-few-survivors")
+    room.step(1, head + node_list(COHORT[:least]))
+
+
+def test_only_confirmations_of_its_own_holders_count() -> None:
+    """All the others confirm; t - 1 of the nodes that hold its shares do."""
+    room = Room(ACTIVE, "reveal")
+    request = bytes(room.server.outbound()[1])
+
+    def read(reader: Reader) -> tuple[tuple[int, ...], dict[int, bytes]]:
+        reader.take(33)
+        return reader.nodes(), messages.read_signatures(reader)
+
+    survivors, signatures = decode(request, read)
+    mine = chosen(room, 1)
+    for node in mine[8:]:  # the threshold is 9
+        del signatures[node]
+    assert len(signatures) > 9
+    told = request[:33] + node_list(survivors) + messages.encode_signatures(signatures)
+    refuses(room, 1, told, "too-few-confirmations")
+    room.step(1, request)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_whoever_vanishes_no_honest_node_blames_the_server(data: st.DataObject) -> None:
+    """The server leaves out, or stops, before it asks an honest node for what it would refuse."""
+    dropped: dict[str, set[int]] = {stage: set() for stage in ACTIVE.stages}
+    for node in data.draw(st.sets(st.sampled_from(COHORT), max_size=20)):
+        dropped[data.draw(st.sampled_from(ACTIVE.stages))].add(node)
+    inputs = {node: np.array([node, 1 << node]) for node in COHORT}
+    try:
+        result = secure_sum(inputs, ACTIVE, dropped=dropped)
+    except TooFewSurvivors as few:
+        assert few.have < few.threshold
+        return
+    assert np.array_equal(result.total, sum(inputs[node] for node in result.survivors))
+
+
+def test_the_server_stops_when_a_node_has_too_few_confirmed_holders() -> None:
+    room = Room(ACTIVE, "confirm")
+    for node, reply in room.replies().items():
+        if node in chosen(room, 1)[:8] or node == 1:
+            room.server.receive(node, reply)
+    with pytest.raises(TooFewSurvivors) as fault:
+        room.server.close()
+    assert fault.value.stage == "confirm"
+    assert fault.value.have < fault.value.threshold == 9
+
+
+def test_more_holders_than_the_degree_are_refused() -> None:
+    room = Room(ACTIVE, "share")
+    reply = room.step(1, bytes(room.server.outbound()[1]))
+    rows = decode(reply, lambda r: (r.take(33), messages.read_sealed(r))[1])
+    text = next(iter(rows.values()))
+    more = dict(rows) | {next(node for node in COHORT if node not in rows and node != 1): text}
+    itself = dict(list(rows.items())[1:]) | {1: text}
+    for wrong in (more, itself):
+        with pytest.raises(RemoteError) as fault:
+            room.server.receive(1, reply[:33] + messages.encode_sealed(wrong))
+        assert (fault.value.deviation, fault.value.culprits) == ("wrong-holders", (1,))
+    room.server.receive(1, reply)
