@@ -14,7 +14,7 @@ from Crypto.Cipher import AES
 from Crypto.PublicKey import ECC
 from Crypto.Signature import eddsa
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -135,3 +135,59 @@ def test_a_second_library_verifies_what_is_signed(key: bytes, label: bytes, part
     public = eddsa.import_public_key(keys.signing_public(key))
     assert isinstance(public, ECC.EccKey)
     eddsa.new(public, "rfc8032").verify(statement, keys.sign(key, label, *parts))
+
+
+def rows(*path: str) -> Iterator[dict[str, bytes]]:
+    """Yield the cases of a `NAME = hex` file; a case ends where a name comes again or a blank line is."""
+    root = resources.files("cryptography_vectors")
+    case: dict[str, bytes] = {}
+    for line in [*root.joinpath(*path).read_text().splitlines(), ""]:
+        name, _, value = line.partition("=")
+        if not line.strip():
+            if case:
+                yield case
+            case = {}
+        elif value and not line.startswith("#") and name.strip() not in ("COUNT", "Hash", "L"):
+            case[name.strip()] = bytes.fromhex(value.strip())
+
+
+def test_key_agreement_passes_rfc_7748() -> None:
+    """The file's third case is section 5.2's loop, one thousand times round."""
+    seen = 0
+    for case in rows("asymmetric", "X25519", "rfc7748.txt"):
+        scalar, point = case["INPUT_SCALAR"], case["INPUT_U"]
+        if scalar != point:
+            assert keys.agree(scalar, 1, point) == case["OUTPUT_U"]
+            seen += 1
+    assert seen == 2
+    scalar = point = bytes([9]) + bytes(31)
+    for turn in range(1000):
+        scalar, point = keys.agree(scalar, 1, point), scalar
+        if turn == 0:
+            assert scalar.hex() == "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+    assert scalar.hex() == "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51"
+
+
+def test_derivation_passes_rfc_5869() -> None:
+    seen = 0
+    for case in rows("KDF", "rfc-5869-HKDF-SHA256.txt"):
+        if "IKM" in case:
+            key, salt, info = case["IKM"], case.get("salt", b""), case.get("info", b"")
+        if "OKM" in case:
+            assert hkdf(key, salt, info, len(case["OKM"])) == case["OKM"]
+            assert HKDF(SHA256(), len(case["OKM"]), salt, info).derive(key) == case["OKM"]
+            seen += 1
+    assert seen == 3
+
+
+def test_signatures_pass_rfc_8032() -> None:
+    """Every tenth of the 1024 cases that RFC 8032 takes its own from, and the first four, which are in it."""
+    lines = resources.files("cryptography_vectors").joinpath("asymmetric", "Ed25519", "sign.input").read_text()
+    cases = lines.splitlines()
+    for line in cases[:4] + cases[4::10]:
+        pair, public, text, signed = (bytes.fromhex(part) for part in line.split(":")[:4])
+        assert keys.signing_public(pair[:32]) == public
+        own = Ed25519PrivateKey.from_private_bytes(pair[:32])
+        assert own.sign(text) + text == signed
+        Ed25519PublicKey.from_public_bytes(public).verify(signed[:64], text)
+    assert len(cases) == 1024

@@ -121,3 +121,18 @@ def test_more_holders_than_the_degree_are_refused() -> None:
             room.server.receive(1, reply[:33] + messages.encode_sealed(wrong))
         assert (fault.value.deviation, fault.value.culprits) == ("wrong-holders", (1,))
     room.server.receive(1, reply)
+
+
+@pytest.mark.parametrize("sender", [31, 1])
+def test_shares_of_a_stranger_or_of_itself_are_refused(sender: int) -> None:
+    """Where anyone may choose anyone, only the keys say who is there."""
+    room = Room(ACTIVE, "mask")
+    request = bytes(room.server.outbound()[1])
+
+    def read(reader: Reader) -> tuple[tuple[int, ...], dict[int, bytes]]:
+        reader.take(33)
+        return reader.nodes(), messages.read_sealed(reader)
+
+    live, sealed = decode(request, read)
+    sealed[sender] = next(iter(sealed.values()))
+    refuses(room, 1, request[:33] + node_list(live) + messages.encode_sealed(sealed), "foreign-node")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from privfed.protocols import SecAgg, keys
 from privfed.protocols.codec import Reader, decode, node_list
-from privfed.protocols.errors import RemoteError
+from privfed.protocols.errors import LocalError, RemoteError
 from privfed.protocols.secagg import messages
 from privfed.protocols.secagg.messages import Kept
 from privfed.protocols.session import Policy
@@ -107,3 +111,14 @@ def test_shares_of_others_than_those_held_are_refused() -> None:
     with pytest.raises(RemoteError) as fault:
         lab.server.receive(1, reply[:33] + messages.encode_revealed(rows))
     assert (fault.value.deviation, fault.value.culprits) == ("wrong-shares", (1,))
+
+
+@pytest.mark.parametrize(
+    "vector", [np.zeros(6), np.zeros(6, np.int64), np.zeros(6, np.uint16), np.zeros((6, 1), np.uint32)]
+)
+def test_an_input_that_is_no_ring_vector_is_the_callers_mistake(vector: NDArray[Any]) -> None:
+    lab = Lab(PASSIVE).until("mask")
+    before = lab.kept[1]
+    with pytest.raises(LocalError, match="uint32 or uint64 of length 6"):
+        lab.clients[1].step(before, lab.requests[1], lambda: vector)
+    lab.step(1, lab.requests[1])
