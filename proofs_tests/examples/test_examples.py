@@ -75,6 +75,26 @@ def test_quickstart(tmp_path: Path) -> None:
     check_quickstart([run_example("quickstart", tmp_path, "--seed", str(seed)) for seed in (1, 2, 3, 4, 5)])
 
 
+def test_byzantine(tmp_path: Path) -> None:
+    picture = tmp_path / "rules.png"
+    out = run_example("byzantine", tmp_path, "--seed", "1", "--config", f"picture={picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = re.findall(r"^([A-Za-z+ -]+?) {2,}([0-9. ]+)$", out, re.M)
+    assert len(found) == 26
+    even, skewed = (
+        {name: [float(x) for x in line.split()] for name, line in part} for part in (found[:13], found[13:])
+    )
+    robust = [name for name in even if name not in ("mean", "Krum")]
+    # Accuracies without an attack come first, the worst of all attacks last.
+    assert even["mean"][-1] < 50 < 90 < min(even[name][-1] for name in robust)
+    assert skewed["mean"][-1] < 50 < 75 < min(line[-1] for name, line in skewed.items() if "NNM" in name)
+    for rule in ("median", "trimmed mean", "Krum", "Bulyan"):
+        assert skewed[f"NNM + {rule}"][-1] > skewed[rule][-1] + 5, rule
+    # Robustness has a price where data differ: without any attack the mean is the best.
+    assert skewed["mean"][0] == max(line[0] for line in skewed.values())
+    assert skewed["median"][0] < even["median"][0] - 5
+
+
 def test_readme_example_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) == 2
