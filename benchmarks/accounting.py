@@ -118,10 +118,7 @@ def incremental(total: int = 100_000, asked: int = 100) -> float:
 
 def import_time() -> float:
     """Return CPU milliseconds that importing the package costs beyond numpy."""
-    code = (
-        "import numpy, time; t = time.process_time(); import privfed.privacy; "
-        "print(1e3 * (time.process_time() - t))"
-    )
+    code = "import numpy, time; t = time.process_time(); import privfed.privacy; print(1e3 * (time.process_time() - t))"
     return min(
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(5)
     )

@@ -212,6 +212,7 @@ def _over_thresholds(
     ranked.sort(key=lambda point: -(1 - upper_rate(point[0], sum(point), share)))
     best = 0.0
     for x, y in ranked:
+
         def at(epsilon: float, guesses: int = x + y, correct: int = y) -> float:
             return margin(guesses, correct, share, epsilon)
 
@@ -225,7 +226,9 @@ def gaussian_growth(mu: float) -> Callable[[float], float]:
     return lambda x: float(special.ndtr(special.ndtri(x) - mu))
 
 
-def rejection(canaries: int, guesses: int, correct: int, significance: float, inverse: Callable[[float], float]) -> float:
+def rejection(
+    canaries: int, guesses: int, correct: int, significance: float, inverse: Callable[[float], float]
+) -> float:
     """Return a positive number if so many correct guesses reject a trade-off curve [MMC24, Alg 3].
 
     inverse: mass an event may still have in the other world, given its mass in one; take it from any curve, such as

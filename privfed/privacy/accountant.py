@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from privfed.privacy import rdp
 from privfed.privacy import events as ev
+from privfed.privacy import rdp
 from privfed.privacy.bound import Bound
 from privfed.privacy.dominating import RENYI_ONLY, checked_terms, gaussian_mu, pairs, silent, simplify
 from privfed.privacy.query import Plan
+
 
 class Accountant:
     """Compose events that were fixed beforehand and bracket what they cost together.
@@ -135,7 +136,7 @@ def _supported(event: ev.Event, relation: str) -> None:
     if isinstance(event, RENYI_ONLY):
         return
     if isinstance(event, ev.PoissonSampled) and isinstance(event.inner, RENYI_ONLY):
-        if relation == "replace_one" or isinstance(event.inner, ev.ZCDP) and relation == "zero_out":
+        if relation == "replace_one" or (isinstance(event.inner, ev.ZCDP) and relation == "zero_out"):
             raise ValueError(f"relation: sampled {type(event.inner).__name__} has no proof under {relation}")
         return
     try:

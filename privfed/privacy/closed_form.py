@@ -57,7 +57,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
 
 def root(decreasing: Callable[[float], float], low: float, high: float, xtol: float = 0.0) -> float:
-    """Return where a decreasing function crosses 0 in [low, high], to the last digits or `xtol` (Illinois, bisection)."""
+    """Return where a decreasing function crosses 0 in [low, high], to the last digits or `xtol`."""
     f_low, f_high = decreasing(low), decreasing(high)
     side = 0
     for step in range(200):

@@ -142,9 +142,9 @@ class Inversion:
         total = float(terms.sum() - terms[0] / 2) * self.step / math.pi
         return self.value - self.order * epsilon + math.log(total) if total > 0 else -math.inf
 
-    def epsilon(self, log_delta: float, guess: float, spread: float) -> float:
+    def epsilon(self, log_delta: float, guess: float, spread: float, xtol: float = 0.0) -> float:
         """Return the epsilon of a delta, near the guess."""
-        return root(lambda epsilon: self.log_delta(epsilon) - log_delta, guess - spread, guess + spread)
+        return root(lambda epsilon: self.log_delta(epsilon) - log_delta, guess - spread, guess + spread, xtol)
 
 
 def gridded(places: Floats, weights: Floats, step: float, count: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversi
     sd = max(math.sqrt(bend), 1e-9)
     low, high = reaches(cumulants, order, -34.0)
     step = 2 * math.pi / (1.05 * max(high - slope, slope - low) + 4 * sd)
-    count = max(16, math.ceil(9 / sd / step))
+    count = min(effort, max(16, math.ceil(9 / sd / step)))
     while True:
         along = cumulants.along(order, step, count)
         end = step * count

@@ -149,9 +149,7 @@ def silent(event: ev.Event) -> bool:
     """Say whether the event reveals nothing: infinite noise, zero sensitivity, epsilon 0."""
     if getattr(event, "delta", 0.0):
         return False
-    noise = max(
-        (getattr(event, name, 0.0) for name in ("noise_multiplier", "sigma", "scale", "variance")), default=0.0
-    )
+    noise = max((getattr(event, name, 0.0) for name in ("noise_multiplier", "sigma", "scale", "variance")), default=0.0)
     if isinstance(event, ev.DistributedNoise):
         return event.clip == 0
     if isinstance(event, ev.RandomizedResponse):

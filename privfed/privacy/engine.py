@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from privfed.privacy import lattice, pld
-from privfed.privacy.atoms import Atoms
+from privfed.privacy.atoms import Atoms, atoms_of
 from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
 from privfed.privacy.pair import ULP
 
@@ -67,7 +67,8 @@ class Direction:
         for known in self._lines:
             if abs(math.log(known / order)) < 0.15:
                 return self._lines[known]
-        return self._lines.setdefault(order, invert(self.cumulants, order))
+        effort = 1 << (12 if any(isinstance(pair, Atoms) for pair, _ in self.parts) else 16)
+        return self._lines.setdefault(order, invert(self.cumulants, order, effort))
 
     def estimate_epsilon(self, delta: float) -> tuple[float, bool]:
         """Return epsilon(delta), which may be negative, and whether the inversion resolved it."""
@@ -84,7 +85,7 @@ class Direction:
             near = self.cumulants.at(min(self.cumulants.order_for_delta(log_delta), 64.0))[1]
             return self._lattice_epsilon(exact, delta, near).estimate, True
         line, slope, spread = self.line(log_delta)
-        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order), line.settled
+        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, 0.0 if line.settled else 1e-4), line.settled
 
     def estimate_delta(self, epsilon: float) -> tuple[float, bool]:
         """Return delta(epsilon) and whether the inversion resolved it."""
@@ -212,11 +213,14 @@ class Direction:
         bend = self.cumulants.at(order)[2]
         step = min((window[1] - window[0]) / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(bend) / 2)
         step = max(step, (window[1] - window[0]) / (_FIRST * 16))
-        lower, upper = -math.inf, math.inf
-        spans = [found for found in (lattice.atoms_of(pair) for pair, _ in self.parts) if found]
+        lower, upper, done = -math.inf, math.inf, False
+        spans = [found for found in (atoms_of(pair) for pair, _ in self.parts) if found]
         ends = min(spans, key=lambda span: span[1] - span[0], default=None)
         for _ in range(_ROUNDS):
+            step = max(step, (window[1] - window[0]) / (2 * _LARGEST))
             step = lattice.aligned_step(step, ends) if ends else step
+            if (window[1] - window[0]) / step > 16 * _LARGEST:
+                break
             highs, lows, narrow = self._lattices(step, order, delta, allowed)
             upper = min(upper, read(pld.compose(highs, step, order, window), True))
             lower = max(lower, read(pld.compose(lows, step, order, window), False))
@@ -227,7 +231,8 @@ class Direction:
             if narrow:
                 step /= min(4.0, max(1.5, 1.2 * math.sqrt(ratio)))
             allowed /= min(16.0, max(2.0, 1.5 * ratio))
-        return Bracket(lower, min(max(near, lower), upper), upper, done)
+        middle = near if settled or math.isinf(upper - lower) else (lower + upper) / 2
+        return Bracket(lower, min(max(middle, lower), upper), upper, done)
 
     def _tilt(self, near: float) -> tuple[float, tuple[float, float]]:
         """Return the order to tilt to, and the window of losses where the tilted law then has its mass.

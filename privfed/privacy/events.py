@@ -109,7 +109,7 @@ class DiscreteGaussian(Event):
 
 @dataclass(frozen=True, slots=True)
 class DiscreteLaplace(Event):
-    """Add noise with mass proportional to exp(-|k| / scale) to one integer; a unit contributes at most `sensitivity`."""
+    """Add noise of mass ~ exp(-|k| / scale) to one integer; a unit contributes at most `sensitivity`."""
 
     scale: float
     sensitivity: int = 1

@@ -23,7 +23,7 @@ WIDEST_LOSS = 600.0  # beyond it exp(loss) leaves the range of floats
 
 @dataclass(frozen=True)
 class Lattice:
-    """P masses at loss offset + step * index; `certain` has infinite loss; `error` bounds rounding, relative to tilted mass."""
+    """P masses at loss offset + step * index; `certain` has infinite loss; `error` bounds rounding, tilted."""
 
     index: Ints
     mass: Floats
@@ -172,7 +172,9 @@ def merge(pair: Pair, cells: Cells, certain: float, order: float, log_moment: fl
     return best
 
 
-def _from_below(mass: list[float], edges: list[float], p: list[float], q: list[float], mode: int) -> tuple[float, float]:
+def _from_below(
+    mass: list[float], edges: list[float], p: list[float], q: list[float], mode: int
+) -> tuple[float, float]:
     """Fill the edges below the mode upwards: what waits below an edge takes what it needs of the cells above it."""
     wait_p, wait_q = p[0], q[0]
     k = 0
@@ -196,7 +198,9 @@ def _from_below(mass: list[float], edges: list[float], p: list[float], q: list[f
     return wait_p, wait_q
 
 
-def _from_above(mass: list[float], edges: list[float], p: list[float], q: list[float], mode: int) -> tuple[float, float]:
+def _from_above(
+    mass: list[float], edges: list[float], p: list[float], q: list[float], mode: int
+) -> tuple[float, float]:
     """Fill the edges above the mode downwards; an excess without a match is dropped."""
     wait_p, wait_q = p[-1], q[-1]
     k = len(edges) - 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -228,7 +229,7 @@ class LaplacePair:
 
     def _between(self, kinks: tuple[float, ...], reach: float, wave: float) -> tuple[Floats, Floats]:
         above = (1 - self.rate) * math.exp(-self.mu) / 2 + self.rate / 2
-        parts = [panels(a, b, (1 + reach + wave) / 3) for a, b in zip(kinks, kinks[1:], strict=False)]
+        parts = [panels(a, b, (1 + reach + wave) / 3) for a, b in pairwise(kinks)]
         x = np.concatenate([part[0] for part in parts])
         density = ((1 - self.rate) * np.exp(-np.abs(x)) + self.rate * np.exp(-np.abs(x - self.mu))) / 2
         weights = np.concatenate([part[1] for part in parts]) * density

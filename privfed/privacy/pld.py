@@ -162,9 +162,12 @@ def _outside(
     bounds = [math.inf, math.inf]
     sd = 0.0
     for lattice, count in parts:
-        tilted = lattice.mass * np.exp(order * (lattice.offset + step * lattice.index) - log_moment(lattice, step, order))
-        mean = float(tilted @ lattice.index) / float(tilted.sum())
-        sd += count * float(tilted @ (lattice.index - mean) ** 2) * step * step
+        keep = lattice.mass > 0
+        index = lattice.index[keep]
+        exponent = order * (lattice.offset + step * index) + np.log(lattice.mass[keep])
+        tilted = np.exp(exponent - log_moment(lattice, step, order))
+        mean = float(tilted @ index) / float(tilted.sum())
+        sd += count * float(tilted @ (index - mean) ** 2) * step * step
     sd = math.sqrt(sd) or step
     for factor in (0.1, 0.3, 1.0, 2.0, 4.0, 7.0):
         for side, shift, edge in ((0, -factor / sd, first), (1, factor / sd, last)):

@@ -124,7 +124,7 @@ class Plan:
         best = ranked[0].bracket_epsilon(delta, tol)
         for direction in ranked[1:]:
             best = _largest(best, direction.bracket_epsilon(delta, tol, enough=best.lower))
-        return Bracket(*(max(0.0, x) for x in (best.lower, best.estimate, best.upper)), best.settled)
+        return Bracket(max(0.0, best.lower), max(0.0, best.estimate), max(0.0, best.upper), best.settled)
 
     def delta(self, epsilon: float, tol: float) -> Bound:
         """Bracket delta(epsilon)."""

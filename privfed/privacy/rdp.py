@@ -170,7 +170,7 @@ def amplified(event: ev.PoissonSampled, orders: Floats, relation: str) -> Floats
     if relation == "replace_one":
         raise ValueError(f"relation: Poisson-sampled {type(event.inner).__name__} has no proof under replace_one")
     q = event.rate
-    top = int(math.ceil(float(orders[np.isfinite(orders)].max(initial=2.0))))
+    top = math.ceil(float(orders[np.isfinite(orders)].max(initial=2.0)))
     inner = divergence(event.inner, [float(j) for j in range(2, top + 1)], relation)
     table = np.full(top + 1, np.nan)
     for a in sorted({max(2, math.ceil(o)) for o in orders if math.isfinite(o)}):

@@ -100,29 +100,34 @@ def quadrature_delta(event: ev.Event, count: int, relation: str, epsilon: float)
     assert both is not None
     worst = 0.0
     for pair in both:
-        worst = max(worst, monte_free(pair, count, epsilon))
+        worst = max(worst, fine_lattice_delta(pair, count, epsilon))
     return worst
 
 
-def monte_free(pair: object, count: int, epsilon: float) -> float:
+def fine_lattice_delta(pair: object, count: int, epsilon: float) -> float:
     low, high = pair.span(1e-13)  # type: ignore[attr-defined]
+    low, high = low - 1e-9, high + 1e-9
     size = 1 << 15
     edges = np.linspace(low, high, size)
     p = pair.masses(edges).p  # type: ignore[attr-defined]
     centres = np.concatenate(([low], (edges[1:] + edges[:-1]) / 2, [high]))
     step = edges[1] - edges[0]
     mean = float(p @ centres)
-    total = 1 << math.ceil(math.log2(size * min(count, 64)))
-    index = np.rint((centres - mean) / step).astype(int)
-    law = np.bincount(index % total, p, total)
+    total = 1 << math.ceil(math.log2(4 * size * min(count, 16)))
+    spot = (centres - mean) / step
+    first = np.floor(spot).astype(int)
+    law = np.bincount(first % total, p * (first + 1 - spot), total)
+    law += np.bincount((first + 1) % total, p * (spot - first), total)
     composed = np.fft.irfft(np.fft.rfft(law) ** count, total)
     k = np.arange(total)
     k[k > total // 2] -= total
     losses = count * mean + step * k
     certain = float(getattr(pair, "certain", 0.0))
-    return float(np.maximum(1 - np.exp(np.minimum(epsilon - losses, 0.0)), 0.0) @ composed) * (
-        1 - certain
-    ) ** count + 1 - (1 - certain) ** count
+    return (
+        float(np.maximum(1 - np.exp(np.minimum(epsilon - losses, 0.0)), 0.0) @ composed) * (1 - certain) ** count
+        + 1
+        - (1 - certain) ** count
+    )
 
 
 def check_case(seed: int) -> None:

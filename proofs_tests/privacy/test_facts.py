@@ -151,9 +151,11 @@ KINDS: dict[str, Callable[[Inputs], Any]] = {
     "audit_eps_lower": audit_fact,
     "b": scale_fact,
     "delta": delta_fact,
-    "effective_z": lambda i: combined_multiplier([i["z_delta"], i["z_bits"]])
-    if "z_bits" in i
-    else combined_multiplier([delta_multiplier(i["z"], i["sigma_b"]), i["sigma_b"] / i["bit_sensitivity"]]),
+    "effective_z": lambda i: (
+        combined_multiplier([i["z_delta"], i["z_bits"]])
+        if "z_bits" in i
+        else combined_multiplier([delta_multiplier(i["z"], i["sigma_b"]), i["sigma_b"] / i["bit_sensitivity"]])
+    ),
     "epsilon": epsilon_fact,
     "epsilon_bracket": lambda i: accountant_of(i).epsilon(i["delta"], tol=5e-3),
     "epsilon_gdp": lambda i: accountant_of(i).epsilon(i["delta"]),
