@@ -62,6 +62,18 @@ def masks() -> float:
     return best(lambda: add_masks(total, seeds[:16], seeds[16:])) / 32
 
 
+def masks_on_threads(threads: int) -> float:
+    """Wall seconds a mask of 1M uint32 when chunks are shared among threads; on a busy machine it says little."""
+    total = np.zeros(MILLION, np.uint32)
+    seeds = [secrets.token_bytes(16) for _ in range(32)]
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        add_masks(total, seeds, [], threads=threads)
+        times.append(time.perf_counter() - start)
+    return min(times) / len(seeds)
+
+
 def shamir(n: int, threshold: int) -> tuple[float, float]:
     pair = [secrets.token_bytes(32), secrets.token_bytes(32)]
     points = range(1, n + 1)
@@ -186,6 +198,8 @@ def main() -> None:
     print(f"load average {os.getloadavg()[0]:.1f}")
     limit, mask = limit_per_mask(), masks()
     print(f"mask 1M uint32: {mask * 1e3:.3f} ms, limit {limit * 1e3:.3f} ms, ratio {mask / limit:.2f} (bar 1.5)")
+    walls = {threads: masks_on_threads(threads) for threads in (1, 2)}
+    print(f"mask 1M uint32, wall: {walls[1] * 1e3:.3f} ms on one thread, {walls[2] * 1e3:.3f} ms on two")
     for n, threshold, bar in ((100, 51, 0.1), (1000, 501, 1.5)):
         made, found = shamir(n, threshold)
         print(

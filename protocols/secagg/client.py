@@ -323,8 +323,6 @@ class SecAggClient:
         known = {*state.edges, self._node}
         if not set(survivors) <= set(rows):
             raise refuse("foreign-node", "a survivor that advertised no keys")
-        if is_full(terms, tuple(rows)) and not set(survivors) <= known:
-            raise refuse("foreign-node", "a survivor that shared no keys")
         mine = holders(terms, self._node, tuple(rows), state.seed, state.root)
         if set(survivors) & set(mine) - known:
             raise refuse("foreign-node", "a neighbour that was said to have shared nothing survives")
