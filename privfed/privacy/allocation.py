@@ -16,7 +16,7 @@ from scipy import special
 
 from privfed.privacy import events as ev
 from privfed.privacy.atoms import Atoms, Swapped
-from privfed.privacy.pair import Floats, Pair
+from privfed.privacy.pair import Floats, Masses, Pair
 
 _POINTS = 1200
 _TAIL = 1e-19  # of either law, cut off above and below at every doubling (and moved to the safe side)
@@ -30,7 +30,7 @@ class Enclosed:
     above: Pair
     below: Pair
 
-    def masses(self, edges: Floats):  # type: ignore[no-untyped-def]  # as above.masses
+    def masses(self, edges: Floats) -> Masses:
         """Return those of `above`."""
         return self.above.masses(edges)
 
@@ -92,8 +92,8 @@ def _add(first: Law, second: Law, upper: bool) -> Law:
     grid = low * np.exp(step * np.arange(_POINTS))
     with np.errstate(divide="ignore"):
         cell = np.clip(np.floor((np.log(values) - math.log(low)) / step).astype(np.int64) + 1, 0, _POINTS)
-    mass = np.bincount(cell, masses, _POINTS + 1)
-    moment = np.bincount(cell, masses * values, _POINTS + 1)
+    mass: Floats = np.bincount(cell, masses, _POINTS + 1).astype(np.float64)
+    moment: Floats = np.bincount(cell, masses * values, _POINTS + 1).astype(np.float64)
     lost = first[2] + second[2]
     if upper:
         return _split_cells(np.concatenate(([0.0], grid)), mass, moment, lost)

@@ -33,7 +33,8 @@ class Atoms:
         """Return sums of the masses per cell."""
         cells = np.searchsorted(edges, self.losses, side="left")
         size = len(edges) + 1
-        p, q = np.bincount(cells, self.p, size), np.bincount(cells, self.q, size)
+        p: Floats = np.bincount(cells, self.p, size).astype(np.float64)
+        q: Floats = np.bincount(cells, self.q, size).astype(np.float64)
         return Masses(p, q, p * (self.rounding + 64 * ULP), q * (self.rounding + 64 * ULP))
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
@@ -159,7 +160,7 @@ class Joined:
         out[1, zero] += rest
         out[2:, zero] += 8 * ULP
         cells = np.concatenate((np.searchsorted(edges, at, side="left"), [len(edges)]))
-        return Masses(*(np.bincount(cells, row, len(edges) + 1) for row in out))
+        return Masses(*(np.bincount(cells, row, len(edges) + 1).astype(np.float64) for row in out))
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
         """Return the nodes of the three parts."""
@@ -193,7 +194,8 @@ class Tagged:
     def masses(self, edges: Floats) -> Masses:
         """Return the weighted sums."""
         parts = [(share, pair.masses(edges)) for share, pair in self.branches]
-        p, q, p_error, q_error = (sum(share * part[i] for share, part in parts) for i in range(4))
+        total: list[Floats] = [np.sum([share * part[i] for share, part in parts], axis=0) for i in range(4)]
+        p, q, p_error, q_error = total
         return Masses(p, q, p_error + 64 * ULP * p, q_error + 64 * ULP * q)
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:

@@ -165,7 +165,7 @@ def gridded(places: Floats, weights: Floats, step: float, count: int) -> np.ndar
         grid += np.bincount((base - j) % size, weights * factor, size)
     phase = 2 * math.pi / size * np.arange(count)
     blur = np.sinc(phase / (2 * math.pi)) ** (degree + 1) * np.exp(-1j * phase * (degree + 1) / 2)
-    return np.conj(np.fft.rfft(grid)[:count]) / blur
+    return np.asarray(np.conj(np.fft.rfft(grid)[:count]) / blur, dtype=np.complex128)
 
 
 def reaches(cumulants: Cumulants, order: float, log_tail: float, whole: bool = False) -> tuple[float, float]:
@@ -200,4 +200,4 @@ def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversi
         if settled or count >= effort:
             break
         count = min(effort, count * 2)
-    return Inversion(order, value, step, step * np.arange(count), along, settled)
+    return Inversion(order, value, step, np.linspace(0.0, step * (count - 1), count), along, settled)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -58,7 +58,8 @@ def simplify(event: ev.Event, count: int, observer: str) -> list[tuple[ev.Event,
 
 def _replaced(event: ev.Event, inner: ev.Event) -> ev.Event:
     values = {name: getattr(event, name) for name in event.fields() if name not in ("event", "inner")}
-    return type(event)(**values, inner=inner)
+    kind: Any = type(event)
+    return cast(ev.Event, kind(**values, inner=inner))
 
 
 def _never(event: ev.Event) -> bool:

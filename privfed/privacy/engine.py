@@ -152,7 +152,7 @@ class Direction:
             losses = pair.losses
             middle = float(losses[int(np.argmax(pair.p))])
             index = np.rint((losses - middle) / step).astype(np.int64)
-            mass = np.bincount(index - index.min(), pair.p)
+            mass = np.bincount(index - index.min(), pair.p).astype(np.float64)
             error = pair.rounding + 64 * ULP
             out.append((lattice.Lattice(np.arange(len(mass)) + index.min(), mass, pair.certain, error, middle), count))
         return out

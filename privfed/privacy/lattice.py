@@ -21,6 +21,11 @@ Ints = npt.NDArray[np.int64]
 WIDEST_LOSS = 600.0  # beyond it exp(loss) leaves the range of floats
 
 
+def places(offset: float, step: float, index: Ints) -> Floats:
+    """Return the losses offset + step * index."""
+    return np.asarray(offset + step * index, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Lattice:
     """P masses at loss offset + step * index; `certain` has infinite loss; `error` bounds rounding, tilted."""
@@ -44,7 +49,7 @@ class Cells:
     @property
     def edges(self) -> Floats:
         """Return the losses at the edges."""
-        return self.offset + self.step * self.index
+        return places(self.offset, self.step, self.index)
 
     def error(self, order: float, log_moment: float) -> float:
         """Return the sum of mass errors under the tilt, relative to the moment."""
@@ -116,7 +121,7 @@ def _refined(
 ) -> Cells:
     """Split cells until little variance is added; see `refine`."""
     while True:
-        cells = Cells(step, index, pair.masses(offset + step * index), offset)
+        cells = Cells(step, index, pair.masses(places(offset, step, index)), offset)
         lower, upper = spread_parts(cells)
         width = np.diff(index)
         tilt = np.exp(np.minimum(order * cells.edges - log_moment, 700.0))
@@ -167,7 +172,7 @@ def merge(pair: Pair, cells: Cells, certain: float, order: float, log_moment: fl
         if dropped <= 1e-13 or not dropped < cells.step / 4:
             break
         offset = cells.offset + dropped
-        cells = Cells(cells.step, cells.index, pair.masses(offset + cells.step * cells.index), offset)
+        cells = Cells(cells.step, cells.index, pair.masses(places(offset, cells.step, cells.index)), offset)
     assert best is not None
     return best
 

@@ -84,7 +84,10 @@ class NormalPair:
             size = np.abs(losses)
             half = (1 - rate) * np.exp(mu**2 / 2) / (2 * rate) * -np.expm1(-size)
             with np.errstate(over="ignore"):
-                return np.sign(losses) * (size + np.log(half + np.sqrt(half * half + np.exp(-size)))) / mu
+                return np.asarray(
+                    np.sign(losses) * (size + np.log(half + np.sqrt(half * half + np.exp(-size)))) / mu,
+                    dtype=np.float64,
+                )
         if rate == 1:
             return losses / mu + mu / 2
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -38,7 +38,7 @@ class Composition:
     def _sums(self, reference: float) -> tuple[Floats, Floats, Floats]:
         """Return losses from well below the reference upwards, and the suffix sums of P and Q mass, in its units."""
         skipped = max(0, min(len(self.mass) - 2, int((reference - 200 / (self.order + 1) - self.start) / self.step)))
-        losses = self.start + self.step * np.arange(skipped, len(self.mass))
+        losses = np.asarray(self.start + self.step * np.arange(skipped, len(self.mass)), dtype=np.float64)
         away = losses - reference
         weight = self.mass[skipped:] * np.exp(np.maximum(-self.order * away, -700.0))
         other = weight * np.exp(np.maximum(-away, -700.0))
@@ -57,7 +57,9 @@ class Composition:
         main = float(p[k] - q[k])
         sign = 1 if upper else -1
         scale = math.exp(min(700.0, self.log_moment - self.order * epsilon))
-        slack = (self.slack + (self.overflow if upper else 0.0)) * math.exp(self.order * self.step) + self._adding(p[k])
+        slack = (self.slack + (self.overflow if upper else 0.0)) * math.exp(self.order * self.step) + float(
+            self._adding(p[k : k + 1])[0]
+        )
         value = scale * (max(0.0, main) + sign * slack)
         spare = (1 - self.certain) if not upper else 1.0
         return min(1.0, max(0.0, value * spare + self.certain))

@@ -59,7 +59,7 @@ def delta_of(orders: Sequence[float], divergences: Sequence[float] | Floats, eps
     with np.errstate(over="ignore"):
         best = np.exp(np.minimum(log.min(axis=0), 0.0))
     variation = math.sqrt(max(0.0, -math.expm1(-float(d.min()))))
-    return np.minimum(best, variation)
+    return np.asarray(np.minimum(best, variation), dtype=np.float64)
 
 
 def pair_divergence(event: ev.Event, orders: Sequence[float], relation: str) -> Floats:
@@ -234,7 +234,7 @@ def discrete_sum_divergence(event: ev.DistributedDiscreteGaussian, orders: Float
     l1, l2 = (norm / (math.sqrt(event.survivors) * stddev) for norm in _sensitivities(event, relation))
     a = orders / 2
     bounds = (a * l2**2 + tau * d, a * (l2**2 + 2 * l1 * tau + tau**2 * d), a * (l2 + math.sqrt(d) * tau) ** 2)
-    return np.minimum.reduce(bounds)
+    return np.asarray(np.minimum.reduce(bounds), dtype=np.float64)
 
 
 def skellam_divergence(event: ev.DistributedSkellam, orders: Floats, relation: str) -> Floats:
