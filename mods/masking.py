@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.apps import CallNext, Mod
+from privfed.apps import DEFAULT_ACTION, CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
@@ -190,6 +190,8 @@ class _Session:
         elif stage.stage != 0:
             raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
         if stage.stage == 0:
+            if policy.binding not in (None, stage.binding):
+                raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
             floor = int(str(last["number"])) + 1 if isinstance(last, ConfigRecord) else 0
             policy = replace(policy, min_round=max(policy.min_round, floor), binding=stage.binding)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
@@ -242,6 +244,7 @@ class _Session:
     def _open_once(self, kind: str, inner: RecordDict) -> None:
         """Refuse the input for a model and action whose sum was opened. A query's question is all of its content."""
         asked = inner
+        kind = kind.removesuffix("." + DEFAULT_ACTION)  # the app hears both names alike
         if kind.partition(".")[0] != "query":
             asked = RecordDict({"arrays": arrays_of(inner, self._stage.arrays_key)})
         self._mark = bind(asked, _ANY_LAYOUT, kind)[:_MARK_BYTES]

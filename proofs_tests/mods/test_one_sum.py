@@ -165,3 +165,22 @@ def test_each_model_is_summed_once_whatever_the_order(values: list[int]) -> None
         opened = lab.session(number, value=float(value))[0].result is not None
         assert opened == (value not in seen)
         seen.add(value)
+
+
+@pytest.mark.parametrize("names", [("train", "train.default"), ("query.default", "query")])
+def test_the_default_action_is_one_action_under_both_its_names(names: tuple[str, str]) -> None:
+    """The app answers both alike: a sum under each, over cohorts that differ by a node, would be that node's input."""
+    lab = Federation(SecAgg(threshold=2))
+    assert lab.session(1, kind=names[0])[0].result is not None
+    before = lab.trained
+    assert lab.session(2, kind=names[1], nodes=(1, 2))[1] == {"SumAlreadyOpened"}
+    assert lab.trained == before
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+def test_the_binding_that_a_node_insists_on_holds_in_the_mod(protocol: Any) -> None:
+    content = RecordDict({"arrays": model(0.0)})
+    content["config"] = ConfigRecord({})
+    wanted = bind(content, Layout(32, 3, 4, 8.0, None, ()), "train")
+    assert Federation(protocol, Policy(binding=wanted)).session(1)[0].result is not None
+    assert Federation(protocol, Policy(binding=bytes(32))).session(1)[1] == {"BindingMismatch"}
