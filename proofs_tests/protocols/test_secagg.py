@@ -62,6 +62,12 @@ def test_every_dropout_pattern_up_to_symmetry_active(nodes: int) -> None:
         run(SecAgg(threshold=3, mode="active", corrupt=0.0), pattern)
 
 
+@pytest.mark.parametrize("nodes", [2, 3, pytest.param(4, marks=pytest.mark.long)])
+def test_every_dropout_pattern_active(nodes: int) -> None:
+    for pattern in patterns(nodes, 5, symmetric=False):
+        run(SecAgg(threshold=nodes // 2 + 1, mode="active", corrupt=0.0), pattern)
+
+
 @pytest.mark.parametrize(("nodes", "threshold"), [(5, 3), (6, 4)])
 def test_dropout_patterns_up_to_symmetry(nodes: int, threshold: int) -> None:
     for pattern in patterns(nodes, 4, symmetric=True):
@@ -75,12 +81,12 @@ def test_all_dropout_patterns(nodes: int, threshold: int) -> None:
         run(SecAgg(threshold=threshold), pattern)
 
 
-@settings(max_examples=4, deadline=None)
+@pytest.mark.parametrize("protocol", [SecAgg(threshold=51), SecAggPlus(corrupt=0.05, dropout=0.1)], ids=repr)
+@settings(max_examples=2, deadline=None)
 @given(st.data())
-def test_random_dropouts_of_a_hundred(data: st.DataObject) -> None:
+def test_random_dropouts_of_a_hundred(protocol: SecAgg | SecAggPlus, data: st.DataObject) -> None:
     nodes = range(1, 101)
     inputs = {node: np.full(7, node) for node in nodes}
-    protocol = data.draw(st.sampled_from([SecAgg(threshold=51), SecAggPlus(corrupt=0.05, dropout=0.1)]))
     gone = data.draw(st.sets(st.integers(1, 100), max_size=8))
     dropped: dict[str, set[int]] = {stage: set() for stage in protocol.stages}
     for node in gone:

@@ -16,20 +16,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privfed.protocols import SecAgg, keys
+from privfed.protocols import SecAgg, SecAggPlus, keys
+from privfed.protocols.codec import decode, node_list
 from privfed.protocols.errors import RemoteError
 from privfed.protocols.secagg.server import SecAggServer
 from privfed.protocols.session import Client, Identity, Session
 
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
-NODES = (2, 3, 7)
-INPUTS = {2: [1, 2, 3], 3: [10, 20, 30], 7: [100, 200, 300]}
 LATE = 3
 """This node vanishes before it sends its masked vector."""
-MODES = {
+INPUTS = {2: [1, 2, 3], 3: [10, 20, 30], 7: [100, 200, 300], 9: [4, 4, 4], 12: [7, 0, 1023], 14: [0, 0, 1]}
+FULL, SPARSE = (2, 3, 7), (2, 3, 7, 9, 12, 14)
+Protocols = dict[str, SecAgg | SecAggPlus]
+MODES: Protocols = {
     "semi_honest": SecAgg(threshold=2),
     "active": SecAgg(threshold=2, mode="active", corrupt=0.0),
 }
+SPARSE_MODES: Protocols = {
+    "sparse semi_honest": SecAggPlus(neighbours=4, threshold=2),
+    "sparse active": SecAggPlus(neighbours=4, threshold=3, mode="active", corrupt=0.0, dropout=0.0),
+}
+FILES = {"secagg": MODES, "secaggplus": SPARSE_MODES}
 
 
 def stream(name: str) -> Callable[[int], bytes]:
@@ -41,19 +48,20 @@ class Play:
     """One session with fixed randomness, stage by stage."""
 
     def __init__(self, mode: str) -> None:
-        protocol = MODES[mode]
-        signing = {node: bytes([node]) * 32 for node in NODES}
+        protocol = (MODES | SPARSE_MODES)[mode]
+        nodes = FULL if mode in MODES else SPARSE
+        signing = {node: bytes([node]) * 32 for node in nodes}
         roster = {node: keys.signing_public(key) for node, key in signing.items()}
-        session = Session(1, 9, "train", NODES, 3, 10, hashlib.sha256(b"a model and its configuration").digest())
+        session = Session(1, 9, "train", nodes, 3, 10, hashlib.sha256(b"a model and its configuration").digest())
         self.stages = protocol.stages
         server = protocol.server(session, random=stream("server"))
         assert isinstance(server, SecAggServer)
         self.server = server
         self.clients: dict[int, Client] = {
             node: protocol.client(node, identity=Identity(node, signing[node], roster), random=stream(f"node {node}"))
-            for node in NODES
+            for node in nodes
         }
-        self.kept = dict.fromkeys(NODES, b"")
+        self.kept = dict.fromkeys(nodes, b"")
 
     def requests(self) -> dict[int, bytes]:
         late = self.server.stage not in ("advertise", "share")
@@ -93,18 +101,20 @@ def read(name: str) -> list[dict[str, Any]]:
     return cases
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_session_is_the_recorded_one_byte_by_byte(mode: str) -> None:
-    (expected,) = [case for case in read("secagg.json") if case["mode"] == mode]
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in FILES.items() for mode in modes])
+def test_a_session_is_the_recorded_one_byte_by_byte(name: str, mode: str) -> None:
+    (expected,) = [case for case in read(f"{name}.json") if case["mode"] == mode]
     assert record(mode) == expected
-    assert expected["total"] == [101, 202, 303]
-    assert expected["survivors"] == [2, 7]
+    survivors = [node for node in (FULL if mode in MODES else SPARSE) if node != LATE]
+    assert expected["survivors"] == survivors
+    assert expected["total"] == [sum(INPUTS[node][place] for node in survivors) % 1024 for place in range(3)]
 
 
-def test_a_changed_message_is_refused_for_the_recorded_reason() -> None:
-    cases = read("bad_secagg.json")
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_message_is_refused_for_the_recorded_reason(name: str) -> None:
+    cases = read(f"bad_{name}.json")
     seen = set()
-    for mode in MODES:
+    for mode in FILES[name]:
         play = Play(mode)
         while play.server.stage:
             for case in (case for case in cases if (case["mode"], case["stage"]) == (mode, play.server.stage)):
@@ -137,34 +147,37 @@ def tampered(stage: str, request: bytes) -> list[tuple[str, bytes]]:
     if stage == "mask":
         changes.append(("a sealed share flipped", request[:-1] + bytes([request[-1] ^ 1])))
     if stage in ("confirm", "reveal"):
-        changes.append(("this node said to be gone", request[:33] + bytes(3) + b"\2" + _ids(3, 7) + request[53:]))
-    if stage == "reveal" and len(request) > 53:
+        survivors, rest = decode(request[33:], lambda r: (r.nodes(), bytes(r.rest())))
+        others = node_list({*survivors[1:], LATE})
+        changes.append(("this node said to be gone", request[:33] + others + rest))
+    if stage == "reveal" and rest:
         changes.append(("a confirmation flipped", request[:-1] + bytes([request[-1] ^ 1])))
     return changes
 
 
-def _ids(*nodes: int) -> bytes:
-    return b"".join(node.to_bytes(8, "big") for node in nodes)
-
-
 def write() -> None:
-    (VECTORS / "secagg.json").write_text(json.dumps([record(mode) for mode in MODES], indent=1) + "\n")
-    bad = []
-    for mode in MODES:
-        play = Play(mode)
-        while play.server.stage:
-            stage = play.server.stage
-            for why, request in tampered(stage, play.requests()[2]):
-                try:
-                    play.step(2, request)
-                except RemoteError as fault:
-                    deviation = fault.deviation
-                else:
-                    raise AssertionError(f"{mode} {stage}: {why} was accepted")
-                line = {"mode": mode, "stage": stage, "why": f"{stage}: {why}", "request": request.hex()}
-                bad.append({**line, "deviation": deviation})
-            play.stage()
-    (VECTORS / "bad_secagg.json").write_text(json.dumps(bad, indent=1) + "\n")
+    for name, modes in FILES.items():
+        (VECTORS / f"{name}.json").write_text(json.dumps([record(mode) for mode in modes], indent=1) + "\n")
+        bad = [line for mode in modes for line in refusals(mode)]
+        (VECTORS / f"bad_{name}.json").write_text(json.dumps(bad, indent=1) + "\n")
+
+
+def refusals(mode: str) -> list[dict[str, Any]]:
+    """Return every changed request of a session with the stage that must fail and the deviation it names."""
+    play, bad = Play(mode), []
+    while play.server.stage:
+        stage = play.server.stage
+        for why, request in tampered(stage, play.requests()[2]):
+            try:
+                play.step(2, request)
+            except RemoteError as fault:
+                deviation = fault.deviation
+            else:
+                raise AssertionError(f"{mode} {stage}: {why} was accepted")
+            line = {"mode": mode, "stage": stage, "why": f"{stage}: {why}", "request": request.hex()}
+            bad.append({**line, "deviation": deviation})
+        play.stage()
+    return bad
 
 
 if __name__ == "__main__":
