@@ -222,15 +222,18 @@ class Direction:
             if (window[1] - window[0]) / step > 16 * _LARGEST:
                 break
             highs, lows, narrow = self._lattices(step, order, delta, allowed)
-            upper = min(upper, read(pld.compose(highs, step, order, window), True))
-            lower = max(lower, read(pld.compose(lows, step, order, window), False))
+            room = 0.5 * tol * max(near, floor) if settled else 0.0
+            if not upper - near < room:
+                upper = min(upper, read(pld.compose(highs, step, order, window), True))
+            if upper > enough and not near - lower < room:
+                lower = max(lower, read(pld.compose(lows, step, order, window), False))
             done = _close(lower, upper, tol, floor) or upper <= enough
             if done or (window[1] - window[0]) / step > _LARGEST:
                 break
             ratio = (upper - lower) / (tol * max(lower, floor)) if upper < math.inf else 16.0
             if narrow:
-                step /= min(4.0, max(1.5, 1.2 * math.sqrt(ratio)))
-            allowed /= min(16.0, max(2.0, 1.5 * ratio))
+                step /= min(6.0, max(1.5, 1.2 * ratio))
+            allowed /= min(32.0, max(2.0, 2.5 * ratio))
         middle = near if settled or math.isinf(upper - lower) else (lower + upper) / 2
         return Bracket(lower, min(max(middle, lower), upper), upper, done)
 

@@ -190,6 +190,19 @@ def test_randomised_response_holds_30_digits(count: int) -> None:
     ).estimate == pytest.approx(21.97224, rel=1e-5)
 
 
+@pytest.mark.parametrize("count", [3, 20])
+def test_three_way_response_holds_30_digits(count: int) -> None:
+    """Three losses on one lattice, of which the middle one is 0."""
+    with mpmath.workdps(30):
+        p, q, rest = 1 - mpmath.mpf(0.4) * 2 / 3, mpmath.mpf(0.4) / 3, mpmath.mpf(0.4) / 3
+        losses = [(mpmath.log(p / q), p), (mpmath.log(q / p), q), (mpmath.mpf(0), rest)]
+    accountant = Accountant(relation="replace_one").step(ev.RandomizedResponse(0.4, 3), count)
+    for epsilon in (0.5, 3.0):
+        found, exact = accountant.delta(epsilon), truth(losses, count, epsilon)
+        assert found.lower <= exact * (1 + 1e-9)
+        assert exact * (1 - 1e-9) <= found.upper
+
+
 def test_normal_tails_are_as_accurate_as_claimed() -> None:
     """The rounding bound of cell masses rests on this: 2 ulp, plus what the argument's own rounding does."""
     with mpmath.workdps(40):
