@@ -173,7 +173,11 @@ def response(event: ev.RandomizedResponse, relation: str) -> Atoms:
     if relation == "replace_one":
         rest = (k - 2) * other
         masses = [truth, other] + ([rest] if rest else [])
-        return Atoms(np.array(masses), np.array([other, truth, *masses[2:]]), spacing=(1 if rest else 2) * math.log(truth / other))
+        return Atoms(
+            np.array(masses),
+            np.array([other, truth, *masses[2:]]),
+            spacing=(1 if rest else 2) * math.log(truth / other),
+        )
     return Atoms(np.array([truth, (k - 1) * other]), np.array([1 / k, (k - 1) / k]))
 
 

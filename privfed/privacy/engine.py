@@ -11,8 +11,9 @@ import numpy as np
 
 from privfed.privacy import lattice, pld
 from privfed.privacy.atoms import Atoms, atoms_of
+from privfed.privacy.closed_form import root
 from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
-from privfed.privacy.pair import ULP
+from privfed.privacy.pair import ULP, Pair
 
 LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there is charged
 _FIRST, _LARGEST = 2**12, 2**20  # points of the composed lattice
@@ -107,7 +108,7 @@ class Direction:
         if math.isinf(estimate):
             return Bracket(math.inf, math.inf, math.inf, True)
         if self.single:
-            return _around(estimate, tol)
+            return _single_epsilon(self.parts[0][0], delta, estimate)
         peak = self._peak(delta)
         if peak is not None and _close(peak.lower, peak.upper, tol / 10, 1e-3):
             return peak
@@ -178,10 +179,13 @@ class Direction:
     def bracket_delta(self, epsilon: float, tol: float) -> Bracket:
         """Bracket delta(epsilon)."""
         estimate, settled = self.estimate_delta(epsilon)
-        if self.single or epsilon >= self.ceiling:
-            around = _around(estimate, tol)
-            return Bracket(max(0.0, around.lower), around.estimate, min(1.0, around.upper), True)
-
+        if self.single:
+            wrong = _profile_error(self.parts[0][0], epsilon)
+            return Bracket(max(0.0, estimate - wrong), estimate, min(1.0, estimate + wrong), True)
+        if epsilon >= self.ceiling:  # the true ceiling may lie a rounding error higher
+            upper = self.certain * (1 + 1e-12) + 2e-12 * abs(self.ceiling) + 1e-280
+            lower = self.certain * (1 - 1e-12)
+            return Bracket(lower, self.certain, min(1.0, upper), True)
         exact = self._exact()
         if exact is not None:
             return self._lattice_delta(exact, epsilon)
@@ -313,24 +317,35 @@ def _certain(pair: object) -> float:
     return float(getattr(pair, "certain", 0.0))
 
 
-def _around(value: float, tol: float) -> Bracket:
-    """Return a closed form with its rounding: 1e-10 relative, 1e-13 absolute, never more than tol."""
-    room = min(1e-10, tol / 4) * abs(value)
-    return Bracket(value - room, value, value + room, True)
+def _profile_error(pair: Pair, epsilon: float) -> float:
+    """Bound the rounding of a profile: it is a difference of two masses, each with its own error."""
+    growth = math.exp(min(epsilon, 700.0))
+    p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon])))
+    reach = 64 * ULP * (1 + abs(epsilon))
+    return p_error + growth * q_error + reach * (p + growth * q) + reach * _certain(pair) + 1e-290
+
+
+def _single_epsilon(pair: Pair, delta: float, estimate: float) -> Bracket:
+    """Return where the profile, with its rounding added and taken away, has the value delta."""
+    upper = _profile_root(lambda epsilon: pair.profile(epsilon) + _profile_error(pair, epsilon), delta)
+    lower = _profile_root(lambda epsilon: pair.profile(epsilon) - _profile_error(pair, epsilon), delta)
+    room = 8 * ULP * (1e-3 + abs(estimate))
+    return Bracket(min(lower, estimate) - room, estimate, max(upper, estimate) + room, True)
 
 
 def _profile_root(profile: Callable[[float], float], delta: float) -> float:
     """Return where a decreasing profile takes the value delta."""
+    target = math.log(delta)
+
+    def excess(epsilon: float) -> float:
+        value = profile(epsilon)
+        return math.log(value) - target if value > 0 else -math.inf
+
     low, high = -1.0, 1.0
-    while profile(high) > delta:
+    while excess(high) > 0:
         low, high = high, 2 * high
         if high > 1e6:
             return math.inf
-    while profile(low) < delta and low > -1e6:
+    while excess(low) < 0 and low > -1e6:
         low *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if not low < middle < high or high - low < 1e-15 * abs(high):
-            break
-        low, high = (middle, high) if profile(middle) > delta else (low, middle)
-    return high
+    return root(excess, low, high)
