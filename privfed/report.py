@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from privfed.errors import PrivfedError
 from privfed.runtime.run_folder import RunFolder
 
 Rounds = Sequence[Mapping[str, Any]]
+Series = dict[str, tuple[list[int], list[float]]]
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -32,6 +33,8 @@ svg {{ width: 100%; height: auto }} .state-failed {{ color: #b00020 }} .state-co
 {privacy}
 <div class="grid">{plots}</div>
 <h2>Rounds</h2><div class="scroll">{rounds}</div>
+<h2>Operations</h2><p>For the operator; what is counted here is not covered by any epsilon above.</p>
+<div class="scroll">{operations}</div>
 <h2>Configuration</h2>{config}
 <h2>Versions</h2>{versions}
 """
@@ -44,12 +47,13 @@ def write_report(folder: RunFolder) -> str:
     """
     rounds, status = folder.rounds, folder.status
     versions = msgspec.json.decode((folder.path / "versions.json").read_bytes(), type=dict[str, Any])
+    operations = folder.operations
     plots = [
         _plot("Metrics", _series(rounds, _is_metric), "round"),
-        _plot("Participation", _series(rounds, _is_participation), "round", whole=True),
-        _plot("Bytes per round", _series(rounds, lambda name: ".bytes-" in name or name.startswith("bytes-")), "round"),
-        _plot("Seconds per step", _series(rounds, lambda name: "seconds" in name), "round"),
         _epsilon_plot(rounds),
+        _plot("Participation", _counts(operations, ("nodes", "valid", "excluded")), "round", whole=True),
+        _plot("Bytes of replies and instructions", _counts(operations, ("bytes_down", "bytes_up")), "round"),
+        _plot("Secure-aggregation steps: nodes that answered", _stages(operations), "round", whole=True),
     ]
     config = folder.config
     return _PAGE.format(
@@ -59,6 +63,7 @@ def write_report(folder: RunFolder) -> str:
         privacy=_privacy(rounds),
         plots="".join(plot for plot in plots if plot),
         rounds=_rounds_table(rounds),
+        operations=_operations_table(operations),
         config=_table([(key, value) for key, value in flatten(config).items()]),
         versions=_table(list(versions.items())),
     )
@@ -91,16 +96,59 @@ def _is_metric(name: str) -> bool:
     return not (_is_participation(name) or "bytes" in name or "seconds" in name or _last(name) in other)
 
 
-def _series(rounds: Rounds, wanted: Any) -> dict[str, tuple[list[int], list[float]]]:
-    series: dict[str, tuple[list[int], list[float]]] = {}
+def _series(rounds: Rounds, wanted: Callable[[str], bool]) -> Series:
+    series: Series = {}
     for place, metrics in enumerate(rounds):
         for name, value in flatten(metrics).items():
-            number = len(value) if isinstance(value, list) and _is_participation(name) else value
-            if isinstance(number, int | float) and not isinstance(number, bool) and wanted(name):
+            if isinstance(value, int | float) and not isinstance(value, bool) and wanted(name):
                 xs, ys = series.setdefault(name, ([], []))
                 xs.append(int(metrics.get("round", place + 1)))
-                ys.append(float(number))
+                ys.append(float(value))
     return series
+
+
+def _counts(operations: Rounds, names: Sequence[str]) -> Series:
+    series: Series = {}
+    for entry in operations:
+        if entry.get("event") == "replies":
+            for name in names:
+                xs, ys = series.setdefault(f"{entry.get('kind')} {name}", ([], []))
+                xs.append(int(entry.get("round", 0)))
+                ys.append(float(entry.get(name, 0)))
+    return series
+
+
+def _stages(operations: Rounds) -> Series:
+    series: Series = {}
+    for entry in operations:
+        if entry.get("event") == "stage":
+            xs, ys = series.setdefault(f"{entry.get('kind')} {entry.get('stage')}", ([], []))
+            xs.append(int(entry.get("round", 0)))
+            ys.append(float(entry.get("answered", 0)))
+    return series
+
+
+def _operations_table(operations: Rounds) -> str:
+    """Sum the steps of all rounds: how many were asked, how many vanished, how many bytes went."""
+    totals: dict[str, list[int]] = {}
+    for entry in operations:
+        if entry.get("event") == "stage":
+            row = totals.setdefault(f"{entry.get('kind')} {entry.get('stage')}", [0, 0, 0, 0])
+            gone = int(entry.get("asked", 0)) - int(entry.get("answered", 0))
+            found = (entry.get("asked", 0), gone, entry.get("bytes_down", 0), entry.get("bytes_up", 0))
+            totals[f"{entry.get('kind')} {entry.get('stage')}"] = [a + int(b) for a, b in zip(row, found, strict=True)]
+    causes: dict[str, int] = {}
+    for entry in operations:
+        if entry.get("event") == "excluded":
+            causes[str(entry.get("cause"))] = causes.get(str(entry.get("cause")), 0) + 1
+    head = "".join(f"<th>{name}</th>" for name in ("step", "asked", "did not answer", "bytes down", "bytes up"))
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{_text(v)}</td>" for v in row) + "</tr>"
+        for name, row in totals.items()
+    )
+    steps = f"<table><tr>{head}</tr>{body}</table>" if totals else "<p>No secure aggregation.</p>"
+    excluded = _table([(f"excluded: {cause}", count) for cause, count in causes.items()])
+    return steps + (excluded if causes else "")
 
 
 def _figure() -> Any:
@@ -118,7 +166,7 @@ def _svg(figure: Any) -> str:
     return "<div>" + text[text.index("<svg") :] + "</div>"
 
 
-def _plot(title: str, series: Mapping[str, tuple[list[int], list[float]]], label: str, *, whole: bool = False) -> str:
+def _plot(title: str, series: Series, label: str, *, whole: bool = False) -> str:
     if not series:
         return ""
     figure = _figure()

@@ -6,6 +6,7 @@
     status.json      state, reason, last committed round, times
     metrics.jsonl    one line a committed round
     sampling.json    how cohorts are drawn, as the strategy reported it
+    operations.jsonl who was asked, who answered and how many bytes went, for the operator: no epsilon covers it
     checkpoints/     round-00003.pfw: model, strategy state and metrics of a round, written atomically;
                      round-00003.states.pfw: what the nodes kept
     privacy_ledger.jsonl   what was charged, before it was released
@@ -19,6 +20,7 @@ follow from it, so that a crash between two files loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -41,6 +43,7 @@ from privfed.runtime.store import NodeState
 FORMAT = "1"
 ENDED = ("completed", "failed", "stopped")
 _PACKAGES = ("privfed", "numpy", "scipy", "cryptography", "msgspec")
+OPERATIONS = ("stage", "replies", "excluded", "query")
 T = TypeVar("T")
 Listener = Callable[[str, Mapping[str, object]], None]
 Snapshot = Callable[[], Mapping[int, NodeState]]
@@ -202,10 +205,23 @@ class RunFolder:
     def report(self, event: str, **fields: object) -> None:
         text = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
         self.log(f"{event} {text}".rstrip())
+        if event in OPERATIONS:
+            line = msgspec.json.encode({"time": time.time(), "event": event, **_jsonable(fields)})
+            with self._log_lock, (self.path / "operations.jsonl").open("ab") as file:
+                file.write(line + b"\n")
         if event == "sampling":
             write_atomically(self.path / "sampling.json", msgspec.json.encode(_jsonable(fields)))
         if self.listener is not None:
             self.listener(event, fields)
+
+    @property
+    def operations(self) -> list[dict[str, Any]]:
+        """What was asked and answered, in order; a line cut short by a crash is left out."""
+        path, found = self.path / "operations.jsonl", []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(msgspec.DecodeError):
+                found.append(msgspec.json.decode(line, type=dict[str, Any]))
+        return found
 
     def _checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints", self.keep)
