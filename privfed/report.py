@@ -93,7 +93,13 @@ def _is_participation(name: str) -> bool:
 
 def _is_metric(name: str) -> bool:
     other = ("round", "delta", "epsilon", "error-bound", "noise-multiplier", "clip", "denominator")
-    return not (_is_participation(name) or "bytes" in name or "seconds" in name or _last(name) in other)
+    return not (
+        name.startswith("privacy.")
+        or _is_participation(name)
+        or "bytes" in name
+        or "seconds" in name
+        or _last(name) in other
+    )
 
 
 def _series(rounds: Rounds, wanted: Callable[[str], bool]) -> Series:
