@@ -15,7 +15,7 @@ from privfed.apps import DEFAULT_ACTION, CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
-from privfed.protocols.errors import DecodeError, ProtocolError
+from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
 from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout, RingOverflow, bind
@@ -138,7 +138,8 @@ def secure_aggregation(
 
     The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit
     the model, the public ranges of the layout and the plan's clip. The session's state lives in the node's context; an
-    identical redelivery gets the same bytes, another request of the same stage is refused. A node helps to open one sum
+    identical redelivery gets the same bytes, another request of the same stage is refused, and so is all that
+    follows a request that broke the protocol's rules. A node helps to open one sum
     for each model and action of a run (for a query: for each question), so that two sums over cohorts that differ by a
     node are never both opened; a session that failed before its last stage may be tried again.
     """
@@ -201,8 +202,12 @@ class _Session:
         client = protocol.client(self._context.node_id, identity=known, policy=policy)
         try:
             after, reply = client.step(kept, stage.request, self._source)
-        except DecodeError as cause:
-            raise Refused(f"the request does not decode: {cause}") from cause
+        except (RemoteError, DecodeError) as cause:
+            if kept and isinstance(last, ConfigRecord):  # a server that broke a rule gets no second try
+                self._state["session"] = ConfigRecord({**last, "kept": b""})
+            if isinstance(cause, DecodeError):
+                raise Refused(f"the request does not decode: {cause}") from cause
+            raise
         # After the last stage nothing secret is needed again; the reply is, for a redelivery.
         over = stage.stage + 1 == len(protocol.stages)
         remembered: dict[str, ConfigValue] = {

@@ -60,9 +60,11 @@ class Federation:
         kind: str = "train",
         nodes: tuple[int, ...] = NODES,
         upto: int = 99,
+        spoil: int = -1,
         config: Mapping[str, ConfigValue] = {},
     ) -> tuple[Server, set[str]]:
-        """Run a session; returns the server and the reasons nodes gave for refusing. upto: stages to run."""
+        """Run a session; returns the server and the reasons nodes gave for refusing. upto: stages to run. spoil: the
+        stage at which node 1 is sent a damaged request first."""
         layout = Layout(32, len(nodes), 4, 8.0, None, ())
         content = RecordDict({"arrays": model(value)})
         content["config"] = ConfigRecord(config)
@@ -72,6 +74,9 @@ class Federation:
         refusals: set[str] = set()
         for stage in range(min(upto, len(protocol.stages))):
             for node, request in sorted(server.outbound().items()):
+                if (stage, node) == (spoil, 1):
+                    damaged = bytes(request[:-1]) + bytes([request[-1] ^ 1])
+                    self.app(self._message(stage, number, node, damaged, content, layout, kind), self.contexts[node])
                 reply = self.app(
                     self._message(stage, number, node, bytes(request), content, layout, kind), self.contexts[node]
                 )
@@ -142,6 +147,17 @@ def test_a_query_is_opened_once_but_another_question_is_another_sum() -> None:
     assert lab.session(1, kind="query", config={"above": 10})[0].result is not None
     assert lab.session(2, kind="query", config={"above": 11})[0].result is not None
     assert lab.session(3, kind="query", config={"above": 10}, nodes=(1, 2))[1] == {"SumAlreadyOpened"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+def test_after_a_lie_the_session_is_over_for_the_node(protocol: Any) -> None:
+    """A server may not try until a node accepts: the honest request that follows finds nothing."""
+    for spoil in range(1, len(protocol.stages)):
+        lab = Federation(protocol)
+        server, refusals = lab.session(1, spoil=spoil)
+        assert refusals == {"SessionOutOfOrder"}, protocol.stages[spoil]
+        assert server.result is None
+        assert lab.session(2, value=1.0)[0].result is not None
 
 
 def test_session_numbers_rise() -> None:

@@ -128,6 +128,18 @@ def test_fewest_survivors_of_a_chosen_graph() -> None:
     assert 300 < least < 950
 
 
+@pytest.mark.parametrize(("n", "corrupt"), [(22, 3), (22, 6), (26, 7), (40, 39), (40, 40)])
+def test_two_survivors_are_honest_whatever_the_bound_says_of_one(n: int, corrupt: int) -> None:
+    """A single honest node is connected with itself, and its sum is its input."""
+    assert least_survivors(Terms(session_of(n), 20, 15, True), corrupt) >= min(corrupt + 2, n + 1)
+
+
+def test_no_survivors_are_enough_on_a_graph_that_is_too_thin() -> None:
+    """Two neighbours of a hundred leave honest nodes apart even when everybody survives: a server may not ask that."""
+    assert not chosen_graph_connected(100, 1, 2)
+    assert least_survivors(Terms(session_of(100), 2, 2, True), 1) == 101
+
+
 def test_the_bound_on_a_chosen_graph_is_the_sum_over_cuts() -> None:
     """Against exact binomials; false whenever honest nodes could be apart with more than 2^-41."""
     from fractions import Fraction

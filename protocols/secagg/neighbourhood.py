@@ -99,9 +99,12 @@ def chosen_graph_connected(n: int, bad: int, degree: int) -> bool:
 
 
 def least_survivors(terms: Terms, corrupt: int) -> int:
-    """Return the fewest survivors whose honest ones are connected, in the sparse graph that the nodes chose."""
+    """Return the fewest survivors whose honest ones are connected, in the sparse graph that the nodes chose.
+
+    At least two of them are honest. More than there are nodes when no survivors are enough: the degree is too small.
+    """
     n = len(terms.session.nodes)
-    low, high = 2, n
+    low, high = min(corrupt + 2, n + 1), n + 1
     while low < high:
         middle = (low + high) // 2
         if chosen_graph_connected(n, min(corrupt + n - middle, n), terms.degree):
