@@ -35,7 +35,8 @@ class Atoms:
         size = len(edges) + 1
         p: Floats = np.bincount(cells, self.p, size).astype(np.float64)
         q: Floats = np.bincount(cells, self.q, size).astype(np.float64)
-        return Masses(p, q, p * (self.rounding + 64 * ULP), q * (self.rounding + 64 * ULP))
+        summed = self.rounding + min(64, 2 + len(self.p)) * ULP
+        return Masses(p, q, p * summed, q * summed)
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
         """Return the atoms."""

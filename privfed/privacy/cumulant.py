@@ -40,6 +40,12 @@ class Cumulants:
                 self._nodes.append((float(count), losses[keep], weights[keep]))
 
     @property
+    def smooth(self) -> Cumulants:
+        """Return those of the parts that are not made of atoms alone; itself if no part is."""
+        kept = [part for part in self.parts if not _discrete(part[0])]
+        return self if len(kept) == len(self.parts) else Cumulants(kept)
+
+    @property
     def size(self) -> int:
         """Number of nodes."""
         return sum(len(losses) for _, losses, _ in self._nodes)
@@ -147,6 +153,15 @@ class Inversion:
         return root(lambda epsilon: self.log_delta(epsilon) - log_delta, guess - spread, guess + spread, xtol)
 
 
+def _discrete(pair: Pair) -> bool:
+    """Say whether a pair is made of atoms alone, however wrapped."""
+    inner = getattr(pair, "pair", None) or getattr(pair, "above", None)
+    branches = getattr(pair, "branches", None)
+    if branches is not None:
+        return any(_discrete(branch) for _, branch in branches)
+    return _discrete(inner) if inner is not None else hasattr(pair, "q")
+
+
 def gridded(places: Floats, weights: Floats, step: float, count: int) -> np.ndarray:
     """Return sum(weights exp(i u places)) at u = 0, step, ... by a B-spline on a grid, an FFT and its undoing."""
     degree = 13
@@ -186,16 +201,24 @@ def reaches(cumulants: Cumulants, order: float, log_tail: float, whole: bool = F
 
 
 def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversion:
-    """Return K along the line at `order`, as far as it matters; `settled` is False if the effort did not reach."""
+    """Return K along the line at `order`, as far as it matters; `settled` is False if the effort did not reach.
+
+    Moments of atoms may vanish and come back (on a lattice they do, with its period), so only the decay of the parts
+    that have densities counts.
+    """
     value, slope, bend = cumulants.at(order)
+    smooth = cumulants.smooth
     sd = max(math.sqrt(bend), 1e-9)
     low, high = reaches(cumulants, order, -34.0)
     step = 2 * math.pi / (1.05 * max(high - slope, slope - low) + 4 * sd)
+    if not smooth.parts:
+        effort = min(effort, 1 << 12)
     count = min(effort, max(16, math.ceil(9 / sd / step)))
     while True:
         along = cumulants.along(order, step, count)
         end = step * count
-        decay = float(along[-(count // 5) :].real.max()) - 2 * math.log(end / (order + 1 / sd))
+        lasting = along if smooth is cumulants else smooth.along(order, step, count)
+        decay = float(lasting[-(count // 5) :].real.max()) - 2 * math.log(end / (order + 1 / sd))
         settled = decay < -26
         if settled or count >= effort:
             break

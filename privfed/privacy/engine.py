@@ -124,7 +124,8 @@ class Direction:
         def read(composition: pld.Composition, upper: bool) -> float:
             return composition.epsilon(log_delta, estimate, upper)
 
-        found = self._refined(estimate, settled, delta, shift, tol, 1e-3, read, enough)
+        target = estimate if settled else None
+        found = self._refined(estimate, target, delta, shift, tol, 1e-3, read, enough)
         return _meet(_meet(found, peak), Bracket(-math.inf, limit, limit, True))
 
     def _peak(self, delta: float) -> Bracket | None:
@@ -139,6 +140,19 @@ class Direction:
         low = most + math.log1p(-share) if share < 1 else -math.inf
         slack = 1e-12 * abs(most) + 1e-15
         return Bracket(low - slack, max(low, -1e300), most + slack, True)
+
+    def _top_delta(self, epsilon: float) -> Bracket | None:
+        """Return delta in closed form where only the largest loss of a lattice exceeds epsilon."""
+        peak = self._peak(1e-300)
+        spacing = float(getattr(self.parts[0][0], "spacing", 0.0))
+        if peak is None or len(self.parts) > 1 or not spacing or not self.ceiling - spacing < epsilon < self.ceiling:
+            return None
+        pair, count = self.parts[0]
+        assert isinstance(pair, Atoms)
+        mass = math.exp(count * math.log(pair.top()[1]))
+        value = -mass * math.expm1(epsilon - self.ceiling)
+        wrong = mass * 8 * ULP * (1 + self.ceiling) + value * (count + 4) * (pair.rounding + 8 * ULP)
+        return Bracket(max(0.0, value - wrong), value, value + wrong, True)
 
     def _exact(self) -> list[tuple[lattice.Lattice, int]] | None:
         """Return the parts as they are if their losses lie on one lattice already."""
@@ -186,6 +200,9 @@ class Direction:
             upper = self.certain * (1 + 1e-12) + 2e-12 * abs(self.ceiling) + 1e-280
             lower = self.certain * (1 - 1e-12)
             return Bracket(lower, self.certain, min(1.0, upper), True)
+        top = self._top_delta(epsilon)
+        if top is not None:
+            return top
         exact = self._exact()
         if exact is not None:
             return self._lattice_delta(exact, epsilon)
@@ -195,14 +212,13 @@ class Direction:
 
         order = self.cumulants.order_for_epsilon(epsilon)
         floor = 1e-300
-        found = self._refined(epsilon, settled, max(estimate, floor), tol / order, tol, floor, read, -math.inf)
-        middle = min(max(estimate if settled else (found.lower + found.upper) / 2, found.lower), found.upper)
-        return Bracket(found.lower, middle, found.upper, found.settled)
+        target = estimate if settled else None
+        return self._refined(epsilon, target, max(estimate, floor), tol / order, tol, floor, read, -math.inf)
 
     def _refined(
         self,
         near: float,
-        settled: bool,
+        target: float | None,
         delta: float,
         shift: float,
         tol: float,
@@ -210,7 +226,10 @@ class Direction:
         read: Callable[[pld.Composition, bool], float],
         enough: float,
     ) -> Bracket:
-        """Halve steps until the bounds meet: tilt for losses near `near`, tolerate `shift` in the loss."""
+        """Take smaller steps until the bounds meet: tilt for losses near `near`, tolerate `shift` in the loss.
+
+        target: where the answer surely is, if that is known; a bound that is close enough to it is left alone.
+        """
         order, window = self._tilt(near)
         allowed = shift / (4 * (order + 1))
         total = sum(count for _, count in self.parts)
@@ -226,10 +245,10 @@ class Direction:
             if (window[1] - window[0]) / step > 16 * _LARGEST:
                 break
             highs, lows, narrow = self._lattices(step, order, delta, allowed)
-            room = 0.5 * tol * max(near, floor) if settled else 0.0
-            if not upper - near < room:
+            room = 0.0 if target is None else 0.5 * tol * max(target, floor)
+            if target is None or not upper - target < room:
                 upper = min(upper, read(pld.compose(highs, step, order, window), True))
-            if upper > enough and not near - lower < room:
+            if upper > enough and (target is None or not target - lower < room):
                 lower = max(lower, read(pld.compose(lows, step, order, window), False))
             done = _close(lower, upper, tol, floor) or upper <= enough
             if done or (window[1] - window[0]) / step > _LARGEST:
@@ -238,7 +257,7 @@ class Direction:
             if narrow:
                 step /= min(6.0, max(1.5, 1.2 * ratio))
             allowed /= min(32.0, max(2.0, 2.5 * ratio))
-        middle = near if settled or math.isinf(upper - lower) else (lower + upper) / 2
+        middle = (lower + upper) / 2 if target is None and math.isfinite(upper - lower) else target or 0.0
         return Bracket(lower, min(max(middle, lower), upper), upper, done)
 
     def _tilt(self, near: float) -> tuple[float, tuple[float, float]]:
@@ -321,7 +340,7 @@ def _profile_error(pair: Pair, epsilon: float) -> float:
     """Bound the rounding of a profile: it is a difference of two masses, each with its own error."""
     growth = math.exp(min(epsilon, 700.0))
     p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon])))
-    reach = 64 * ULP * (1 + abs(epsilon))
+    reach = 4 * ULP * (1 + abs(epsilon))
     return p_error + growth * q_error + reach * (p + growth * q) + reach * _certain(pair) + 1e-290
 
 

@@ -141,7 +141,7 @@ class Plan:
         try:
             found = [direction.bracket_delta(epsilon, tol) for direction in self.directions]
         except OverflowError:
-            return Bound(0.0, 1.0, 1.0, "none", "losses leave the range of floats; nothing better is claimed")
+            return Bound(0.0, 1.0, 1.0, "none: effort limit", "losses leave the range of floats; nothing is claimed")
         best = found[0]
         for other in found[1:]:
             best = _largest(best, other)
@@ -172,7 +172,9 @@ class Plan:
             if gaussian_mu(event, self.relation) is None:
                 total = total + count * rdp.divergence(event, rdp.ORDERS, self.relation)
         upper = rdp.epsilon_of(rdp.ORDERS, total, delta) * (1 + 1e-9)
-        return Bound(0.0, upper, upper, "moments: losses leave the range of floats", "Renyi conversion [BBG+20]")
+        return Bound(
+            0.0, upper, upper, "moments: effort limit, losses leave the range of floats", "Renyi conversion [BBG+20]"
+        )
 
     def _renyi_epsilon(self, delta: float, tol: float) -> Bound:
         orders = np.array(rdp.ORDERS)
