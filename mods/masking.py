@@ -139,9 +139,9 @@ def secure_aggregation(
     The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit
     the model, the public ranges of the layout and the plan's clip. The session's state lives in the node's context; an
     identical redelivery gets the same bytes, another request of the same stage is refused, and so is all that
-    follows a request that broke the protocol's rules. A node helps to open one sum
-    for each model and action of a run (for a query: for each question), so that two sums over cohorts that differ by a
-    node are never both opened; a session that failed before its last stage may be tried again.
+    follows a request that broke the protocol's rules. A node helps to open one sum for each model and action of a run
+    (for a query: for each question); a session that failed before its last stage may be tried again. A server that
+    changes the model by a bit asks for another sum: against that only noise helps.
     """
     rules = policy if policy is not None else Policy()
     unknown = sorted(set(kinds) - set(KINDS))

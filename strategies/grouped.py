@@ -6,11 +6,12 @@ precondition holds for G: G > 2 f, Krum G >= 2 f + 3. Each rule checks that for 
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from typing import ClassVar
 
 import numpy as np
 
-from privfed.context import derived_rng
 from privfed.errors import RunFailed
 from privfed.grid import Grid
 from privfed.protocols.errors import ProtocolError
@@ -26,8 +27,10 @@ from privfed.strategies.view import Exclusion, GroupMeans, Outcome, Sum, Unrelea
 class GroupedStage(SecureStage):
     """Run one session of the protocol per group of `group_size` nodes, all at once.
 
-    Groups are drawn anew every round, from the grid's seed if it has one; they have `group_size` nodes or, to leave
-    none over, some more. A group that ends with too few survivors is left out. The other arguments are SecureStage's.
+    Groups are fixed for the run (for one cohort of nodes): were they drawn anew every round, the server could average
+    a persistent node out of the group means. They come from the grid's seed, or from the operating system of the
+    server, and have `group_size` nodes or, to leave none over, some more. A group that ends with too few survivors is
+    left out. The other arguments are SecureStage's.
     """
 
     offers: ClassVar[frozenset[type[View]]] = frozenset({GroupMeans, Sum})
@@ -56,6 +59,7 @@ class GroupedStage(SecureStage):
             stage_timeout=stage_timeout,
         )
         self.group_size = group_size
+        self._key = secrets.token_bytes(16)
 
     def __repr__(self) -> str:
         return f"GroupedStage({self.protocol!r}, {self.group_size})"
@@ -89,16 +93,20 @@ class GroupedStage(SecureStage):
         """Return the survivors' metrics over all groups."""
         return self._run_groups(exchange, 1.0, False)[0]
 
-    def draw_groups(self, grid: Grid, nodes: tuple[int, ...], *labels: int | str) -> list[tuple[int, ...]]:
-        """Split nodes into random groups of at least `group_size` (one smaller group if there are fewer nodes)."""
+    def draw_groups(self, grid: Grid, nodes: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Split nodes into random groups of at least `group_size` (one smaller group if there are fewer nodes).
+
+        The same nodes are in the same groups whenever they are drawn.
+        """
         count = max(1, len(nodes) // self.group_size)
-        order = derived_rng(grid.seed, "groups", *labels).permutation(len(nodes))
-        return [tuple(sorted(nodes[i] for i in order[start::count])) for start in range(count)]
+        key = self._key if grid.seed is None else str(grid.seed).encode()
+        order = sorted(nodes, key=lambda node: hashlib.sha256(key + b"/groups/" + str(node).encode()).digest())
+        return [tuple(sorted(order[start::count])) for start in range(count)]
 
     def _run_groups(
         self, exchange: Exchange, max_value: float, private: bool
     ) -> tuple[Outcome, Layout, dict[int, Decoded]]:
-        groups = self.draw_groups(exchange.grid, exchange.nodes, exchange.kind, exchange.round)
+        groups = self.draw_groups(exchange.grid, exchange.nodes)
         # One layout for all, so that sums of different groups have the same step.
         layout = self.layout(exchange, max_value, private, max(len(group) for group in groups))
         drives = {index: self.session(exchange, layout, group) for index, group in enumerate(groups)}

@@ -230,6 +230,9 @@ def solved(laws: list[tuple[oracle.Law, int]], mu: float, near: float) -> oracle
     size = math.prod(oracle.size_of(len(law.losses), count) for law, count in laws)
     if size <= 3000 and all(math.isinf(law.highest) for law, _ in laws):
         return oracle.Enumerated(laws, mu)
+    if not mu and all(math.isinf(law.highest) for law, _ in laws):
+        # The moments of lattices come back: only noise beside them makes them vanish for good.
+        raise oracle.Unresolved("atoms alone cannot be inverted")
     return oracle.Inverted(laws, mu, near)
 
 
