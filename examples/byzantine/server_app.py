@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from client_app import ATTACKS
+from client_app import app as client_app
 from picture import draw
 from task import SHAPE, accuracy, digits
 
-from privfed import ArrayRecord, ConfigRecord, Context, Grid, ServerApp
+from privfed import ArrayRecord, ConfigRecord, Context, Grid, LocalGrid, ServerApp
 from privfed.strategies import (
     RFA,
     Bulyan,
@@ -52,6 +53,19 @@ def strategies(f: int, nodes: int) -> dict[str, Callable[[], Strategy]]:
     return made
 
 
+def contexts(context: Context, nodes: int) -> dict[int, Context]:
+    """Return the contexts of nodes in this process: 156 short runs need no federation and no checkpoints."""
+    return {
+        node: Context(
+            node_id=node,
+            node_config={"partition-id": node - 1, "num-partitions": nodes},
+            run_config=context.run_config,
+            seed=context.seed,
+        )
+        for node in range(1, nodes + 1)
+    }
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     config, nodes = context.run_config, len(grid.get_node_ids())
@@ -67,7 +81,8 @@ def main(grid: Grid, context: Context) -> None:
         for line, (name, make) in enumerate(made.items()):
             for column, attack in enumerate(ATTACKS):
                 order = ConfigRecord({"attack": attack, "alpha": alpha})
-                result = make().start(grid, initial, int(config["num-rounds"]), train_config=order)
+                local = LocalGrid(client_app, contexts(context, nodes), seed=context.seed)
+                result = make().start(local, initial, int(config["num-rounds"]), train_config=order)
                 table[line, column] = accuracy(result.arrays.to_numpy_ndarrays()[0], rows, labels)
             print(f"{name:22}" + "".join(f"{100 * value:12.1f}" for value in (*table[line], table[line].min())))
         tables[skew] = table

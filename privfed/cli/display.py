@@ -41,6 +41,7 @@ def worth_showing(metrics: Mapping[str, object]) -> dict[str, object]:
     rest = {name: value for name, value in metrics.items() if name != "privacy"}
     shown = {name: value for name, value in flat(rest).items() if not name.split(".")[-1].startswith(hidden)}
     shown = {name: value for name, value in shown.items() if not isinstance(value, str) or len(value) < 24}
+    shown = {name: value for name, value in shown.items() if ".updates." not in name}  # kept in the run's metrics
     privacy = metrics.get("privacy")
     if isinstance(privacy, Mapping) and "epsilon" in privacy:
         # An epsilon means nothing without its unit, relation, observer and delta.
