@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -272,3 +273,15 @@ def test_quorum_holds_when_over_selected_nodes_fail() -> None:
     strategy = FedAvg(fraction_train=0.5, pace=Pace(over_selection=1.0, min_completion=1.0), **NONE)
     with pytest.raises(QuorumError, match="2 valid replies, 3 are needed"):
         strategy.start(grid, ArrayRecord([np.ones(2)]), num_rounds=1)
+
+
+def test_the_documented_custom_strategy_runs_and_is_short() -> None:
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(block.splitlines()) < 30
+    names: dict[str, Any] = {}
+    exec(compile(block, "robustness.md", "exec"), names)  # the page's own code
+    app = app_of(lambda node: np.array([5.0, -0.2]) if node > 1 else np.array([-1e3, 1e3]), secure=True)
+    stage = GroupedStage(SecAgg(threshold=2), 2, max_value=2000.0)
+    found = simulate(names["SignMajority"](step=0.5, stage=stage, **NONE), app, 10)
+    np.testing.assert_allclose(found["arrays"], [1.5, 0.5])
