@@ -238,7 +238,7 @@ def test_what_cannot_be_is_refused_with_the_cause() -> None:
     ):
         (name,) = arguments
         with pytest.raises(ValueError, match=name):
-            FedBuff(**arguments)  # type: ignore[arg-type]  # one of each kind
+            FedBuff(**arguments)
     with pytest.raises(ValueError, match="one by one"):
         FedBuff(stage=GroupedStage(SecAgg(threshold=2), 4), fraction_evaluate=0.0)
     with pytest.raises(PlanRefused, match="no sensitivity is stated for FedBuff"):

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from privfed import mods, run_simulation
 from privfed.apps import ClientApp, ServerApp
 from privfed.context import Context
-from privfed.errors import PlanRefused, QuorumError
+from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import Grid, LocalGrid
 from privfed.message import Message
 from privfed.plan import PrivacyPlan
 from privfed.protocols import SecAgg
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
-from privfed.runtime.simulation import RunFailed
 from privfed.strategies import (
     RFA,
     Bulyan,
