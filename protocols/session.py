@@ -69,6 +69,7 @@ class Policy:
     binding: the only `Session.binding` it joins, H(the model and configuration it was given itself); None: any.
     corrupt: share of a cohort that may collude with the server; parameters safe only against fewer are refused,
     whoever chose them. 0 trusts the parameters, which is right where they are the node's own.
+    min_survivors: nodes that must be in a sum it helps to open, whatever the protocol's threshold counts.
     """
 
     min_cohort: int = 2
@@ -79,6 +80,7 @@ class Policy:
     min_round: int = 0
     binding: bytes | None = None
     corrupt: float = 0.0
+    min_survivors: int = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:

@@ -281,7 +281,7 @@ class BufferedNode:
         bindings: dict[int, bytes] = {}
         if current <= memory.current:
             raise deviation("version-not-rising", f"a buffer at version {memory.current} was signed before")
-        if len(entries) < max(self.terms.goal, self.policy.min_cohort):
+        if len(entries) < max(self.terms.goal, self.policy.min_cohort, self.policy.min_survivors):
             raise deviation("cohort-too-small", f"the buffer holds {len(entries)} updates")
         for entry in entries:
             if entry.node not in peers:

@@ -195,7 +195,7 @@ class _View:
             raise deviation("foreign-node", f"nodes {strangers} are among the {what} but were not before")
         if self.node not in nodes:
             raise deviation("left-out", f"node {self.node} is asked although it is not among the {what}")
-        floor = max(self.terms.threshold, self.policy.min_cohort)
+        floor = max(self.terms.threshold, self.policy.min_cohort, self.policy.min_survivors)
         if len(nodes) < floor:
             raise deviation("cohort-too-small", f"{len(nodes)} {what} are left, {floor} are needed")
 

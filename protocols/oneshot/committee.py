@@ -34,7 +34,7 @@ def _check_survivors(agreement: Agreement, identity: Identity, policy: Policy, s
         raise RemoteError("foreign-survivor", (SERVER,), f"{sorted(foreign)} are not in the session")
     if identity.node not in survivors:
         raise RemoteError("own-input-missing", (SERVER,), "a member that contributed is not among the survivors")
-    fewest = max(policy.min_cohort, agreement.fewest_survivors)
+    fewest = max(policy.min_cohort, policy.min_survivors, agreement.fewest_survivors)
     if len(survivors) < fewest:
         raise RemoteError("cohort-too-small", (SERVER,), f"{len(survivors)} survivors, {fewest} are needed")
 

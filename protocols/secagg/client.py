@@ -332,7 +332,7 @@ class SecAggClient:
             least = terms.threshold
         else:
             least = least_survivors(terms, self._corrupt_nodes(terms)) if terms.active else 2
-        floor = max(self._policy.min_cohort, least)
+        floor = max(self._policy.min_cohort, self._policy.min_survivors, least)
         if len(survivors) < floor:
             raise refuse("too-few-survivors", f"{len(survivors)} survivors, {floor} are needed")
 
