@@ -17,6 +17,7 @@ COMMANDS = {
     "log": ("privfed.cli.runs", "log", "Show the log of a run."),
     "stop": ("privfed.cli.runs", "stop", "Ask a run to stop after its current round."),
     "report": ("privfed.cli.report", "report", "Write one self-contained HTML page about a run."),
+    "keys": ("privfed.cli.keys", "keys", "Make a federation's authority, certificates and roster."),
     "privacy": ("privfed.cli.privacy", "privacy", "What a plan costs, what noise a budget needs, what was spent."),
 }
 
