@@ -3,7 +3,7 @@
 Server and nodes agree on a layout before anything is masked. Values are rounded to a public step, a power of two, and
 the step is chosen so that the sum over the whole cohort fits the ring: what does not fit is an error on the node, and
 a sum cannot wrap. Entries are, in this order: the update (times the node's share of `max_weight`), the weight, the
-metrics.
+metrics. Under distributed noise the vector is made by the node before, and passes as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ SECURE = "privfed.secure"
 REQUEST = "privfed.secure.request"
 REPLY = "privfed.secure.reply"
 BUFFER = "bytes"
+NOISED = "privfed.noised"
+"""In a reply on its way to the mask: a ring vector with the node's share of the noise, in a record of that name, and
+what the node demands of the session that sums it, in a ConfigRecord."""
+VECTOR = "vector"
 
 
 MARGIN = 2.0**-40
@@ -47,7 +51,8 @@ class Layout:
 
     bits: the ring is Z_2^bits. cohort: most summands. dimension: elements of an update. max_value: largest absolute
     value of an element. max_weight: largest weight, None when all weigh the same. metrics: (name, lowest, highest).
-    Raises ValueError when the ring is too small.
+    min_survivors: nodes that must be in the sum, or no node helps to open it. integers: the vector is a node's own
+    `dimension` ring elements, without weight and metrics. Raises ValueError when the ring is too small.
     """
 
     bits: int
@@ -56,10 +61,14 @@ class Layout:
     max_value: float
     max_weight: float | None
     metrics: tuple[tuple[str, float, float], ...] = ()
+    min_survivors: int = 2
+    integers: bool = False
 
     def __post_init__(self) -> None:
         if not 8 <= self.bits <= 64:
             raise ValueError(f"bits must be in [8, 64], got {self.bits}")
+        if self.integers and (self.max_weight is not None or self.metrics):
+            raise ValueError("integers: such a vector holds no weight and no metrics")
         if self.cohort < 1 or self.dimension < 0:
             raise ValueError(f"a layout needs a cohort and a dimension, got {self.cohort} and {self.dimension}")
         if not (math.isfinite(self.max_value) and self.max_value > 0):
@@ -119,6 +128,8 @@ class Layout:
         }
         if self.max_weight is not None:
             values["max-weight"] = float(self.max_weight)
+        if self.min_survivors != 2 or self.integers:
+            values["min-survivors"], values["integers"] = self.min_survivors, self.integers
         return ConfigRecord(values)
 
     @classmethod
@@ -126,6 +137,7 @@ class Layout:
         """Read what `to_config` wrote. Raises KeyError, TypeError or ValueError."""
         names, ranges = config["metric-names"], config["metric-ranges"]
         numbers = {name: config[name] for name in ("bits", "cohort", "dimension")}
+        numbers["min-survivors"] = config.get("min-survivors", 2)
         weight, value = config.get("max-weight"), config["max-value"]
         if not (isinstance(names, list) and isinstance(ranges, list) and len(ranges) == 2 * len(names)):
             raise ValueError("the layout's metrics are malformed")
@@ -139,7 +151,18 @@ class Layout:
             max_value=value,
             max_weight=None if weight is None else float(str(weight)),
             metrics=tuple((str(name), bounds[2 * i], bounds[2 * i + 1]) for i, name in enumerate(names)),
+            min_survivors=int(str(numbers["min-survivors"])),
+            integers=config.get("integers", False) is True,
         )
+
+    def admit(self, vector: Ring) -> Ring:
+        """Return a node's own ring vector after a look at it. Raises RingOverflow when it does not fit."""
+        kind = np.uint32 if self.bits <= 32 else np.uint64
+        if vector.shape != (self.dimension,) or vector.dtype != kind:
+            raise RingOverflow(f"the vector is {vector.dtype}{vector.shape}, not {np.dtype(kind)}({self.dimension},)")
+        if vector.size and int(vector.max()) >> self.bits:
+            raise RingOverflow(f"an entry needs more than {self.bits} bits")
+        return vector
 
     def encode(self, update: ArrayRecord | None, weight: float, metrics: Mapping[str, object]) -> Ring:
         """Return the ring vector of one node. Raises RingOverflow for a value outside the public ranges."""
