@@ -9,15 +9,17 @@ from privfed.apps import compose
 
 _HOMES = {
     "clip": "privfed.mods.clipping",
+    "distributed_dp": "privfed.mods.distributed",
     "message_size": "privfed.mods.size",
     "secure_aggregation": "privfed.mods.masking",
 }
 
-__all__ = ["clip", "compose", "message_size", "secure_aggregation"]
+__all__ = ["clip", "compose", "distributed_dp", "message_size", "secure_aggregation"]
 
 
 if TYPE_CHECKING:
     from privfed.mods.clipping import clip
+    from privfed.mods.distributed import distributed_dp
     from privfed.mods.masking import secure_aggregation
     from privfed.mods.size import message_size
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from privfed.errors import PlanRefused
 
 if TYPE_CHECKING:
+    from privfed.privacy.distributed import SkellamParameters
     from privfed.privacy.events import Event
     from privfed.privacy.sampling import Sampler
+
+CENTRAL, SKELLAM = "gaussian", "skellam"
+MECHANISMS = (CENTRAL, SKELLAM)
 
 
 @dataclass(frozen=True, slots=True)
 class PrivacyPlan:
-    """Client-level central differential privacy: nodes clip, the server adds noise to the sum of their updates.
+    """Client-level differential privacy: nodes clip, and the sum of their updates is noised before anybody uses it.
 
     clip: the L2 bound C on one node's update, all arrays together. noise_multiplier: standard deviation of the noise
     over C; None: the least that keeps `rounds` rounds (None: the run's) within `epsilon` at `delta`.
@@ -23,9 +27,17 @@ class PrivacyPlan:
     `privfed.privacy.sampling`; None: whoever is there, with no amplification. population: the public number of nodes;
     None: those connected when the run starts. The sum is divided by the sampler's expected size, a public constant.
 
-    The server that adds the noise sees the sum without it, so observer must be "output": the guarantee is about what
-    is released, the models and the metrics, not about the server. Raises ValueError naming the argument, PlanRefused
-    for a claim that central noise cannot support.
+    mechanism: who adds the noise.
+
+    - "gaussian": the server, which sees the sum without it. So observer must be "output" (the default): the guarantee
+      is about what is released, the models and the metrics. relation: "add_remove" unless said otherwise.
+    - "skellam": every node adds a share before its update is masked, under a SecureStage; observer is "server" unless
+      said otherwise, and relation "zero_out", because a node that is not there adds no noise either. max_dropped,
+      max_colluding: nodes of a cohort, counts or shares of it, that may be missing from the sum, or tell the observer
+      their noise; the noise of the others is the planned one. bits: the sum is taken modulo 2^bits, and wraps in a
+      round with at most `wrap_probability`.
+
+    Raises ValueError naming the argument, PlanRefused for a claim that the mechanism cannot support.
     """
 
     clip: float
@@ -36,34 +48,85 @@ class PrivacyPlan:
     sampler: Sampler | None = None
     population: int | None = None
     unit: str = "client"
-    relation: str = "add_remove"
-    observer: str = "output"
+    relation: str = ""
+    observer: str = ""
+    mechanism: str = CENTRAL
+    max_dropped: int | float = 0
+    max_colluding: int | float = 0
+    bits: int = 20
+    wrap_probability: float = 1e-6
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(f"mechanism must be {' or '.join(MECHANISMS)}, got {self.mechanism!r}")
+        for name, default in (
+            ("relation", "zero_out" if self.distributed else "add_remove"),
+            ("observer", "server" if self.distributed else "output"),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+        if self.relation not in ("add_remove", "replace_one", "zero_out"):
+            raise ValueError(f"relation must be add_remove, replace_one or zero_out, got {self.relation!r}")
+        if self.observer not in ("output", "server"):
+            raise PlanRefused(f"observer {self.observer!r}: a plan speaks of 'output' or 'server'")
+        if self.unit != "client":
+            raise PlanRefused(f"unit {self.unit!r}: clipping a node's whole update protects clients and nothing else")
+        if self.distributed:
+            self._check_distributed()
+        else:
+            self._check_central()
+
+    def _check_numbers(self) -> None:
         if not (math.isfinite(self.clip) and self.clip > 0):
             raise ValueError(f"clip must be finite and > 0, got {self.clip}")
         if self.noise_multiplier is None and self.epsilon is None:
             raise ValueError("noise_multiplier: give it, or an epsilon to calibrate it to")
-        if self.noise_multiplier is not None and not (
-            math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0
-        ):
-            raise ValueError(f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}")
-        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}")
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta must be in (0, 1), got {self.delta}")
+        for name in ("noise_multiplier", "epsilon"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        for name in ("delta", "wrap_probability"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
         for name, count in (("rounds", self.rounds), ("population", self.population)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be >= 1, got {count}")
-        if self.relation not in ("add_remove", "replace_one", "zero_out"):
-            raise ValueError(f"relation must be add_remove, replace_one or zero_out, got {self.relation!r}")
-        if self.unit != "client":
-            raise PlanRefused(f"unit {self.unit!r}: clipping a node's whole update protects clients and nothing else")
+
+    def _check_central(self) -> None:
         if self.observer != "output":
             raise PlanRefused(
                 f"observer {self.observer!r}: the server adds the noise and sees the sum before it, so only observer "
-                "'output' is protected"
+                "'output' is protected; mechanism='skellam' protects from the server"
             )
+        if self.max_dropped or self.max_colluding:
+            raise PlanRefused(
+                "max_dropped, max_colluding: the server adds all of the noise, whoever is missing; they belong to "
+                "mechanism='skellam'"
+            )
+
+    def _check_distributed(self) -> None:
+        from privfed.privacy.sampling import PoissonSampler
+
+        for name in ("max_dropped", "max_colluding"):
+            value = getattr(self, name)
+            if not (value >= 0 and (isinstance(value, int) or value < 1)):
+                raise ValueError(f"{name} must be a count >= 0 or a share of the cohort in [0, 1), got {value}")
+        if self.relation == "add_remove":
+            raise PlanRefused(
+                "relation 'add_remove': a node that is not there adds no noise either, so the two worlds differ by "
+                "more than its update; use 'zero_out' or 'replace_one'"
+            )
+        if isinstance(self.sampler, PoissonSampler):
+            raise PlanRefused(
+                "sampler: the cohort's size sets each node's share of the noise, and PoissonSampler draws it; use "
+                "FixedSizeSampler or AvailabilitySampler"
+            )
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the nodes add the noise."""
+        return self.mechanism != CENTRAL
 
     @property
     def terms(self) -> dict[str, str]:
@@ -80,28 +143,52 @@ class PrivacyPlan:
         return AvailabilitySampler()
 
     def event(self, noise_multiplier: float) -> Event:
-        """Return what one round costs; `Central` says that the server, which adds the noise, is not the observer."""
+        """Return what a round of central noise costs; `Central` says that the server, which adds it, is no observer."""
         from privfed.privacy.events import Central, Gaussian
 
         return self.cohorts.event(Central(Gaussian(noise_multiplier)))
 
     def resolve(self, num_rounds: int) -> float:
-        """Return the noise multiplier for a run of so many rounds, rounded up so that the budget is kept."""
+        """Return central noise's multiplier for a run of so many rounds, rounded up so that the budget is kept."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         if self.epsilon is None:
             raise ValueError("epsilon: needed to calibrate the noise")
         from privfed.privacy.calibration import calibrate
 
-        count = self.rounds if self.rounds is not None else max(1, num_rounds)
-        return float(
-            calibrate(
-                self.event,
-                count=count,
-                epsilon=self.epsilon,
-                delta=self.delta,
-                unit=self.unit,
-                relation=self.relation,
-                observer=self.observer,
-            )
-        )
+        terms: dict[str, Any] = {**self.terms}
+        count = self._count(num_rounds)
+        return float(calibrate(self.event, count=count, epsilon=self.epsilon, delta=self.delta, **terms))
+
+    def parameters(self, nodes: int, dimension: int, num_rounds: int) -> SkellamParameters:
+        """Return what a round of `nodes` nodes agrees on under distributed noise.
+
+        dimension: elements of an update. Raises PlanRefused, with numbers and what would do, for a cohort, a ring or a
+        budget that cannot be served.
+        """
+        from privfed.privacy import distributed
+
+        shared: dict[str, Any] = {
+            "clip": self.clip,
+            "nodes": nodes,
+            "dimension": dimension,
+            "bits": self.bits,
+            "max_dropped": _share(self.max_dropped, nodes),
+            "max_colluding": _share(self.max_colluding, nodes),
+            "wrap_probability": self.wrap_probability,
+        }
+        try:
+            if self.noise_multiplier is not None:
+                return distributed.solve_skellam(noise_multiplier=self.noise_multiplier, **shared)
+            shared |= {"epsilon": self.epsilon, "delta": self.delta, "rounds": self._count(num_rounds), **self.terms}
+            return distributed.calibrate_skellam(**shared, sampled=self.cohorts.event)
+        except ValueError as cause:
+            raise PlanRefused(f"the plan does not suit {nodes} nodes and {dimension} elements: {cause}") from cause
+
+    def _count(self, num_rounds: int) -> int:
+        return self.rounds if self.rounds is not None else max(1, num_rounds)
+
+
+def _share(part: int | float, nodes: int) -> int:
+    """Return how many nodes: a count, or a share rounded up, since both are what a plan must withstand."""
+    return part if isinstance(part, int) else math.ceil(part * nodes * (1 - 2.0**-40))

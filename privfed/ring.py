@@ -31,9 +31,10 @@ REQUEST = "privfed.secure.request"
 REPLY = "privfed.secure.reply"
 BUFFER = "bytes"
 NOISED = "privfed.noised"
-"""In a reply on its way to the mask: a ring vector with the node's share of the noise, in a record of that name, and
-what the node demands of the session that sums it, in a ConfigRecord."""
+"""An ArrayRecord in a reply on its way to the mask: a ring vector with the node's share of the noise."""
 VECTOR = "vector"
+DEMANDS = "privfed.noised.demands"
+"""Its ConfigRecord: what the node demands of the session that sums the vector."""
 
 
 MARGIN = 2.0**-40

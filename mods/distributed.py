@@ -1,0 +1,113 @@
+"""Distributed differential privacy on a node: an update leaves only clipped, rounded and noised."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from privfed.apps import CallNext, Mod
+from privfed.array import Array
+from privfed.context import Context, derived_rng
+from privfed.distributed import Instruction, PlanLimits
+from privfed.errors import PlanRefused
+from privfed.message import Error, ErrorCode, Message
+from privfed.record import ArrayRecord, ConfigRecord, RecordDict
+from privfed.ring import DEMANDS, NOISED, VECTOR
+from privfed.update import (
+    PLAN,
+    UpdateError,
+    arrays_of,
+    check_arrays,
+    dimension,
+    flatten,
+    is_update,
+    subtract,
+)
+
+log = logging.getLogger("privfed.mods")
+
+STATE = "distributed_dp"
+
+
+def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness: int | None = None) -> Mod:
+    """Turn a training reply into ring elements that carry this node's share of the plan's noise.
+
+    Put it inside `mods.secure_aggregation()`, which sends nothing else then: no metrics, no weight, no update in the
+    clear. It follows the privacy plan in the message, clips to the plan's clip, and needs no argument. limits: what
+    this node accepts of a plan, whatever the server asks. Every message but a training message with such a plan is
+    refused, and the app is not asked. What a run may still cost this node is counted in the node's context, whenever a
+    vector is made, also one that no sum used.
+
+    insecure_test_randomness: seeds noise and rounding in tests; refused unless the run says that its noise is worth
+    nothing. Otherwise both come from the operating system.
+    """
+    bounds = limits if limits is not None else PlanLimits()
+
+    def add_share(message: Message, context: Context, call_next: CallNext) -> Message:
+        try:
+            instruction = _instruction(message)
+            bounds.check(instruction)
+            random = _randomness(instruction, insecure_test_randomness, context)
+            spending = _spending(context, instruction)
+            bounds.check_spending(instruction.relation, spending)
+            reply = call_next(message, context)
+            if reply.has_error():
+                return reply
+            update = _update(message.content, reply.content)
+            vector = instruction.parameters.encode(flatten(update), instruction.seed, random)
+            context.mod_state(STATE)["spent"] = ConfigRecord(spending)
+        except PlanRefused as cause:
+            log.warning("node %d refuses: %s", context.node_id, cause)
+            return Message(Error(ErrorCode.POLICY_REFUSED, "PlanRefused"), reply_to=message)
+        except UpdateError as cause:
+            log.warning("node %d: the update was not sent: %s", context.node_id, cause)
+            return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "UpdateError"), reply_to=message)
+        content = RecordDict({NOISED: ArrayRecord({VECTOR: Array.adopt(vector)})})
+        asked = instruction.parameters
+        content[DEMANDS] = ConfigRecord({"bits": asked.bits, "min-survivors": asked.least_survivors})
+        return Message(content, reply_to=message)
+
+    return add_share
+
+
+def _instruction(message: Message) -> Instruction:
+    """Return the plan of the message. Raises PlanRefused unless it is one this mod can follow."""
+    kind = message.metadata.message_type
+    plan = message.content.get(PLAN)
+    if kind.partition(".")[0] != "train" or not isinstance(plan, ConfigRecord):
+        raise PlanRefused(f"a {kind} message without a plan of distributed noise: nothing of this node's may answer it")
+    instruction = Instruction.from_config(plan)
+    try:
+        size = dimension(arrays_of(message.content))
+    except UpdateError as cause:
+        raise PlanRefused(f"the plan has no one model to be about: {cause}") from cause
+    if size != instruction.parameters.dimension:
+        raise PlanRefused(f"the model has {size} elements, the plan is for {instruction.parameters.dimension}")
+    return instruction
+
+
+def _randomness(instruction: Instruction, seed: int | None, context: Context) -> Callable[[int], bytes]:
+    if seed is None:
+        return os.urandom
+    if not instruction.insecure:
+        raise PlanRefused("insecure_test_randomness is set on this node, and the run claims that its noise protects")
+    return derived_rng(seed, "insecure", "share", context.node_id, instruction.seed.hex()).bytes
+
+
+def _spending(context: Context, instruction: Instruction) -> tuple[tuple[str, int], ...]:
+    """Return what this node's vectors of the run cost with the next one: pairs (event as JSON, count)."""
+    kept = context.mod_state(STATE).get("spent")
+    counts = kept.items() if isinstance(kept, ConfigRecord) else ()
+    spent = {event: int(str(count)) for event, count in counts}
+    event = instruction.parameters.event.to_json()
+    spent[event] = spent.get(event, 0) + 1
+    return tuple(spent.items())
+
+
+def _update(request: RecordDict, reply: RecordDict) -> ArrayRecord:
+    received, arrays = arrays_of(request), arrays_of(reply)
+    if not is_update(reply):
+        return subtract(arrays, received)
+    check_arrays(received, arrays, update=True)
+    return ArrayRecord({name: arrays[name] for name in received})
