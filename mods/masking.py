@@ -7,6 +7,7 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from privfed.message import Error, ErrorCode, Message
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
-from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout, RingOverflow, bind
+from privfed.ring import BUFFER, DEMANDS, NOISED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
 from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
 
 log = logging.getLogger("privfed.mods")
@@ -57,6 +58,18 @@ class SumAlreadyOpened(Refused):
 
 class UpdateNotClipped(Refused):
     """The update is longer than the privacy plan allows: put mods.clip() inside mods.secure_aggregation()."""
+
+
+class NodePolicyTooWeak(Refused):
+    """The node masks this reply itself, under a policy that is weaker than this mod's: raise the node's."""
+
+
+class NoiseMissing(Refused):
+    """The session sums vectors that carry their noise: put mods.distributed_dp() inside mods.secure_aggregation()."""
+
+
+class WeakSession(Refused):
+    """The session would sum this node's noised vector with fewer survivors, or in another ring, than its plan says."""
 
 
 class _Failed(Exception):
@@ -142,6 +155,9 @@ def secure_aggregation(
     follows a request that broke the protocol's rules. A node helps to open one sum for each model and action of a run
     (for a query: for each question); a session that failed before its last stage may be tried again. A server that
     changes the model by a bit asks for another sum: against that only noise helps.
+
+    Inside another one, as where the node masks around the app's process, it stands aside if that one's policy is at
+    least as strict as its own, and refuses otherwise.
     """
     rules = policy if policy is not None else Policy()
     unknown = sorted(set(kinds) - set(KINDS))
@@ -152,9 +168,13 @@ def secure_aggregation(
         if message.metadata.message_type.partition(".")[0] not in kinds:
             return call_next(message, context)
         try:
+            if SECURE not in message.content and context.masked is not None:
+                if identity is not None or protocols is not None or not _covers(context.masked, rules):
+                    raise NodePolicyTooWeak(f"the node masks under {context.masked}, this mod asks for {rules}")
+                return call_next(message, context)
             if SECURE not in message.content:
                 raise SecureAggregationRequired(f"a {message.metadata.message_type} message came in the clear")
-            session = _Session(message, context, call_next)
+            session = _Session(message, context, _under(rules, call_next))
             return session.answer(rules, identity, protocols)
         except _Failed as failed:
             return Message(failed.error, reply_to=message)
@@ -166,6 +186,35 @@ def secure_aggregation(
             return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, type(cause).__name__), reply_to=message)
 
     return mask_reply
+
+
+def _covers(outer: Policy, inner: Policy) -> bool:
+    """Return whether everything that `inner` refuses, `outer` refuses."""
+    floors = (
+        "min_cohort",
+        "min_survivors",
+        "min_threshold",
+        "min_neighbours",
+        "min_bits",
+        "require_active",
+        "min_round",
+        "corrupt",
+    )
+    higher = all(getattr(outer, name) >= getattr(inner, name) for name in floors)
+    return higher and inner.binding in (None, outer.binding)
+
+
+def _under(policy: Policy, call_next: CallNext) -> CallNext:
+    """Let what is called know that its reply is masked before it leaves the node."""
+
+    def call(message: Message, context: Context) -> Message:
+        before, context.masked = context.masked, policy
+        try:
+            return call_next(message, context)
+        finally:
+            context.masked = before
+
+    return call
 
 
 class _Session:
@@ -195,6 +244,8 @@ class _Session:
                 raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
             floor = int(str(last["number"])) + 1 if isinstance(last, ConfigRecord) else 0
             policy = replace(policy, min_round=max(policy.min_round, floor), binding=stage.binding)
+        floor = max(policy.min_survivors, stage.layout.min_survivors)
+        policy = replace(policy, min_survivors=floor)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
         if not 0 <= stage.stage < len(protocol.stages):
             raise SessionOutOfOrder(f"{stage.protocol} has no stage {stage.stage}")
@@ -274,12 +325,24 @@ class _Session:
         reply = self._call_next(message.with_content(inner), self._context)
         if reply.has_error():
             raise _Failed(reply.error)
+        if stage.layout.integers:
+            return self._noised(reply.content)
         update = self._update(inner, reply.content) if stage.layout.dimension else None
         metrics = _numbers(reply.content)
         weight = metrics.get(stage.weight_key) if stage.layout.max_weight is not None else 1.0
         if not isinstance(weight, int | float):
             raise RingOverflow(f"metric {stage.weight_key!r}, the weight, is {weight!r}")
         return stage.layout.encode(update, float(weight), metrics)
+
+    def _noised(self, reply: RecordDict) -> NDArray[Any]:
+        """Return the vector that the node made itself, if the session keeps what it was made for."""
+        record, demands = reply.get(NOISED), reply.get(DEMANDS)
+        if not isinstance(record, ArrayRecord) or not isinstance(demands, ConfigRecord):
+            raise NoiseMissing("the reply has no vector with noise in it")
+        layout = self._stage.layout
+        if layout.bits != demands["bits"] or layout.min_survivors < int(str(demands["min-survivors"])):
+            raise WeakSession(f"the vector is for {dict(demands)}, the session has {layout}")
+        return layout.admit(record[VECTOR].view())
 
     def _update(self, request: RecordDict, reply: RecordDict) -> ArrayRecord:
         received, arrays = arrays_of(request, self._stage.arrays_key), arrays_of(reply, self._stage.arrays_key)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from privfed.protocols.session import Identity
+from privfed.protocols.session import Identity, Policy
 from privfed.record import RecordDict
 
 UserConfigValue = bool | float | int | str
@@ -22,6 +22,7 @@ class Context:
     state: records kept between messages of one run on one node; committed with the reply, lost with a failed one.
     run_config: the run's settings. node_config: the node's own ("partition-id", "num-partitions" in a simulation).
     seed: the run's seed, or None; see `rng`. identify: returns the node's identity, where the runtime has one.
+    masked: the policy under which `mods.secure_aggregation` masks the reply outside of what is called, or None.
     """
 
     run_id: int = 0
@@ -32,6 +33,7 @@ class Context:
     seed: int | None = None
     mod_states: dict[str, RecordDict] = field(default_factory=dict, repr=False)
     identify: Callable[[], Identity | None] | None = field(default=None, repr=False)
+    masked: Policy | None = None
 
     def mod_state(self, name: str) -> RecordDict:
         """Return the records that the mod `name` keeps, apart from the app's own state."""

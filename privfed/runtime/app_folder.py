@@ -81,15 +81,21 @@ class AppFolder:
 
     def load(self) -> tuple[ServerApp, ClientApp]:
         """Import both components. Raises AppError with the file, the reference and the cause."""
-        if str(self.path) not in sys.path:
-            sys.path.insert(0, str(self.path))
-        return self._import("serverapp", self.serverapp, ServerApp), self._import(
-            "clientapp", self.clientapp, ClientApp
-        )
+        return self.load_server(), self.load_client()
+
+    def load_server(self) -> ServerApp:
+        """Import the server app alone; errors as `load`."""
+        return self._import("serverapp", self.serverapp, ServerApp)
+
+    def load_client(self) -> ClientApp:
+        """Import the client app alone: a node need not have what only the server needs. Errors as `load`."""
+        return self._import("clientapp", self.clientapp, ClientApp)
 
     def _import(self, key: str, reference: str, kind: type[T]) -> T:
         where = f"{self.path / 'pyproject.toml'}: {key} = {reference!r}"
         module_name, _, attribute = reference.partition(":")
+        if str(self.path) not in sys.path:
+            sys.path.insert(0, str(self.path))
         try:
             module = importlib.import_module(module_name)
         except Exception as fault:
