@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from privfed.grid import Grid
 from privfed.message import Message
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
 from privfed.strategies.metric import MetricsFunction
 from privfed.strategies.view import Sum, View
+
+if TYPE_CHECKING:
+    from privfed.privacy.distributed import SkellamParameters
 
 MESSAGE_BUDGET = 64 << 20
 """Bytes of replies that may be in flight at once when a round is streamed."""
@@ -31,12 +35,26 @@ def stream_replies(
         yield asked.pop(reply.metadata.reply_to_message_id), reply
 
 
+@dataclass(frozen=True, slots=True)
+class SharedNoise:
+    """A round whose noise the nodes add. charge: pays for the sum, known by a hash of its session; it may refuse.
+
+    Whoever drives the session calls it before the stage that opens the sum. seed: rotates the vectors; public.
+    """
+
+    parameters: SkellamParameters
+    seed: bytes
+    denominator: float
+    charge: Callable[[bytes], None] = field(repr=False)
+
+
 @dataclass(frozen=True)
 class Exchange:
     """content: the same object for every node, sent once. deadline: time.monotonic() seconds. need: the view to bring.
 
     enough: replies that count after which no more are awaited; None: all are.
     weight_key None: every reply weighs 1 (a privacy plan). clip: the plan's bound on one update's L2 norm, or None.
+    noise: None unless the nodes add it.
     """
 
     grid: Grid
@@ -51,6 +69,7 @@ class Exchange:
     metrics_function: MetricsFunction
     need: type[View] = Sum
     clip: float | None = None
+    noise: SharedNoise | None = None
     content_for: Callable[[int], RecordDict] | None = field(default=None, repr=False)
     enough: int | None = None
 

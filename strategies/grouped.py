@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,11 @@ from privfed.ring import Decoded, Layout
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.secure import Ranges, SecureStage, noise_releaser
 from privfed.strategies.session import SessionDrive, run_stage
+from privfed.strategies.stage import Stage
 from privfed.strategies.view import Exclusion, GroupMeans, Outcome, Sum, Unreleased, View
+
+if TYPE_CHECKING:
+    from privfed.plan import PrivacyPlan
 
 
 class GroupedStage(SecureStage):
@@ -63,6 +67,10 @@ class GroupedStage(SecureStage):
 
     def __repr__(self) -> str:
         return f"GroupedStage({self.protocol!r}, {self.group_size})"
+
+    def check_privacy(self, plan: PrivacyPlan) -> None:
+        """Refuse noise of the nodes: it is planned for one sum of all of them."""
+        Stage.check_privacy(self, plan)
 
     def collect(self, exchange: Exchange) -> Outcome:
         """Return the group means, or their sum when that is what the strategy needs."""

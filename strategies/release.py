@@ -1,10 +1,12 @@
-"""The release of a round under a privacy plan: authorise, draw, charge, then add noise, in this order."""
+"""The release of a round under a privacy plan: authorise, draw, charge, and only then noise or unmask, in order."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -12,39 +14,75 @@ from privfed.context import derived_rng
 from privfed.errors import PlanRefused, RunFailed
 from privfed.grid import Grid
 from privfed.plan import PrivacyPlan
+from privfed.privacy.events import Event
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Ledger, LedgerError, Terms
 from privfed.privacy.mechanisms import LatticeSum
+from privfed.privacy.sampling import AvailabilitySampler, Sampler
 from privfed.record import ArrayRecord, ConfigRecord
-from privfed.strategies.view import Float64s, RandomBytes, Sum, Unreleased
+from privfed.strategies.exchange import SharedNoise
+from privfed.strategies.view import Float64s, RandomBytes, Sum, Unreleased, Updates
 from privfed.update import dimension
 
+Seen = Sum | Updates | Unreleased | None
 
-class Release:
-    """Spend a plan's budget, round by round. population: the public number of nodes.
+
+def open_release(
+    plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int
+) -> CentralRelease | SharedRelease:
+    """Return the release that a plan asks for. population: the nodes connected, unless the plan says how many."""
+    kind = SharedRelease if plan.distributed else CentralRelease
+    return kind(plan, grid, model, population, num_rounds)
+
+
+class Release(ABC):
+    """Spend a plan's budget, round by round.
 
     With `insecure_test_randomness` cohorts and noise come from that seed, and every epsilon is infinite.
     """
 
+    event: Event
+    noise_multiplier: float
+    sampler: Sampler
+
     def __init__(self, plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int) -> None:
-        self._size = dimension(model)
-        if self._size == 0:
+        self.size = dimension(model)
+        if self.size == 0:
             raise ValueError("initial_arrays hold no elements, so there is nothing a privacy plan could protect")
         self.plan = plan
         self.population = plan.population if plan.population is not None else population
         self.denominator = plan.cohorts.expected_size(self.population)
         if not self.denominator > 0:
             raise PlanRefused("sampler: its expected cohort is empty, so the sum has no denominator")
-        self.noise_multiplier = plan.resolve(num_rounds)
-        self._run = str(grid.run_id)
-        self._seed = grid.recorder.insecure_test_randomness
-        self._ledger = None if self._seed is not None else self._open(grid)
-        self._noised: Float64s | None = None
+        self.resolve(num_rounds)
+        self.run = str(grid.run_id)
+        self.seed = grid.recorder.insecure_test_randomness
+        self._ledger = None if self.seed is not None else self._open(grid)
+
+    @abstractmethod
+    def resolve(self, num_rounds: int) -> None:
+        """Set the event, the noise multiplier and the sampler of every round."""
+
+    @abstractmethod
+    def instruction(self, server_round: int) -> ConfigRecord:
+        """Return what the nodes are told of the plan."""
+
+    @abstractmethod
+    def shared(self, server_round: int) -> SharedNoise | None:
+        """Return what the stage must know where the nodes add the noise."""
+
+    @abstractmethod
+    def charge(self, server_round: int, view: Seen) -> dict[str, object]:
+        """See that the round is charged, and only then noised; return what may be said. view None: nobody was asked."""
+
+    @abstractmethod
+    def view(self) -> Sum:
+        """Return the released mean: the noised sum over the public cohort size."""
 
     def _open(self, grid: Grid) -> Ledger:
         plan, path = self.plan, grid.recorder.ledger_path
         budget = Budget(plan.epsilon if plan.epsilon is not None else float("inf"), plan.delta)
-        terms = Terms(f"run {self._run}", budget, plan.unit, plan.relation, plan.observer)
+        terms = Terms(f"run {self.run}", budget, plan.unit, plan.relation, plan.observer)
         if path is None:
             return Ledger.create(None, terms)
         try:
@@ -61,7 +99,7 @@ class Release:
         """Refuse the round, before anything is sent, when the budget does not cover it."""
         if self._ledger is None:
             return
-        after = self._ledger.preview(self.plan.event(self.noise_multiplier))
+        after = self._ledger.preview(self.event)
         if not after <= self._ledger.limit:
             refusal = BudgetExceeded(
                 self._ledger.terms.owner, self._ledger.spent, after, self._ledger.limit, self._ledger.measure
@@ -71,29 +109,21 @@ class Release:
     def draw(self, nodes: Sequence[int], server_round: int) -> tuple[int, ...]:
         """Draw a private cohort."""
         try:
-            return tuple(self.plan.cohorts.sample(nodes, self._random("cohort", server_round)))
+            return tuple(self.sampler.sample(nodes, self.random("cohort", server_round)))
         except ValueError as cause:
             raise RunFailed(f"round {server_round}: no cohort could be drawn: {cause}") from cause
 
-    def instruction(self) -> ConfigRecord:
-        """Return what the nodes are told of the plan."""
-        instruction = ConfigRecord({"clip": float(self.plan.clip)})
-        instruction.update(self.plan.terms)
-        return instruction
+    def pay(self, server_round: int, transcript: str) -> float:
+        """Charge the ledger for a round; return the epsilon spent so far."""
+        if self._ledger is None:
+            return float("inf")
+        try:
+            return self._ledger.charge(self.event, run=self.run, round=server_round, transcript=transcript).spent
+        except BudgetExceeded as refusal:
+            raise RunFailed(f"round {server_round} was not released: {refusal}") from refusal
 
-    def charge(self, server_round: int, view: Unreleased | None) -> dict[str, object]:
-        """Charge the ledger, only then add the noise; return what may be said about it. view None: an empty cohort."""
-        epsilon = float("inf")
-        if self._ledger is not None:
-            transcript = hashlib.sha256(f"{self._run}:{server_round}:".encode() + os.urandom(32)).hexdigest()
-            event = self.plan.event(self.noise_multiplier)
-            epsilon = self._ledger.charge(event, run=self._run, round=server_round, transcript=transcript).spent
-        random = self._random("noise", server_round)
-        if view is None:
-            nobody = LatticeSum(self._size, sensitivity=self.plan.clip)
-            self._noised = nobody.release(noise_multiplier=self.noise_multiplier, random=random)[0]
-        else:
-            self._noised = view.release(self.noise_multiplier, random)
+    def said(self, epsilon: float) -> dict[str, object]:
+        """Return what may be said of a round: all of it is public."""
         return {
             "epsilon": epsilon,
             "delta": self.plan.delta,
@@ -104,14 +134,107 @@ class Release:
             "budget": self.plan.epsilon if self.plan.epsilon is not None else "none",
         }
 
+    def random(self, purpose: str, server_round: int) -> RandomBytes:
+        """Return the source of a purpose's randomness: the operating system, but in a test that asks for a seed."""
+        if self.seed is None:
+            return os.urandom
+        return derived_rng(self.seed, "insecure", purpose, server_round).bytes
+
+
+class CentralRelease(Release):
+    """The server adds the noise."""
+
+    _noised: Float64s | None = None
+
+    def resolve(self, num_rounds: int) -> None:
+        self.noise_multiplier = self.plan.resolve(num_rounds)
+        self.event, self.sampler = self.plan.event(self.noise_multiplier), self.plan.cohorts
+
+    def instruction(self, server_round: int) -> ConfigRecord:
+        instruction = ConfigRecord({"mechanism": self.plan.mechanism})
+        instruction["clip"] = float(self.plan.clip)
+        instruction.update(self.plan.terms)
+        return instruction
+
+    def shared(self, server_round: int) -> None:
+        return None
+
+    def charge(self, server_round: int, view: Seen) -> dict[str, object]:
+        transcript = hashlib.sha256(f"{self.run}:{server_round}:".encode() + os.urandom(32)).hexdigest()
+        epsilon = self.pay(server_round, transcript)
+        random = self.random("noise", server_round)
+        if isinstance(view, Unreleased):
+            self._noised = view.release(self.noise_multiplier, random)
+        else:
+            nobody = LatticeSum(self.size, sensitivity=self.plan.clip)
+            self._noised = nobody.release(noise_multiplier=self.noise_multiplier, random=random)[0]
+        return self.said(epsilon)
+
     def view(self) -> Sum:
-        """Return the released mean: the noised sum over the public cohort size."""
         if self._noised is None:
             raise RuntimeError("nothing has been charged in this round")
         mean, self._noised = self._noised, None
         return Sum(np.asarray(mean / self.denominator), self.denominator)
 
-    def _random(self, purpose: str, server_round: int) -> RandomBytes:
-        if self._seed is None:
-            return os.urandom
-        return derived_rng(self._seed, "insecure", purpose, server_round).bytes
+
+class SharedRelease(Release):
+    """The nodes add the noise; the round is charged before the sum is unmasked."""
+
+    _paid: tuple[int, float] | None = None
+    _seeded: tuple[int, bytes] | None = None
+    _mean: Sum | None = None
+
+    def resolve(self, num_rounds: int) -> None:
+        sampler, nodes = self.plan.cohorts, round(self.denominator)
+        # Whoever is there, but never more than the noise was planned for.
+        self.sampler = AvailabilitySampler(nodes) if isinstance(sampler, AvailabilitySampler) else sampler
+        self.parameters = self.plan.parameters(nodes, self.size, num_rounds)
+        self.noise_multiplier = self.parameters.noise_multiplier
+        self.event = sampler.event(self.parameters.event)
+
+    def draw(self, nodes: Sequence[int], server_round: int) -> tuple[int, ...]:
+        """Draw a cohort, or refuse one that cannot add enough noise."""
+        cohort, asked = super().draw(nodes, server_round), self.parameters
+        if len(cohort) < asked.least_survivors:
+            raise RunFailed(
+                f"round {server_round} was not started: {len(cohort)} nodes are there, and the plan needs the noise of "
+                f"{asked.least_survivors} of {asked.nodes}"
+            )
+        return cohort
+
+    def instruction(self, server_round: int) -> ConfigRecord:
+        from privfed.distributed import Instruction
+
+        # Fresh in every attempt: whether a coordinate wraps is a matter of chance only if updates do not depend on it.
+        seed = self.random("rotation", server_round)(32)
+        self._seeded = server_round, seed
+        return Instruction(self.parameters, seed, **self.plan.terms, insecure=self.seed is not None).to_config()
+
+    def shared(self, server_round: int) -> SharedNoise:
+        if self._seeded is None or self._seeded[0] != server_round:
+            raise RuntimeError("the nodes were not told of this round")
+        pay = partial(self._pay, server_round)
+        return SharedNoise(self.parameters, self._seeded[1], self.denominator, pay)
+
+    def _pay(self, server_round: int, session: bytes) -> None:
+        transcript = hashlib.sha256(f"{self.run}:{server_round}:".encode() + session).hexdigest()
+        self._paid = server_round, self.pay(server_round, transcript)
+
+    def charge(self, server_round: int, view: Seen) -> dict[str, object]:
+        if self._paid is None or self._paid[0] != server_round or not isinstance(view, Sum):
+            raise RuntimeError(f"round {server_round}: the stage opened no sum that was charged before")
+        self._mean = view
+        asked = self.parameters
+        return self.said(self._paid[1]) | {
+            "mechanism": self.plan.mechanism,
+            "max-dropped": asked.max_dropped,
+            "max-colluding": asked.max_colluding,
+            "bits": asked.bits,
+            "wrap-probability": asked.wrap_probability,
+        }
+
+    def view(self) -> Sum:
+        if self._mean is None:
+            raise RuntimeError("nothing has been charged in this round")
+        mean, self._mean = self._mean, None
+        return mean

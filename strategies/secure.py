@@ -6,18 +6,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from privfed.errors import QuorumError, RunFailed
+from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.protocols.errors import LocalError, ProtocolError, TooFewSurvivors
 from privfed.protocols.session import Protocol, RingSum, Session
 from privfed.record import ConfigRecord
 from privfed.ring import Decoded, Layout, bind
-from privfed.strategies.exchange import Exchange
-from privfed.strategies.session import SessionDrive, run_stage
+from privfed.strategies.exchange import Exchange, SharedNoise
+from privfed.strategies.session import SessionDrive, input_stage, run_stage
 from privfed.strategies.stage import Stage
 from privfed.strategies.view import Exclusion, Float64s, Outcome, RandomBytes, Sum, Unreleased, View
 from privfed.update import dimension
+
+if TYPE_CHECKING:
+    from privfed.plan import PrivacyPlan
 
 Ranges = Mapping[str, tuple[float, float]]
 LOCAL = ("threads",)
@@ -81,6 +84,8 @@ class SecureStage(Stage):
 
     def collect(self, exchange: Exchange) -> Outcome:
         """Return the sum of the survivors' updates; QuorumError when too few survive, RunFailed on a deviation."""
+        if exchange.noise is not None:
+            return self._collect_noised(exchange, exchange.noise)
         private = exchange.clip is not None
         layout = self.layout(exchange, exchange.clip if exchange.clip is not None else self.max_value, private)
         outcome, decoded = self._run(exchange, layout)
@@ -91,6 +96,26 @@ class SecureStage(Stage):
             mean = decoded.total
             mean *= decoded.scale / decoded.weight
             outcome.view = Sum(mean, decoded.weight)
+        return outcome
+
+    def check_privacy(self, plan: PrivacyPlan) -> None:
+        """Refuse noise of the nodes where it is not known that the sum stays shut until it is paid for."""
+        if plan.distributed and input_stage(self.protocol) in (None, self.protocol.stages[-1]):
+            raise PlanRefused(
+                f"privacy: {self.protocol!r} does not say at which stage nodes give their input (input_stage), or "
+                "opens the sum at that very stage, so that a round could not be charged, or refused, before"
+            )
+
+    def _collect_noised(self, exchange: Exchange, noise: SharedNoise) -> Outcome:
+        """Return the mean of updates that carry their noise: integers that the nodes made, summed as they are."""
+        asked = noise.parameters
+        least = asked.least_survivors
+        layout = Layout(asked.bits, len(exchange.nodes), asked.padded, 1.0, None, min_survivors=least, integers=True)
+        ring, outcome = self.drive(exchange, layout)
+        outcome.valid = len(ring.survivors)
+        outcome.excluded = [one for one in outcome.excluded if one.node not in ring.survivors]
+        mean = asked.decode(ring.total, noise.seed, len(ring.survivors), noise.denominator)
+        outcome.view = Sum(mean, noise.denominator)
         return outcome
 
     def measure(self, exchange: Exchange) -> Outcome:
@@ -137,6 +162,7 @@ class SecureStage(Stage):
         drive = self.session(exchange, layout, exchange.nodes)
         try:
             while drive.server.stage:
+                self._authorise(exchange, drive)
                 run_stage(exchange, dict.fromkeys(exchange.nodes, drive), layout.size, self.stage_timeout)
                 drive.close()
         except TooFewSurvivors as cause:
@@ -146,6 +172,15 @@ class SecureStage(Stage):
         except ProtocolError as cause:
             raise RunFailed(f"{where}: {cause}") from cause
         return self.result(drive, where), drive.outcome
+
+    def _authorise(self, exchange: Exchange, drive: SessionDrive) -> None:
+        """Before the stage that opens the sum: refuse one with too little noise in it, and charge the plan for it."""
+        noise, last = exchange.noise, self.protocol.stages[-1]
+        if noise is None or drive.server.stage != last:
+            return
+        if drive.inputs < noise.parameters.least_survivors:
+            raise TooFewSurvivors(drive.inputs, noise.parameters.least_survivors, last)
+        noise.charge(drive.binding)
 
     def session(self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...]) -> SessionDrive:
         """Open a session over some nodes. Raises RunFailed when the protocol does not suit them."""

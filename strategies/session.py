@@ -46,6 +46,12 @@ class SessionDrive:
         self._shared[SECURE + ".protocol"] = description
         self._requests: dict[int, Buffer] = {}
         self._silent: set[int] = set()
+        self.inputs = 0  # of nodes whose input the server has taken
+
+    @property
+    def binding(self) -> bytes:
+        """What makes this session this one: the model and configuration it is bound to, and its number."""
+        return self._session.binding + self._session.round.to_bytes(8, "big")
 
     @property
     def takes_input(self) -> bool:
@@ -64,6 +70,7 @@ class SessionDrive:
         self._silent.discard(node)
         try:
             self.server.receive(node, self._buffer(message))
+            self.inputs += stage == self._input
         except BadReply as cause:
             self._exclude(node, f"stage {stage}: {cause}")
         except RemoteError as cause:

@@ -7,8 +7,9 @@ update; stages that hide more offer less, and a strategy that needs more than it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from privfed.errors import PlanRefused
 from privfed.strategies.diagnostic import NormFold, describe_updates
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.fold import MeanFold, RowFold
@@ -16,6 +17,9 @@ from privfed.strategies.intake import Intake
 from privfed.strategies.metric import metrics_of
 from privfed.strategies.view import Float64s, Outcome, RandomBytes, Sum, Unreleased, Updates, View
 from privfed.update import UpdateError, dimension, flatten, subtract
+
+if TYPE_CHECKING:
+    from privfed.plan import PrivacyPlan
 
 
 class Stage(ABC):
@@ -38,6 +42,14 @@ class Stage(ABC):
     def check_evaluation(self) -> None:
         """Raise ValueError when this stage cannot evaluate as it is set up."""
         return
+
+    def check_privacy(self, plan: PrivacyPlan) -> None:
+        """Raise PlanRefused when this stage cannot keep what the plan promises."""
+        if plan.distributed:
+            raise PlanRefused(
+                f"privacy: mechanism {plan.mechanism!r} needs a stage that shows the server nothing but the sum of all "
+                f"nodes, and {self!r} shows it more; use SecureStage(protocol)"
+            )
 
 
 class PlainStage(Stage):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from privfed.strategies.pace import Pace
 from privfed.strategies.result import Result
 from privfed.strategies.resume import START, Resumption
 from privfed.strategies.stage import PlainStage, Stage
-from privfed.strategies.view import Float64s, GroupMeans, Outcome, Sum, Unreleased, Updates, View
+from privfed.strategies.view import Float64s, GroupMeans, Outcome, Sum, Updates, View
 from privfed.update import PLAN, RESERVED, split
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ class Strategy:
             )
         if type(self).configure_node is not Strategy.configure_node:
             raise PlanRefused(f"privacy: {name} configures nodes apart, which the plan does not account for")
+        self.stage.check_privacy(self.privacy)
         if self.fraction_train != 1 or self.pace.over_selection or self.pace.min_completion:
             raise PlanRefused(
                 "privacy: the plan's sampler draws the cohorts; leave fraction_train at 1, and over_selection and "
@@ -209,14 +210,14 @@ class Strategy:
     ) -> Release | None:
         if self.privacy is None:
             return None
-        from privfed.strategies.release import Release
+        from privfed.strategies.release import open_release
 
         kept = checkpoint.state.get(PLAN) if checkpoint is not None else None
         if isinstance(kept, ConfigRecord):
             population = int(str(kept["population"]))
         else:
             population = len(wait_for_nodes(grid, self.min_available_nodes, timeout))
-        return Release(self.privacy, grid, model, population, num_rounds)
+        return open_release(self.privacy, grid, model, population, num_rounds)
 
     def _restore(self, run: _Run) -> int:
         """Take up the last committed round; return the number of the next."""
@@ -281,8 +282,10 @@ class Strategy:
         if run.release is not None:
             run.release.authorise(server_round)
             cohort = run.release.draw(nodes, server_round)
-            content[PLAN] = run.release.instruction()
-            exchange = self._exchange(run, server_round, "train", content, cohort)
+            content[PLAN] = run.release.instruction(server_round)
+            exchange = replace(
+                self._exchange(run, server_round, "train", content, cohort), noise=run.release.shared(server_round)
+            )
             self._run_privately(run, self.pace.applied(exchange, len(cohort)), metrics)
             return self._applied(run, server_round, run.release.view())
         size = cohort_size(len(nodes), self.fraction_train, self.min_train_nodes)
@@ -301,8 +304,7 @@ class Strategy:
         outcome = self.stage.collect(exchange) if exchange.nodes else Outcome()
         # A small cohort drawn by chance is part of the mechanism; nodes of the cohort that fail are not.
         self._judge(exchange, outcome, min(self.min_train_nodes, len(exchange.nodes)), None)
-        view = outcome.view if isinstance(outcome.view, Unreleased) else None
-        metrics["privacy"] = run.release.charge(exchange.round, view)
+        metrics["privacy"] = run.release.charge(exchange.round, outcome.view)
         metrics["train"] = {}
 
     def _applied(self, run: _Run, server_round: int, view: View) -> ArrayRecord:
