@@ -7,17 +7,51 @@ not met by all its nodes at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import queue
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
 
 from privfed.context import UserConfigValue
+from privfed.errors import WireError
 from privfed.message import Message
-
-if TYPE_CHECKING:
-    import grpc
+from privfed.runtime.blob import BlobError, BlobFolder
+from privfed.runtime.frame import (
+    Answer,
+    Buffer,
+    Down,
+    Ended,
+    Frame,
+    Grant,
+    Hello,
+    Offer,
+    Part,
+    Progress,
+    RunQuery,
+    Verdict,
+    Waiting,
+    Welcome,
+    chunks,
+    pack,
+    parcel,
+    read_chunk,
+    unpack,
+    unpack_down,
+    wanted,
+)
+from privfed.runtime.handshake import NetworkError, Refused, agree, connect, explain, greeting
 
 MAX_PAUSE = 15.0
+R = TypeVar("R")
+F = TypeVar("F", bound=Frame)
 
 
 class Credentials(Protocol):
@@ -73,15 +107,252 @@ class FleetOptions:
     cache: str | None = None
 
 
+_SERVICE = "/privfed.Fleet/"
+CALL_SECONDS = 60.0
+_FIRST_PAUSE = 0.2
+_TRIES = 3
+_FINAL = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED})
+_CACHE_BYTES = 8 << 30
+
+
 class FleetClient:
-    """A blocking facade over the connection.
+    """A blocking facade over the connection; every method may be called by any thread.
 
-    FleetClient(address, credentials, node_id, options): credentials None is an unencrypted connection, and node_id is
-    then who the node says it is; with credentials the certificate says it, and node_id may be None.
-
-    receive(timeout) -> Task | None: the next task pushed by the SuperLink; None after `timeout` seconds or when closed.
-    reply(token, reply) -> bool: True when the reply counts, now or earlier; False when the lease was lost. Blocks
-        while the SuperLink cannot be reached; the same reply may be sent again, after a restart too.
-    run(run_id) -> RunGrant; bundle(digest) -> bytes, its hash checked.
-    ended() -> list of the runs that ended since the last call.
+    address: "host:port". credentials: None is an unencrypted connection, and node_id is then who the node says it is;
+    with credentials the certificate says it.
     """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials | None,
+        node_id: int | None = None,
+        options: FleetOptions | None = None,
+    ) -> None:
+        self.address = address
+        self.options = options or FleetOptions()
+        self.node_id = node_id or 0
+        self._temporary = None if self.options.cache else tempfile.TemporaryDirectory(prefix="privfed-node-")
+        folder = Path(self._temporary.name if self._temporary else self.options.cache or "")
+        self._blobs = BlobFolder(folder, _CACHE_BYTES, evict=True)
+        self._channel = connect(address, credentials.channel_credentials() if credentials else None)
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._greeting = greeting(node_id=None if credentials else self.node_id)
+        self._held = set(self.options.holding)
+        self._fetching: set[str] = set()
+        self._runs: dict[int, RunGrant | None] = dict.fromkeys(self.options.runs)
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._fatal: Refused | None = None
+        self._status = ""
+        self._hangup: Callable[[], object] = bool
+        self._fetchers = ThreadPoolExecutor(self.options.slots, thread_name_prefix="privfed-fetch")
+        self._thread = threading.Thread(target=self._stay_connected, name="privfed-fleet", daemon=True)
+        self._thread.start()
+
+    def receive(self, timeout: float | None = None) -> Task | None:
+        """Return the next task the SuperLink pushes; None after `timeout` seconds, or when closed.
+
+        Raises Refused when the SuperLink will never serve this node: another protocol version, for one.
+        """
+        try:
+            task = self._tasks.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if task is None:
+            self._tasks.put(None)  # for the next caller
+            if self._fatal is not None:
+                raise self._fatal
+        return task
+
+    def reply(self, token: str, reply: Message) -> bool:
+        """Hand in a reply: True when it counts, now or earlier; False when the lease was lost.
+
+        Blocks while the SuperLink cannot be reached; the same reply may be sent again, after a restart too.
+        Raises NetworkError when the reply is refused, or the client closed first.
+        """
+        sealed, outside = parcel(reply)
+        answer = pack(Answer(token=token, parcel=sealed))
+        for _ in range(_TRIES):
+            verdict = self._call("Answer", answer, Verdict)
+            if not verdict.missing:
+                self._held.discard(token)
+                return verdict.counted
+            self._upload(verdict.missing, outside)
+        raise NetworkError(f"{self.address} does not take the reply: what is uploaded does not have its hash there")
+
+    def run(self, run_id: int) -> RunGrant:
+        """Return what the SuperLink says of a run this node takes part in; blocks while it cannot be reached."""
+        known = self._runs.get(run_id)
+        if known is None:
+            found = self._call("Run", pack(RunQuery(run_id=run_id)), Grant)
+            facts = (found.bundle.hex(), found.run_config, found.seed, found.nodes)
+            known = self._runs[run_id] = RunGrant(run_id, found.name, *facts)
+        return known
+
+    def bundle(self, digest: str) -> bytes:
+        """Return an app's archive, its hash checked; blocks while the SuperLink cannot be reached."""
+        name = bytes.fromhex(digest)
+        for _ in range(_TRIES):
+            self._download([Part(digest=name, size=0)])
+            data = bytes(self._blobs[name])
+            if hashlib.sha256(data).digest() == name:
+                return data
+            self._blobs.drop([name])
+        raise NetworkError(f"{self.address} sends something else as the app {digest[:16]}")
+
+    def ended(self) -> list[int]:
+        """Return the runs that ended since the last call."""
+        found = []
+        while not self._ended.empty():
+            found.append(self._ended.get())
+        return found
+
+    def close(self) -> None:
+        """Close the connection; whoever waits is released."""
+        self._closing.set()
+        self._hangup()
+        self._channel.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(5.0)
+        self._tasks.put(None)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _tell(self, status: str) -> None:
+        if status != self._status:
+            self._status = status
+            self.options.on_status(status)
+
+    def _stay_connected(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._closing.is_set():
+            served = False
+            try:
+                for data in self._open():
+                    served = self._take(unpack_down(data)) or served
+                self._tell("the SuperLink closed the connection")
+            except Refused as fault:
+                self._fatal = fault
+                self._tasks.put(None)
+                self._tell(f"refused: {fault}")
+                return
+            except (NetworkError, WireError, ValueError) as fault:
+                self._tell(str(fault))
+            except grpc.RpcError as fault:
+                told = explain(fault, self.address)
+                self._tell(str(told))
+                if isinstance(told, Refused):
+                    self._fatal = told
+                    self._tasks.put(None)
+                    return
+            pause = _FIRST_PAUSE if served else min(MAX_PAUSE, 2 * pause)
+            self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
+
+    def _open(self) -> Any:
+        """Open the session and introduce the node; what comes back is what the SuperLink pushes."""
+        over = threading.Event()
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_SERVICE + "Session")
+
+        def say() -> Iterator[bytes]:
+            runs = tuple(sorted(self._runs))
+            held = tuple(sorted(self._held))
+            self._fetching.clear()  # what was not received whole is handed out again
+            yield pack(Hello(slots=self.options.slots, holding=held, runs=runs))
+            over.wait()
+
+        stream = call(say(), metadata=self._greeting)
+        stream.add_callback(over.set)
+        self._hangup = stream.cancel
+        if self._closing.is_set():
+            stream.cancel()
+        agree(stream.initial_metadata(), self.address)
+        return stream
+
+    def _take(self, frame: Down) -> bool:
+        """Act on what the SuperLink pushed; return whether it serves us."""
+        if isinstance(frame, Waiting):
+            self._tell(frame.reason)
+            return False
+        if isinstance(frame, Welcome):
+            self.node_id = frame.node_id
+            self._tell(f"connected to {frame.link} as node {frame.node_id}")
+        elif isinstance(frame, Ended):
+            self._runs.pop(frame.run_id, None)
+            self._ended.put(frame.run_id)
+            self.options.on_ended(frame.run_id)
+        elif frame.token not in self._held:
+            self._fetching.add(frame.token)
+            self._fetchers.submit(self._fetch, frame)
+        return True
+
+    def _fetch(self, offer: Offer) -> None:
+        """Complete a task with what did not fit into its frame, and hand it to whoever receives."""
+        try:
+            for _ in range(_TRIES):
+                outside = offer.parcel.outside()
+                self._download(outside)
+                try:
+                    message = offer.parcel.open(self._blobs)
+                except (WireError, KeyError) as fault:
+                    self._blobs.drop([part.digest for part in outside])
+                    self._tell(f"a task arrived damaged and is fetched again: {fault}")
+                    continue
+                if offer.token in self._fetching:
+                    self._held.add(offer.token)
+                    self._tasks.put(Task(offer.token, message, offer.expires_at, offer.attempt, offer.commit))
+                break
+        except NetworkError as fault:
+            self._tell(f"a task was lost: {fault}")
+        self._fetching.discard(offer.token)
+
+    def _call(self, method: str, request: bytes, kind: type[F]) -> F:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_SERVICE + method)
+        answered: bytes = self._patiently(lambda: call(request, metadata=self._greeting, timeout=CALL_SECONDS))
+        try:
+            return unpack(answered, kind)
+        except WireError as fault:
+            raise NetworkError(f"{self.address}: {fault}") from None
+
+    def _download(self, parts: list[Part]) -> None:
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
+
+        def transfer() -> None:
+            missing = [part for part in parts if part.digest not in self._blobs]
+            if missing:
+                have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
+                for frame in call(pack(wanted(missing, have)), metadata=self._greeting):
+                    self._blobs.add(*read_chunk(frame))
+
+        self._patiently(transfer)
+
+    def _upload(self, missing: Sequence[Progress], outside: Mapping[bytes, Buffer]) -> None:
+        if any(one.digest not in outside for one in missing):
+            raise NetworkError(f"{self.address} asks for something that is not in the reply")
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(_SERVICE + "Upload")
+        stream = (frame for one in missing for frame in chunks(one.digest, outside[one.digest], one.size))
+        try:
+            call(stream, metadata=self._greeting)
+        except grpc.RpcError as fault:
+            if fault.code() in _FINAL:
+                raise NetworkError(fault.details()) from None
+            self._closing.wait(_FIRST_PAUSE)  # the next answer says where to go on
+
+    def _patiently(self, attempt: Callable[[], R]) -> R:
+        """Do something over the network until it succeeds, is refused, or the client closes."""
+        pause = _FIRST_PAUSE
+        while not self._closing.is_set():
+            try:
+                return attempt()
+            except BlobError as fault:
+                self._tell(f"a transfer is taken up again: {fault}")
+            except grpc.RpcError as fault:
+                told = explain(fault, self.address)
+                if isinstance(told, Refused) or fault.code() in _FINAL:
+                    raise told from None
+            except ValueError:  # gRPC says so when its channel was closed meanwhile
+                if not self._closing.is_set():
+                    raise
+            self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
+            pause = min(MAX_PAUSE, 2 * pause)
+        raise NetworkError("the connection was closed")

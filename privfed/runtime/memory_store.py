@@ -6,11 +6,12 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from privfed.message import Message
 from privfed.runtime.store import (
+    Holder,
     Lease,
     NodeState,
     RunInfo,
@@ -33,6 +34,7 @@ class _Run:
     replies: dict[str, Message] = field(default_factory=dict)
     states: dict[int, NodeState] = field(default_factory=dict)
     tasks: set[str] = field(default_factory=set)
+    counted: dict[str, Holder] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class MemoryStore:
         self._overdue: list[tuple[float, str]] = []
         self._lapsing: list[tuple[float, str]] = []
         self._tokens = itertools.count(1)
+        self._counted: dict[str, Holder] = {}
 
     def create_run(self, run_id: int, nodes: Sequence[int]) -> None:
         if run_id in self._runs:
@@ -90,6 +93,9 @@ class MemoryStore:
                     self._end_lease(task.token)
             run.tasks.clear()
             run.replies.clear()
+            for token in run.counted:
+                self._counted.pop(token, None)
+            run.counted.clear()
 
     def nodes(self, run_id: int) -> Sequence[int]:
         return self._run(run_id).nodes
@@ -124,10 +130,13 @@ class MemoryStore:
         else:
             queue.append(message_id)
 
-    def lease(self, now: float, seconds: float, run_id: int | None = None) -> Lease | None:
+    def lease(
+        self, now: float, seconds: float, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> Lease | None:
         for _ in range(len(self._ready)):
             key = self._ready.popleft()
-            task = self._next_task(key, now) if run_id in (None, key[0]) else None
+            asked = run_id in (None, key[0]) and (nodes is None or key[1] in nodes)
+            task = self._next_task(key, now) if asked else None
             if task is None:
                 if key in self._queues:
                     self._ready.append(key)
@@ -178,7 +187,22 @@ class MemoryStore:
         if state is not None:
             run.states[key[1]] = state
         self._answer(message_id, reply)
+        run.counted[token] = self._counted[token] = Holder(*key, message_id, True)
         return message_id
+
+    def holder(self, token: str) -> Holder | None:
+        entry = self._leases.get(token)
+        if entry is None:
+            return self._counted.get(token)
+        lease, key = entry
+        message_id = lease.message.metadata.message_id
+        return Holder(*key, message_id, False) if message_id in self._tasks else None
+
+    def release(self, node_id: int, holding: Collection[str] = ()) -> int:
+        out = [token for token, (_, key) in self._leases.items() if key[1] == node_id and token not in holding]
+        for token in out:
+            self._requeue(token)
+        return len(out)
 
     def _answer(self, message_id: str, reply: Message) -> None:
         task = self._tasks.pop(message_id)

@@ -12,7 +12,7 @@ try:
 except ImportError:  # pragma: no cover - the extra is installed wherever tests run
     raise AppError("the durable store needs SQLAlchemy: pip install 'privfed[link]'") from None
 
-__all__ = ["buffers", "holds", "nodes", "open_database", "runs", "sql", "states", "tasks"]
+__all__ = ["buffers", "counted", "holds", "nodes", "open_database", "runs", "sql", "states", "tasks"]
 
 BUSY_SECONDS = 30.0
 
@@ -44,6 +44,14 @@ tasks = sql.Table(
     sql.Column("withdrawn", sql.Boolean, nullable=False, default=False),  # while it was out
     sql.Column("reply", sql.LargeBinary),
     sql.Index("tasks_of_node", "run_id", "node_id"),
+)
+counted = sql.Table(  # leases whose reply was taken, so that a reply sent again is told so
+    "counted",
+    tables,
+    sql.Column("token", sql.String(32), primary_key=True),
+    sql.Column("run_id", sql.BigInteger, nullable=False, index=True),
+    sql.Column("node_id", sql.BigInteger, nullable=False),
+    sql.Column("message_id", sql.Text, nullable=False),
 )
 states = sql.Table(
     "states",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from privfed.errors import WireError
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.array_folder import ArrayFolder, Buffer
-from privfed.runtime.sql_schema import buffers, holds, nodes, open_database, runs, sql, states, tasks
+from privfed.runtime.sql_schema import buffers, counted, holds, nodes, open_database, runs, sql, states, tasks
 from privfed.runtime.store import (
+    Holder,
     Lease,
     NodeState,
     RunInfo,
@@ -82,6 +83,7 @@ class SqlStore:
             work.do(runs.update().where(runs.c.run_id == run_id).values(state=state, reason=reason))
             if state != "running":
                 work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(tasks.c.run_id == run_id))])
+                work.do(counted.delete().where(counted.c.run_id == run_id))
 
     def nodes(self, run_id: int) -> Sequence[int]:
         with self._transaction() as work:
@@ -104,13 +106,17 @@ class SqlStore:
                     answered.append(data.message_id)
         return answered
 
-    def lease(self, now: float, seconds: float, run_id: int | None = None) -> Lease | None:
+    def lease(
+        self, now: float, seconds: float, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> Lease | None:
         other = tasks.alias("other")
         same_node = (other.c.run_id == tasks.c.run_id) & (other.c.node_id == tasks.c.node_id)
         out = sql.exists().where(same_node & other.c.token.is_not(None))
         free = tasks.c.reply.is_(None) & tasks.c.token.is_(None) & (tasks.c.expires_at > now) & ~out
         if run_id is not None:
             free &= tasks.c.run_id == run_id
+        if nodes is not None:
+            free &= tasks.c.node_id.in_(nodes)
         with self._transaction() as work:
             row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()
             if row is None:
@@ -128,9 +134,25 @@ class SqlStore:
                 work.drop_tasks([row.id])
                 return None
             work.answer(row.id, reply)
+            row_of = {"run_id": row.run_id, "node_id": row.node_id, "message_id": row.message_id}
+            work.do(counted.insert().values(token=token, **row_of))
             if state is not None:
                 work.put_state(row.run_id, row.node_id, state)
             return str(row.message_id)
+
+    def holder(self, token: str) -> Holder | None:
+        with self._transaction() as work:
+            done = work.do(sql.select(counted).where(counted.c.token == token)).first()
+            if done is not None:
+                return Holder(done.run_id, done.node_id, done.message_id, True)
+            row = work.do(sql.select(tasks).where((tasks.c.token == token) & ~tasks.c.withdrawn)).first()
+            return None if row is None else Holder(row.run_id, row.node_id, row.message_id, False)
+
+    def release(self, node_id: int, holding: Collection[str] = ()) -> int:
+        out = (tasks.c.node_id == node_id) & tasks.c.token.is_not(None) & tasks.c.token.not_in(holding)
+        with self._transaction() as work:
+            work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(out & tasks.c.withdrawn))])
+            return int(work.do(tasks.update().where(out).values(token=None, lease_until=None)).rowcount)
 
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
         with self._transaction() as work:

@@ -10,7 +10,7 @@ with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,6 +60,16 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose lease a token is, or was. counted: its reply has been taken; else the lease is still open."""
+
+    run_id: int
+    node_id: int
+    message_id: str
+    counted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """A run and where it stands."""
 
@@ -94,11 +104,21 @@ class Store(Protocol):
         """Queue instructions; one to an unknown node is answered at once. Returns the ids answered that way."""
         ...
 
-    def lease(self, now: float, seconds: float, run_id: int | None = None) -> Lease | None:
+    def lease(
+        self, now: float, seconds: float, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> Lease | None:
         """Hand out a task whose node has no other task out and that is not overdue; None when there is none.
 
-        Tasks of one node come in the order they were pushed; nodes come in any order.
+        Tasks of one node come in the order they were pushed; nodes come in any order. nodes: only tasks of these.
         """
+        ...
+
+    def holder(self, token: str) -> Holder | None:
+        """Return whose lease this is or, until its run ends, whose counted reply; None when it was lost."""
+        ...
+
+    def release(self, node_id: int, holding: Collection[str] = ()) -> int:
+        """Requeue the tasks this node has out, those of the tokens in `holding` excepted; return how many."""
         ...
 
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:

@@ -1,0 +1,197 @@
+"""Hands tasks to connected nodes as soon as there are any; nobody polls.
+
+Everything here runs in the event loop, but for what touches the store, which runs in a few threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from privfed.errors import PrivfedError
+from privfed.runtime.federation_link import FederationLink
+from privfed.runtime.frame import Buffer, Down, Ended, Offer, parcel
+from privfed.runtime.store import Lease
+
+T = TypeVar("T")
+log = logging.getLogger("privfed.superlink")
+MAX_SLOTS = 64
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has."""
+
+    node_id: int
+    name: str
+    slots: int
+    queue: asyncio.Queue[Down | None] = field(default_factory=asyncio.Queue)
+    out: set[str] = field(default_factory=set)
+
+
+class Outbox:
+    """Large buffers of the tasks that are out: each once, whoever gets it, and who may fetch it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[bytes, Buffer] = {}
+        self._tasks: dict[str, tuple[int, frozenset[bytes]]] = {}
+        self._uses: dict[bytes, int] = {}
+
+    def put(self, token: str, node: int, buffers: dict[bytes, Buffer]) -> None:
+        """Keep the buffers of a task until it is over."""
+        self._tasks[token] = (node, frozenset(buffers))
+        for digest, buffer in buffers.items():
+            self._buffers.setdefault(digest, buffer)
+            self._uses[digest] = self._uses.get(digest, 0) + 1
+
+    def remove(self, token: str) -> None:
+        """Forget a task."""
+        _, digests = self._tasks.pop(token, (0, frozenset()))
+        for digest in digests:
+            self._uses[digest] -= 1
+            if not self._uses[digest]:
+                del self._uses[digest], self._buffers[digest]
+
+    def find(self, node: int, digest: bytes) -> Buffer | None:
+        """Return a buffer that this node was sent."""
+        sent = any(owner == node and digest in digests for owner, digests in self._tasks.values())
+        return self._buffers.get(digest) if sent else None
+
+    def of_task(self, token: str) -> dict[bytes, Buffer]:
+        """Return the buffers of a task."""
+        return {digest: self._buffers[digest] for digest in self._tasks.get(token, (0, frozenset()))[1]}
+
+
+class Dispatcher:
+    """Knows who is connected, and offers each node what is for it, `slots` tasks at a time.
+
+    progress: returns attempt and last committed round of a run. changed: called when a node comes or goes.
+    """
+
+    def __init__(
+        self,
+        link: FederationLink,
+        threads: Executor,
+        progress: Callable[[int], tuple[int, int]],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.link = link
+        self.outbox = Outbox()
+        self.sessions: dict[int, Session] = {}
+        self._threads = threads
+        self._progress = progress
+        self._changed = changed
+        self._loop = asyncio.get_running_loop()
+        self._awake = asyncio.Event()
+        self._due: set[int] = set()
+        link.on_work = self.wake
+        link.on_end = self.announce_end
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run something that blocks."""
+        return await self._loop.run_in_executor(self._threads, work)
+
+    def wake(self, nodes: Iterable[int]) -> None:
+        """Say that there may be work for these nodes; from any thread."""
+        found = list(nodes)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._mark, found)
+
+    def _mark(self, nodes: Collection[int]) -> None:
+        self._due.update(nodes)
+        self._awake.set()
+
+    def announce_end(self, run_id: int) -> None:
+        """Tell every connected node that a run ended; from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell_all, Ended(run_id=run_id))
+
+    def _tell_all(self, frame: Ended) -> None:
+        for session in self.sessions.values():
+            session.queue.put_nowait(frame)
+
+    async def join(self, session: Session, holding: Collection[str]) -> None:
+        """Take a node in; one that is connected already is replaced. What it had out and does not hold is free again."""
+        before = self.sessions.get(session.node_id)
+        if before is not None:
+            before.queue.put_nowait(None)
+        self.sessions[session.node_id] = session
+        kept = await self.in_thread(lambda: self.link.rejoin(session.node_id, holding))
+        session.out.update(kept)
+        for token in (before.out if before is not None else set()) - kept:
+            self.outbox.remove(token)
+        self._mark([session.node_id])
+        self._changed()
+
+    def leave(self, session: Session) -> None:
+        """Note that a node is gone; its tasks wait for it to come back."""
+        if self.sessions.get(session.node_id) is session:
+            del self.sessions[session.node_id]
+            self._changed()
+
+    def hang_up(self, node: int) -> None:
+        """Disconnect a node; from any thread."""
+
+        def tell() -> None:
+            session = self.sessions.get(node)
+            if session is not None:
+                session.queue.put_nowait(None)
+
+        self._loop.call_soon_threadsafe(tell)
+
+    def finished(self, node: int, token: str) -> None:
+        """Note that a task is over."""
+        self.outbox.remove(token)
+        session = self.sessions.get(node)
+        if session is not None:
+            session.out.discard(token)
+        self._mark([node])
+
+    async def run(self) -> None:
+        """Offer tasks until cancelled."""
+        while True:
+            await self._awake.wait()
+            self._awake.clear()
+            try:
+                await self._offer_all()
+            except PrivfedError as fault:
+                log.warning("tasks are not handed out: %s", fault)
+                self._loop.call_later(_RETRY_SECONDS, self._mark, list(self.sessions))
+            except Exception:
+                log.exception("tasks are not handed out; trying again")
+                self._loop.call_later(_RETRY_SECONDS, self._mark, list(self.sessions))
+
+    async def _offer_all(self) -> None:
+        due, self._due = self._due, set()
+        while True:
+            free = {node for node in due if node in self.sessions and self._has_room(self.sessions[node])}
+            if not free:
+                return
+            leases = await self.in_thread(lambda nodes=free: self.link.lease_for(nodes))  # type: ignore[misc]
+            if not leases:
+                return
+            for lease in leases:
+                await self._offer(lease)
+
+    @staticmethod
+    def _has_room(session: Session) -> bool:
+        return len(session.out) < session.slots
+
+    async def _offer(self, lease: Lease) -> None:
+        data = lease.message.metadata
+        sealed, outside = await self.in_thread(lambda: parcel(lease.message))
+        session = self.sessions.get(data.dst_node_id)
+        if session is None:
+            await self.in_thread(lambda: self.link.rejoin(data.dst_node_id, ()))
+            return
+        self.outbox.put(lease.token, session.node_id, outside)
+        session.out.add(lease.token)
+        attempt, commit = self._progress(data.run_id)
+        session.queue.put_nowait(
+            Offer(token=lease.token, expires_at=data.expires_at, attempt=attempt, commit=commit, parcel=sealed)
+        )

@@ -1,0 +1,107 @@
+"""The Link of a SuperLink: tasks go to nodes that are connected, and somebody is told when there are any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from privfed.message import Message
+from privfed.runtime.link import Link
+from privfed.runtime.store import Holder, Lease, Store
+
+BATCH = 32
+
+
+class FederationLink(Link):
+    """A Link whose workers are nodes on the network. A lease lasts as long as its message: a node that comes back
+    says what it still holds.
+
+    on_work: told of nodes there may be work for. on_end: told of a run that ended. Both in any thread.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, lease_seconds=math.inf)
+        self.on_work: Callable[[Iterable[int]], None] = lambda nodes: None
+        self.on_end: Callable[[int], None] = lambda run_id: None
+        self._asked: dict[int, dict[str, int]] = {}
+
+    def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+        """Queue instructions and wake whoever hands them out."""
+        given = list(messages)
+        ids = super().push(run_id, given)
+        with self._lock:
+            self._asked.setdefault(run_id, {}).update(
+                (message.metadata.message_id, message.metadata.dst_node_id) for message in given
+            )
+        self.on_work(message.metadata.dst_node_id for message in given)
+        return ids
+
+    def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
+        """Return replies; what was asked is then answered."""
+        replies = super().pull(run_id, message_ids)
+        with self._lock:
+            asked = self._asked.get(run_id, {})
+            for reply in replies:
+                asked.pop(reply.metadata.reply_to_message_id, None)
+        return replies
+
+    def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
+        """Withdraw instructions."""
+        given = list(message_ids)
+        super().forget(run_id, given)
+        with self._lock:
+            for message_id in given:
+                self._asked.get(run_id, {}).pop(message_id, None)
+
+    def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
+        """Move a run to another state."""
+        super().set_run_state(run_id, state, reason)
+        if state != "running":
+            with self._lock:
+                self._asked.pop(run_id, None)
+
+    def waits_for(self, run_id: int) -> list[int]:
+        """Return the nodes a run waits for, ascending."""
+        with self._lock:
+            return sorted(set(self._asked.get(run_id, {}).values()))
+
+    def lease_for(self, nodes: Collection[int]) -> Sequence[Lease]:
+        """Take tasks for these nodes, at most one each and a few at a time."""
+        found: list[Lease] = []
+        left = set(nodes)
+        with self._lock:
+            self._expire()
+            while left and len(found) < BATCH:
+                lease = self.store.lease(self._clock(), self._lease_seconds, nodes=left)
+                if lease is None:
+                    break
+                found.append(lease)
+                left.discard(lease.message.metadata.dst_node_id)
+        return found
+
+    def rejoin(self, node: int, holding: Collection[str]) -> set[str]:
+        """Free what a node had out, but for what it still holds; return the tokens it may go on with."""
+        with self._lock:
+            holders = {token: self.store.holder(token) for token in holding}
+            kept = {
+                token
+                for token, holder in holders.items()
+                if holder is not None and holder.node_id == node and not holder.counted
+            }
+            self.store.release(node, kept)
+        return kept
+
+    def holder(self, token: str) -> Holder | None:
+        """Return whose lease this is, or was when its reply counted."""
+        with self._lock:
+            return self.store.holder(token)
+
+    def count(self, token: str, run_id: int, reply: Message) -> bool:
+        """Take the reply to a leased task; True when it counts, now or earlier."""
+        with self._lock:
+            self._expire()
+            if self.store.complete(token, reply, None) is not None:
+                self._arrival(run_id).notify_all()
+                return True
+            holder = self.store.holder(token)
+            return holder is not None and holder.counted

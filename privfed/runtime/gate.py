@@ -1,0 +1,130 @@
+"""The gate of a listener: no request is read before its sender is known, speaks our protocol and may ask at all."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any, TypeAlias, cast
+
+import grpc
+import grpc.aio
+
+from privfed.errors import PrivfedError
+from privfed.runtime.certificate import CertificateError, Peer
+from privfed.runtime.credentials import Trust, peer_of
+from privfed.runtime.handshake import NODE, Refused, agree, greeting
+
+log = logging.getLogger("privfed.superlink")
+Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Unary = Callable[[Peer, bytes], Awaitable[bytes]]
+Streaming = Callable[[Peer, bytes, Context], Awaitable[None]]
+Receiving = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[bytes]]
+MAX_NODE = 1 << 62
+
+
+class Denied(PrivfedError):
+    """A request that is refused, with the status that says how."""
+
+    def __init__(self, text: str, code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED) -> None:
+        self.code = code
+        super().__init__(text)
+
+
+def malformed(fault: Exception) -> Denied:
+    """Return the refusal of a request that does not decode."""
+    return Denied(str(fault), grpc.StatusCode.INVALID_ARGUMENT)
+
+
+class Gate:
+    """Lets peers of certain roles in. trust None: there are no certificates, and peers are who they say they are."""
+
+    def __init__(self, trust: Trust | None, roles: Collection[str]) -> None:
+        self._trust = trust
+        self._roles = frozenset(roles)
+        self.refusals = 0
+
+    def admit(self, context: Context) -> Peer:
+        """Return who calls. Raises Denied."""
+        metadata = cast("tuple[tuple[str, str | bytes], ...]", context.invocation_metadata() or ())
+        try:
+            agree(metadata, "the caller")
+        except Refused as fault:
+            raise Denied(str(fault), grpc.StatusCode.FAILED_PRECONDITION) from None
+        if self._trust is None:
+            return self._claimed(dict(metadata))
+        try:
+            peer = peer_of(context, self._trust)
+        except CertificateError as fault:
+            raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None
+        if peer.role not in self._roles:
+            wanted = " or ".join(sorted(self._roles))
+            raise Denied(f"{peer.common_name} is a {peer.role}; this listener serves the roles {wanted}")
+        return peer
+
+    def _claimed(self, metadata: dict[str, str | bytes]) -> Peer:
+        if "node" not in self._roles:
+            return Peer("operator", "local")
+        text = metadata.get(NODE, "")
+        if not (isinstance(text, str) and text.isascii() and text.isdecimal() and 0 < int(text[:20]) < MAX_NODE):
+            raise Denied("a node without a certificate must say its id", grpc.StatusCode.UNAUTHENTICATED)
+        return Peer("node", f"node-{int(text)}", int(text))
+
+    async def _enter(self, context: Context) -> Peer:
+        try:
+            peer = self.admit(context)
+        except Denied:
+            self.refusals += 1
+            raise
+        finally:
+            await context.send_initial_metadata(greeting())
+        return peer
+
+    def unary(self, serve: Unary) -> Handler:
+        """Return a handler of one request with one answer."""
+
+        async def handle(request: bytes, context: Context) -> bytes:
+            answer: bytes = await self._guarded(context, lambda peer: serve(peer, request))
+            return answer
+
+        return cast(Handler, grpc.unary_unary_rpc_method_handler(cast(Any, handle)))
+
+    def streaming(self, serve: Streaming) -> Handler:
+        """Return a handler of one request with a stream of answers."""
+
+        async def handle(request: bytes, context: Context) -> None:
+            await self._guarded(context, lambda peer: serve(peer, request, context))
+
+        return cast(Handler, grpc.unary_stream_rpc_method_handler(cast(Any, handle)))
+
+    def receiving(self, serve: Receiving) -> Handler:
+        """Return a handler of a stream of requests with one answer."""
+
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> bytes:
+            answer: bytes = await self._guarded(context, lambda peer: serve(peer, requests, context))
+            return answer
+
+        return cast(Handler, grpc.stream_unary_rpc_method_handler(cast(Any, handle)))
+
+    def conversing(self, serve: Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[None]]) -> Handler:
+        """Return a handler of a stream of requests with a stream of answers."""
+
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            await self._guarded(context, lambda peer: serve(peer, requests, context))
+
+        return cast(Handler, grpc.stream_stream_rpc_method_handler(cast(Any, handle)))
+
+    async def _guarded(self, context: Context, serve: Callable[[Peer], Awaitable[Any]]) -> Any:
+        try:
+            return await serve(await self._enter(context))
+        except Denied as fault:
+            await context.abort(fault.code, str(fault))
+        except PrivfedError as fault:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
+        except (grpc.aio.AbortError, grpc.aio.BaseError):
+            raise
+        except Exception:
+            mark = secrets.token_hex(4)
+            log.exception("a request failed; the peer was told the reference %s", mark)
+            await context.abort(grpc.StatusCode.INTERNAL, f"the SuperLink failed; its log has the cause under {mark}")

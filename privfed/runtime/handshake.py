@@ -1,0 +1,116 @@
+"""What both ends agree on before a frame is read: versions, limits of a connection, and who the peer is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+
+from privfed import __version__
+from privfed.errors import PrivfedError
+from privfed.runtime.frame import MAX_FRAME
+
+NEWEST, OLDEST = 1, 1
+"""Protocol versions this release speaks: a release speaks its own and the one before."""
+
+_SPEAKS = "privfed-protocol"
+_RELEASE = "privfed-release"
+NODE = "privfed-node"
+Metadata = tuple[tuple[str, str], ...]
+
+MAX_METADATA = 16 << 10
+MAX_STREAMS = 64
+HANDSHAKE_SECONDS = 10
+KEEPALIVE_SECONDS = 20
+KEEPALIVE_TIMEOUT_SECONDS = 10
+IDLE_SECONDS = 120
+
+
+class NetworkError(PrivfedError):
+    """A peer that cannot be reached, or that refused: says which and why."""
+
+
+class Refused(NetworkError):
+    """A refusal that trying again does not change."""
+
+
+def greeting(
+    oldest: int = OLDEST, newest: int = NEWEST, release: str = __version__, *, node_id: int | None = None
+) -> Metadata:
+    """Return the metadata that says what we speak; it goes with every call, and comes back with every answer.
+
+    node_id: who a node says it is, where no certificate does.
+    """
+    told = () if node_id is None else ((NODE, str(node_id)),)
+    return ((_SPEAKS, f"{oldest}-{newest}"), (_RELEASE, release), *told)
+
+
+def agree(metadata: Iterable[tuple[str, str | bytes]] | None, peer: str) -> int:
+    """Return the newest version both speak. Raises Refused naming both."""
+    found = {key: value for key, value in metadata or () if isinstance(value, str)}
+    speaks = found.get(_SPEAKS, "")
+    low, dash, high = speaks.partition("-")
+    if not (dash and low.isdecimal() and high.isdecimal() and len(speaks) < 20 and int(low) <= int(high)):
+        raise Refused(f"{peer} does not say which protocol it speaks: it is no privfed {__version__}")
+    version = min(NEWEST, int(high))
+    if version < max(OLDEST, int(low)):
+        release = found.get(_RELEASE, "?")[:32]
+        older, newer = (peer, "this side") if int(high) < OLDEST else ("this side", peer)
+        raise Refused(
+            f"{peer} (privfed {release}) speaks protocol {int(low)} to {int(high)}, this side (privfed {__version__}) "
+            f"{OLDEST} to {NEWEST}: upgrade {older}, or step {newer} back by one release"
+        )
+    return version
+
+
+def server_options() -> list[tuple[str, int]]:
+    """Return what a listener allows, before it knows who calls."""
+    return [
+        ("grpc.max_receive_message_length", MAX_FRAME + 1024),
+        ("grpc.max_send_message_length", MAX_FRAME + 1024),
+        ("grpc.max_metadata_size", MAX_METADATA),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+        ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def channel_options() -> list[tuple[str, int]]:
+    """Return what a caller allows; a peer that is silent for half a minute is gone."""
+    return [
+        ("grpc.max_receive_message_length", MAX_FRAME + 1024),
+        ("grpc.max_send_message_length", MAX_FRAME + 1024),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def connect(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """Return a channel to a SuperLink; nothing is sent before the first call."""
+    if credentials is None:
+        return grpc.insecure_channel(address, channel_options())
+    return grpc.secure_channel(address, credentials, channel_options())
+
+
+PERMANENT = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED})
+
+
+def explain(fault: grpc.RpcError, address: str) -> NetworkError:
+    """Turn what gRPC says into an error for a person."""
+    code, details = fault.code(), fault.details() or ""
+    if code in PERMANENT:
+        return Refused(details)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return NetworkError(f"{address} cannot be reached: {details}")
+    return NetworkError(details or f"{address}: {code.name}")
