@@ -17,6 +17,9 @@ COMMANDS = {
     "log": ("privfed.cli.runs", "log", "Show the log of a run."),
     "stop": ("privfed.cli.runs", "stop", "Ask a run to stop after its current round."),
     "report": ("privfed.cli.report", "report", "Write one self-contained HTML page about a run."),
+    "build": ("privfed.cli.build", "build", "Pack an app into one deterministic, signed file."),
+    "policy": ("privfed.cli.policy", "policy", "What this node lets anybody do with its data."),
+    "verify": ("privfed.cli.verify", "verify", "Check audit logs and privacy ledgers."),
     "keys": ("privfed.cli.keys", "keys", "Make a federation's authority, certificates and roster."),
     "privacy": ("privfed.cli.privacy", "privacy", "What a plan costs, what noise a budget needs, what was spent."),
 }

@@ -83,7 +83,7 @@ def accept_answer(folder: Path, document: bytes) -> Peer:
     """
     try:
         answer = msgspec.json.decode(document, type=Answer)
-    except msgspec.MsgspecError as cause:
+    except (msgspec.MsgspecError, UnicodeError) as cause:
         raise CertificateError(f"the answer does not decode: {cause}") from None
     authority = cert.read_certificate(answer.authority.encode(), "the answer's authority certificate")
     certificate = cert.read_certificate(answer.certificate.encode(), "the answer's certificate")
