@@ -163,7 +163,8 @@ class PrivacyPlan:
     def parameters(self, nodes: int, dimension: int, num_rounds: int) -> SkellamParameters:
         """Return what a round of `nodes` nodes agrees on under distributed noise.
 
-        dimension: elements of an update. Raises PlanRefused, with numbers and what would do, for a cohort, a ring or a
+        dimension: elements of an update. No amplification by sampling is claimed: the server knows the cohort, and
+        against others nothing is proved for this noise. Raises PlanRefused, with numbers and what would do, for a cohort, a ring or a
         budget that cannot be served.
         """
         from privfed.privacy import distributed
@@ -181,7 +182,7 @@ class PrivacyPlan:
             if self.noise_multiplier is not None:
                 return distributed.solve_skellam(noise_multiplier=self.noise_multiplier, **shared)
             shared |= {"epsilon": self.epsilon, "delta": self.delta, "rounds": self._count(num_rounds), **self.terms}
-            return distributed.calibrate_skellam(**shared, sampled=self.cohorts.event)
+            return distributed.calibrate_skellam(**shared)
         except ValueError as cause:
             raise PlanRefused(f"the plan does not suit {nodes} nodes and {dimension} elements: {cause}") from cause
 

@@ -190,7 +190,7 @@ class SharedRelease(Release):
         self.sampler = AvailabilitySampler(nodes) if isinstance(sampler, AvailabilitySampler) else sampler
         self.parameters = self.plan.parameters(nodes, self.size, num_rounds)
         self.noise_multiplier = self.parameters.noise_multiplier
-        self.event = sampler.event(self.parameters.event)
+        self.event = self.parameters.event  # a secret cohort saves nothing here: see PrivacyPlan.parameters
 
     def draw(self, nodes: Sequence[int], server_round: int) -> tuple[int, ...]:
         """Draw a cohort, or refuse one that cannot add enough noise."""

@@ -174,13 +174,14 @@ class SecureStage(Stage):
         return self.result(drive, where), drive.outcome
 
     def _authorise(self, exchange: Exchange, drive: SessionDrive) -> None:
-        """Before the stage that opens the sum: refuse one with too little noise in it, and charge the plan for it."""
-        noise, last = exchange.noise, self.protocol.stages[-1]
-        if noise is None or drive.server.stage != last:
+        """Open no sum with too little noise in it; charge the plan before the stage that opens it."""
+        noise, stages, given = exchange.noise, self.protocol.stages, input_stage(self.protocol)
+        if noise is None or given is None or stages.index(drive.server.stage) <= stages.index(given):
             return
         if drive.inputs < noise.parameters.least_survivors:
-            raise TooFewSurvivors(drive.inputs, noise.parameters.least_survivors, last)
-        noise.charge(drive.binding)
+            raise TooFewSurvivors(drive.inputs, noise.parameters.least_survivors, given)
+        if drive.server.stage == stages[-1]:
+            noise.charge(drive.binding)
 
     def session(self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...]) -> SessionDrive:
         """Open a session over some nodes. Raises RunFailed when the protocol does not suit them."""
