@@ -17,7 +17,7 @@ from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
-from privfed.protocols.session import Identity, Policy, Protocol
+from privfed.protocols.session import FACTS, Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
 from privfed.ring import BUFFER, DEMANDS, NOISED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
 from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
@@ -33,7 +33,7 @@ _MARK_BYTES = 16
 _ANY_LAYOUT = Layout(32, 2, 0, 1.0, None, ())
 
 Identities = Identity | Callable[[Context], Identity | None] | None
-Makers = Mapping[str, Callable[..., Protocol]]
+Makers = Mapping[str, Protocol | Callable[..., Protocol]]
 
 
 class Refused(Exception):
@@ -54,6 +54,10 @@ class BindingMismatch(Refused):
 
 class SumAlreadyOpened(Refused):
     """This node helped to open a sum over this very model and action: two sums differ by somebody's input."""
+
+
+class LayoutMismatch(Refused):
+    """The layout the session was opened with is not for the model that came."""
 
 
 class UpdateNotClipped(Refused):
@@ -82,8 +86,9 @@ class _Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One stage's instruction, decoded."""
+    """One stage's instruction, decoded. kind: the message's."""
 
+    kind: str
     protocol: str
     parameters: dict[str, object]
     number: int
@@ -100,12 +105,14 @@ class _Stage:
     def facts(self) -> bytes:
         """Hash of what must not change from stage to stage: a weaker parameter later would be a weaker session."""
         parameters = sorted(self.parameters.items())
-        what = (self.protocol, parameters, self.number, self.binding, self.layout, self.arrays_key, self.weight_key)
+        keys = self.arrays_key, self.weight_key
+        what = (self.kind, self.protocol, parameters, self.number, self.binding, self.layout, keys)
         return hashlib.sha256(repr(what).encode()).digest()
 
     @classmethod
-    def read(cls, content: RecordDict) -> _Stage:
+    def read(cls, message: Message) -> _Stage:
         """Decode; Refused when the instruction is malformed."""
+        content, kind = message.content, message.metadata.message_type
         try:
             config = content.config_records[SECURE]
             array = content.array_records[REQUEST][BUFFER]
@@ -113,11 +120,12 @@ class _Stage:
             given = content.config_records[SECURE + ".protocol"]
             parameters: dict[str, object] = {name: value for name, value in given.items() if name != "name"}
             state = hashlib.sha256(array.digest)
-            state.update(repr((list(config.items()), layout, list(given.items()))).encode())
+            state.update(repr((kind, list(config.items()), layout, list(given.items()))).encode())
             binding = config["binding"]
             if array.dtype != "uint8" or not isinstance(binding, bytes):
                 raise TypeError("request or binding is malformed")
             return cls(
+                kind=kind,
                 protocol=str(given["name"]),
                 parameters=parameters,
                 number=int(str(config["number"])),
@@ -145,16 +153,17 @@ def secure_aggregation(
 
     policy: what this node refuses, whatever the server asks. identity: its long-term key for active security, or a
     function of the context; None takes the one the runtime gives the node (a simulation makes one for each).
-    protocols: name -> class, the protocols it takes part in (default: those of `privfed.protocols`). kinds: the
-    messages that are protected; one in the clear is refused, it gets no reply but an
-    error. Messages of other kinds pass.
+    protocols: those it takes part in, by name (default: `privfed.protocols`): a class, whose parameters the server
+    names, or an instance, which pins them: `{"SecAgg": SecAgg(threshold=20)}`. kinds: the messages that are protected;
+    one in the clear is refused, it gets no reply but an error. Messages of other kinds pass.
 
     The app runs only at the stage that needs its reply, after the key stages succeeded. Its update must be finite, fit
     the model, the public ranges of the layout and the plan's clip. The session's state lives in the node's context; an
     identical redelivery gets the same bytes, another request of the same stage is refused, and so is all that
-    follows a request that broke the protocol's rules. A node helps to open one sum for each model and action of a run
-    (for a query: for each question); a session that failed before its last stage may be tried again. A server that
-    changes the model by a bit asks for another sum: against that only noise helps.
+    follows a request that broke the protocol's rules. A session must be of the context's run, the message's kind and
+    the layout's ring and size, whatever the request says. A node helps to open one sum for each model and action of a
+    run (for a query: for each question); a session that failed before its last stage may be tried again. A server
+    that changes the model by a bit asks for another sum: against that only noise helps.
 
     Inside another one, as where the node masks around the app's process, it stands aside if that one's policy is at
     least as strict as its own, and refuses otherwise.
@@ -201,7 +210,8 @@ def _covers(outer: Policy, inner: Policy) -> bool:
         "corrupt",
     )
     higher = all(getattr(outer, name) >= getattr(inner, name) for name in floors)
-    return higher and inner.binding in (None, outer.binding)
+    known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in (*FACTS, "binding"))
+    return higher and known and outer.max_dimension <= inner.max_dimension
 
 
 def _under(policy: Policy, call_next: CallNext) -> CallNext:
@@ -222,7 +232,7 @@ class _Session:
 
     def __init__(self, message: Message, context: Context, call_next: CallNext) -> None:
         self._message, self._context, self._call_next = message, context, call_next
-        self._stage = _Stage.read(message.content)
+        self._stage = _Stage.read(message)
         self._state = context.mod_state(STATE)
         self._mark = b""
 
@@ -244,6 +254,7 @@ class _Session:
                 raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
             floor = int(str(last["number"])) + 1 if isinstance(last, ConfigRecord) else 0
             policy = replace(policy, min_round=max(policy.min_round, floor), binding=stage.binding)
+            policy = self._with_facts(policy)
         floor = max(policy.min_survivors, stage.layout.min_survivors)
         policy = replace(policy, min_survivors=floor)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
@@ -276,6 +287,19 @@ class _Session:
         self._state["reply"] = ArrayRecord({BUFFER: Array("uint8", (view.nbytes,), "raw", view)})
         return self._reply()
 
+    def _with_facts(self, policy: Policy) -> Policy:
+        """Return the policy for this session only: the one of this run, message and layout, whatever the request says.
+
+        The run is the one whose state this node looked up: a session under another run's id would escape its marks.
+        """
+        stage, layout = self._stage, self._stage.layout
+        own = (self._context.run_id, stage.number, stage.kind, layout.bits, layout.size)
+        for name, value in zip(FACTS, own, strict=True):
+            if getattr(policy, name) not in (None, value):
+                raise Refused(f"the session's {name} is {value!r}, this node's policy has {getattr(policy, name)!r}")
+        run, number, action, bits, size = own
+        return replace(policy, run=run, round=number, action=action, bits=bits, dimension=size)
+
     def _continue(self, last: ConfigRecord) -> bytes:
         """Return the kept state this stage continues, b"" for a new session; SessionOutOfOrder otherwise."""
         stage, number, done = self._stage, int(str(last["number"])), int(str(last["stage"]))
@@ -297,6 +321,15 @@ class _Session:
         assert isinstance(marks, bytes)
         return marks
 
+    def _check_layout(self, inner: RecordDict) -> None:
+        """Refuse a layout for another model before the app runs. Integers are padded, and checked when they come."""
+        layout = self._stage.layout
+        if layout.integers or not layout.dimension:
+            return
+        size = dimension(arrays_of(inner, self._stage.arrays_key))
+        if size != layout.dimension:
+            raise LayoutMismatch(f"the model has {size} elements, the layout {layout.dimension}")
+
     def _open_once(self, kind: str, inner: RecordDict) -> None:
         """Refuse the input for a model and action whose sum was opened. A query's question is all of its content."""
         asked = inner
@@ -314,13 +347,13 @@ class _Session:
 
     def _source(self) -> NDArray[np.uint64]:
         """Run the app and return its reply as a ring vector."""
-        stage, message = self._stage, self._message
+        stage, message, kind = self._stage, self._message, self._stage.kind
         if not stage.with_input:
             raise SessionOutOfOrder("the protocol asks for the input at a stage that came without the instructions")
-        kind = message.metadata.message_type
         if bind(message.content, stage.layout, kind) != stage.binding:
             raise BindingMismatch("the model or configuration differs from what the session was opened for")
         inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
+        self._check_layout(inner)
         self._open_once(kind, inner)
         reply = self._call_next(message.with_content(inner), self._context)
         if reply.has_error():
@@ -356,8 +389,6 @@ class _Session:
             bound = float(str(plan["clip"]))
             if not norm(update) <= bound * _SLACK:
                 raise UpdateNotClipped(f"the update's norm is {norm(update):g}, the plan's clip {bound:g}")
-        if dimension(update) != self._stage.layout.dimension:
-            raise UpdateError(f"the model has {dimension(update)} elements, the layout {self._stage.layout.dimension}")
         return update
 
 
@@ -375,12 +406,15 @@ def _numbers(content: RecordDict) -> dict[str, object]:
 
 def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers | None) -> Protocol:
     """Build the protocol a session names. Raises Refused when this node does not take part in it."""
+    maker: Protocol | Callable[..., Protocol] | None
     if protocols is not None:
         maker = protocols.get(name)
     else:
         maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None
     if maker is None:
         raise Refused(f"this node does not take part in protocol {name!r}")
+    if not callable(maker):  # pinned: its client refuses a session under other parameters
+        return maker
     try:
         return maker(**parameters)
     except (TypeError, ValueError) as cause:

@@ -24,6 +24,8 @@ from typing import Protocol as TypingProtocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.protocols.errors import SERVER, RemoteError
+
 Buffer = bytes | bytearray | memoryview
 Random = Callable[[int], bytes]
 """`random(n)` returns n uniform bytes; `os.urandom` unless a test says otherwise."""
@@ -62,14 +64,22 @@ class Identity:
     roster: Mapping[int, bytes] = field(repr=False)
 
 
+FACTS = ("run", "round", "action", "bits", "dimension")
+"""What of a session a node can know without the server: fields of Session and of Policy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a node refuses, whatever the server asks. The defaults suit tests; deployments raise them.
 
-    binding: the only `Session.binding` it joins, H(the model and configuration it was given itself); None: any.
     corrupt: share of a cohort that may collude with the server; parameters safe only against fewer are refused,
     whoever chose them. 0 trusts the parameters, which is right where they are the node's own.
     min_survivors: nodes that must be in a sum it helps to open, whatever the protocol's threshold counts.
+    max_dimension: longest vector it makes room for; the default is 1 GiB of 32-bit entries.
+
+    binding, run, round, action, bits, dimension: the only `Session` it joins, as the node knows it itself: from the
+    model and configuration it was given, its own run, the message that carries the request, the vector it will send.
+    None: any. `check_facts` holds a session to them.
     """
 
     min_cohort: int = 2
@@ -81,10 +91,37 @@ class Policy:
     binding: bytes | None = None
     corrupt: float = 0.0
     min_survivors: int = 2
+    max_dimension: int = 1 << 28
+    run: int | None = None
+    round: int | None = None
+    action: str | None = None
+    bits: int | None = None
+    dimension: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:
             raise ValueError(f"corrupt must be a share of the cohort in [0, 1), got {self.corrupt}")
+        if self.max_dimension < 0:
+            raise ValueError(f"max_dimension must be a number of entries, got {self.max_dimension}")
+
+    def check_facts(self, session: Session) -> None:
+        """Refuse a session that is not the one this node knows of.
+
+        Every client calls it on the first request, before it computes or makes room for anything. Raises RemoteError:
+        wrong-run, wrong-round, wrong-action, wrong-bits, wrong-dimension, dimension-too-large, inconsistent-model.
+        """
+        for name in FACTS:
+            known, told = getattr(self, name), getattr(session, name)
+            if known is not None and known != told:
+                raise RemoteError(
+                    f"wrong-{name}", (SERVER,), f"the session's {name} is {told!r}, this node's {known!r}"
+                )
+        if session.dimension > self.max_dimension:
+            detail = f"{session.dimension} entries are asked for, this node's ceiling is {self.max_dimension}"
+            raise RemoteError("dimension-too-large", (SERVER,), detail)
+        if self.binding not in (None, session.binding):
+            detail = "the session is bound to another model or configuration"
+            raise RemoteError("inconsistent-model", (SERVER,), detail)
 
 
 @dataclass(frozen=True, slots=True)

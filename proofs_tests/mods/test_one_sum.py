@@ -36,7 +36,7 @@ class Federation:
 
     def __init__(self, protocol: Any, policy: Policy = Policy()) -> None:
         self.protocol = protocol
-        self.contexts = {node: Context(node_id=node) for node in NODES}
+        self.contexts = {node: Context(run_id=1, node_id=node) for node in NODES}
         self.trained = 0
         mod = mods.secure_aggregation(
             policy, identity=lambda context: Identity(context.node_id, SIGNING[context.node_id], ROSTER)

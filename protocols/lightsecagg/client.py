@@ -55,6 +55,7 @@ def check_terms(
     n = len(session.nodes)
     if node not in session.nodes:
         raise deviation("foreign-session", f"node {node} is not among the session's nodes")
+    policy.check_facts(session)
     floors = (
         ("cohort-too-small", "cohort", n, policy.min_cohort),
         ("too-few-neighbours", "neighbours", n - 1, policy.min_neighbours),
@@ -69,8 +70,6 @@ def check_terms(
     if terms.privacy < corrupt:
         detail = f"the session hides from {terms.privacy} colluding nodes, this node's policy assumes {corrupt} of {n}"
         raise deviation("privacy-too-low", detail)
-    if policy.binding not in (None, session.binding):
-        raise deviation("inconsistent-model", "the session is bound to another model or configuration")
     if (terms.threshold, terms.privacy) != expected:
         detail = f"threshold {terms.threshold} and privacy {terms.privacy} were asked for, {expected} are set"
         raise deviation("parameters-differ", detail)

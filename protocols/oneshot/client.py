@@ -93,14 +93,13 @@ class OneShotClient:
         session, policy = invitation.session, self.policy
         if self.node not in session.nodes:
             raise RemoteError("foreign-session", (SERVER,), f"node {self.node} is not in the session")
+        policy.check_facts(session)
         if set(session.nodes) - set(self.identity.roster):
             raise RemoteError("foreign-node", (SERVER,), "the session holds nodes that the roster does not know")
         if session.round < policy.min_round:
             raise RemoteError("stale-round", (SERVER,), f"round {session.round} is below {policy.min_round}")
         if len(session.nodes) < policy.min_cohort:
             raise RemoteError("cohort-too-small", (SERVER,), f"{len(session.nodes)} nodes are in the session")
-        if policy.binding not in (None, session.binding):
-            raise RemoteError("inconsistent-model", (SERVER,), "the session is bound to another model or configuration")
         if session.bits < policy.min_bits:
             raise RemoteError("modulus-too-small", (SERVER,), f"a ring of {session.bits} bits")
         try:

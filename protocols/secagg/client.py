@@ -136,6 +136,7 @@ class SecAggClient:
         active = "confirm" in self._stages
         if self._node not in session.nodes:
             raise refuse("foreign-session", f"node {self._node} is not in the cohort")
+        policy.check_facts(session)
         floors = (
             ("cohort-too-small", cohort, policy.min_cohort),
             ("threshold-too-low", terms.threshold, max(policy.min_threshold, 2)),
@@ -146,8 +147,6 @@ class SecAggClient:
         for deviation, asked, floor in floors:
             if asked < floor:
                 raise refuse(deviation, f"{asked} is asked for, this node's floor is {floor}")
-        if policy.binding not in (None, session.binding):
-            raise refuse("inconsistent-model", "the session is bound to another model or configuration")
         if terms.threshold > holding:
             raise refuse("threshold-too-high", f"{terms.threshold} of {holding} holders")
         if terms.active != active or (policy.require_active and not active):
