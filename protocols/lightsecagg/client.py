@@ -20,6 +20,10 @@ from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
 _STEPS = (messages.ADVERTISE, messages.SHARE, messages.MASK, messages.CONFIRM, messages.REVEAL)
 
 
+CODED = 4
+"""A node makes room for shares of all together so many times `Policy.max_dimension` entries."""
+
+
 def deviation(name: str, detail: str) -> RemoteError:
     return RemoteError(name, (SERVER,), detail)
 
@@ -73,6 +77,10 @@ def check_terms(
     if (terms.threshold, terms.privacy) != expected:
         detail = f"threshold {terms.threshold} and privacy {terms.privacy} were asked for, {expected} are set"
         raise deviation("parameters-differ", detail)
+    code = Code(n, terms.threshold, terms.privacy, session.bits)
+    if n * code.share_size(session.dimension) > CODED * policy.max_dimension:
+        detail = f"{n} shares of {code.share_size(session.dimension)} entries, this node codes {CODED} vectors' worth"
+        raise deviation("dimension-too-large", detail)
     if roster is not None and (strangers := [other for other in session.nodes if other not in roster]):
         raise deviation("foreign-node", f"nodes {strangers} are not on the roster")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from privfed.protocols.secagg.messages import (
 )
 from privfed.protocols.secagg.neighbourhood import holders, in_degree_limit, is_full, least_survivors, least_threshold
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
-from privfed.protocols.shamir import SHARE_BYTES, decode_share, encode_share, split
+from privfed.protocols.shamir import MAX_THRESHOLD, SHARE_BYTES, P, decode_share, encode_share, split
 
 _KINDS = {name: kind for kind, name in STAGE_NAMES.items()}
 
@@ -60,8 +60,9 @@ def refuse(deviation: str, detail: str) -> RemoteError:
 class SecAggClient:
     """One node. `step` answers one request; it is a function of what was kept, the request and fresh randomness.
 
-    corrupt: the share of the cohort its protocol provides for in active mode. Where that comes from the server, as it
-    does in a message, `policy.corrupt` is the share this node insists on.
+    differs: terms -> what in them is not as the parameters this node was made with say, "" when nothing.
+    corrupt: the share of the cohort its protocol provides for in active mode. Where parameters come from the server,
+    as they do in a message, `policy` is what this node insists on.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SecAggClient:
         policy: Policy,
         random: Random,
         threads: int,
+        differs: Callable[[Terms], str],
         corrupt: float = 0.0,
     ) -> None:
         self._node = node
@@ -80,6 +82,7 @@ class SecAggClient:
         self._policy = policy
         self._random = random
         self._threads = threads
+        self._differs = differs
         self._corrupt = corrupt
 
     def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
@@ -147,13 +150,15 @@ class SecAggClient:
         for deviation, asked, floor in floors:
             if asked < floor:
                 raise refuse(deviation, f"{asked} is asked for, this node's floor is {floor}")
-        if terms.threshold > holding:
+        if terms.threshold > min(holding, MAX_THRESHOLD) or cohort >= P:
             raise refuse("threshold-too-high", f"{terms.threshold} of {holding} holders")
         if terms.active != active or (policy.require_active and not active):
             raise refuse("mode-lowered", "the session's mode is not the one this node takes part in")
         safe = least_threshold(terms, self._corrupt_nodes(terms))
         if terms.threshold < safe:
             raise refuse("threshold-too-low", f"{terms.threshold} of {holding} holders, {safe} are the least safe ones")
+        if pinned := self._differs(terms):
+            raise refuse("parameters-differ", pinned)
         if active and self._identity is None:
             raise LocalError("active mode needs an Identity: this node's signing key and the roster it trusts")
 

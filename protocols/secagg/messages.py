@@ -62,6 +62,8 @@ class Terms:
         degree, threshold = reader.number(4), reader.number(4)
         if kind != ADVERTISE or active > 1:
             raise DecodeError("not the terms of a session")
+        if degree % 2:  # there is no such graph
+            raise DecodeError(f"a degree is even, got {degree}")
         return cls(read_session(reader), degree, threshold, bool(active))
 
     def digest(self) -> bytes:

@@ -63,6 +63,15 @@ class SecAgg:
             )
         return _limited(Terms(session, 0, threshold, active))
 
+    def differs(self, terms: Terms) -> str:
+        """Return what in a session's terms is not as these parameters fix it, "" when nothing.
+
+        A threshold that is solved (None) fixes nothing: a node's `Policy` has the floors.
+        """
+        if terms.degree:
+            return f"a graph of degree {terms.degree}, the full one is set"
+        return _threshold_differs(self.threshold, terms.threshold, len(terms.session.nodes))
+
     def server(self, session: Session, *, random: Random = os_random) -> SecAggServer:
         corrupt = count(len(session.nodes), self.corrupt)
         return SecAggServer(self.terms(session), self.stages, random, self.threads, corrupt)
@@ -75,7 +84,7 @@ class SecAgg:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> SecAggClient:
-        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.corrupt)
+        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.differs, self.corrupt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,18 @@ class SecAggPlus:
             self._check_active(n, degree, threshold)
         return _limited(Terms(session, degree, threshold, active))
 
+    def differs(self, terms: Terms) -> str:
+        """Return what in a session's terms is not as these parameters fix it, "" when nothing.
+
+        A degree or threshold that is solved (None) fixes nothing: a node's `Policy` has the floors.
+        """
+        n = len(terms.session.nodes)
+        if self.neighbours is not None:
+            degree = self.neighbours if self.neighbours < n - 1 else 0
+            if terms.degree != degree:
+                return f"a graph of degree {terms.degree or n - 1}, {degree or n - 1} is set"
+        return _threshold_differs(self.threshold, terms.threshold, terms.degree or n)
+
     def _check_active(self, n: int, degree: int, threshold: int) -> None:
         corrupt = count(n, self.corrupt)
         quantile = corrupt_quantile(n, corrupt, degree)
@@ -145,7 +166,7 @@ class SecAggPlus:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> SecAggClient:
-        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.corrupt)
+        return SecAggClient(node, self.stages, identity, policy, random, self.threads, self.differs, self.corrupt)
 
 
 def _stages(mode: str) -> tuple[str, ...]:
@@ -168,6 +189,12 @@ def _check(threshold: Threshold, mode: str, corrupt: float, dropout: float) -> N
 def _count(threshold: int | float, n: int) -> int:
     # A share is rounded up: never fewer than asked for.
     return threshold if isinstance(threshold, int) else max(2, -int(-threshold * n // 1))
+
+
+def _threshold_differs(pinned: Threshold, asked: int, holders: int) -> str:
+    if pinned is None or asked == (own := _count(pinned, holders)):
+        return ""
+    return f"a threshold of {asked} of {holders} holders, {own} is set"
 
 
 def _limited(terms: Terms) -> Terms:
