@@ -19,7 +19,7 @@ from privfed.protocols import codec, keys
 from privfed.protocols.codec import Reader
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
 from privfed.protocols.lightsecagg import messages
-from privfed.protocols.lightsecagg.client import check_peers, deviation
+from privfed.protocols.lightsecagg.client import CODED, check_peers, deviation
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
 from privfed.protocols.lightsecagg.messages import Advertisement
@@ -184,6 +184,20 @@ class BufferedNode:
         for value, floor, name in floors:
             if value < floor:
                 raise LocalError(f"{name} of the run is {value}, this node's policy demands {floor}")
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        """Refuse terms of another run, ring or model than the node knows of, and vectors it has no room for."""
+        terms, policy = self.terms, self.policy
+        for name in ("run", "bits", "dimension"):
+            known, told = getattr(policy, name), getattr(terms, name)
+            if known not in (None, told):
+                raise LocalError(f"{name} of the run is {told}, this node's policy has {known}")
+        entries = max(terms.dimension, -(-len(terms.nodes) * terms.code.share_size(terms.dimension) // CODED))
+        if entries > policy.max_dimension:
+            raise LocalError(
+                f"dimension of the run is {terms.dimension}, this node's ceiling is {policy.max_dimension}"
+            )
 
     @property
     def node(self) -> int:
