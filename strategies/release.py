@@ -153,6 +153,8 @@ class CentralRelease(Release):
     def instruction(self, server_round: int) -> ConfigRecord:
         instruction = ConfigRecord({"mechanism": self.plan.mechanism})
         instruction["clip"] = float(self.plan.clip)
+        instruction["event"] = self.event.to_json()  # what a round costs, for nodes that keep a ledger of their own
+        instruction["insecure"] = self.seed is not None
         instruction.update(self.plan.terms)
         return instruction
 
