@@ -29,7 +29,7 @@ NODES, SIZE = 20, 1 << 12
 MASK = 2  # the stage at which nodes give their input, in all protocols here
 PROTOCOLS = [
     SecAgg(threshold=0.6),
-    SecAggPlus(neighbours=10, threshold=4, dropout=0.3, corrupt=0.1),
+    SecAggPlus(neighbours=12, threshold=4, dropout=0.3, corrupt=0.1),
     LightSecAgg(threshold=13),
 ]
 SIGMAS = 5.6  # two-sided normal: 2 * 10^-8
