@@ -1,0 +1,53 @@
+"""`privfed superexec`: runs the processes of apps for a node or a server on this machine."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from privfed.errors import AppError
+
+
+@click.command()
+@click.option("--connect", required=True, metavar="unix:PATH", help="The socket that the node or server waits at.")
+@click.option(
+    "--token-file",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Proves that this superexec is the operator's; the node writes it beside the socket.",
+)
+@click.option("--app-network", type=click.Choice(["off", "auto", "on"]), default="auto", show_default=True)
+@click.option("--memory-mib", type=click.IntRange(min=64), help="Most memory of one app process [no limit].")
+@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+def superexec(connect: str, token_file: Path, app_network: str, memory_mib: int | None, debug: bool) -> None:
+    """Start and end the processes of apps for a node that runs with --isolation external.
+
+    Run it as another user than the node, so that apps cannot read what the node keeps. It connects again when the node
+    restarts; SIGTERM ends it and every app.
+    """
+    from privfed.runtime.confinement import Limits
+    from privfed.runtime.superexec import ExecError, SuperExec
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.DEBUG if debug else logging.INFO, format="%(asctime)s %(name)s %(message)s"
+    )
+    kind, _, path = connect.partition(":")
+    if kind != "unix" or not path:
+        raise AppError(f"--connect {connect!r}: write unix:PATH")
+    cap = Limits(network=app_network, memory=memory_mib * (1 << 20) if memory_mib else None)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = ""
+    while True:
+        try:
+            # Read every time: a node that restarts writes a new token.
+            SuperExec(Path(path), token_file.read_text().strip(), cap).run()
+        except (ExecError, OSError) as fault:
+            if str(fault) != told:
+                told = str(fault)
+                logging.getLogger("privfed.exec").warning("%s; trying again", told)
+            time.sleep(1.0)

@@ -1,0 +1,249 @@
+"""`privfed supernode`: a node of a federation, from start to SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from privfed.errors import AppError
+
+if TYPE_CHECKING:
+    from privfed.apps import CallNext
+    from privfed.context import UserConfig
+    from privfed.protocols.session import Identity
+    from privfed.runtime.bundle import Bundle
+    from privfed.runtime.confinement import Limits
+    from privfed.runtime.credentials import Credentials
+    from privfed.runtime.fleet import RunGrant
+    from privfed.runtime.launcher import Launcher
+    from privfed.runtime.policy import NodePolicy
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--superlink", "address", required=True, metavar="HOST:PORT", help="The SuperLink's address for nodes.")
+@click.option("--keys", type=FOLDER, help="The node's key folder, made with `privfed keys`.")
+@click.option("--insecure", is_flag=True, help="No encryption and no identity; for one machine. Needs --node-id.")
+@click.option("--node-id", type=click.IntRange(min=1), help="Who the node says it is, with --insecure.")
+@click.option("--policy", "policy_file", type=click.Path(dir_okay=False, path_type=Path), help="What this node allows.")
+@click.option("--data", type=FOLDER, default="privfed-node", show_default=True, help="The node's own folder, kept.")
+@click.option("--node-config", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of apps; repeatable.")
+@click.option(
+    "--isolation",
+    type=click.Choice(["inline", "subprocess", "external"]),
+    default="subprocess",
+    show_default=True,
+    help="Where apps run: in this process, in a confined child, or by a `privfed superexec`.",
+)
+@click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [DATA/exec.sock].")
+@click.option(
+    "--app-network", type=click.Choice(["off", "auto", "on"]), help="Whether apps may use the network [auto]."
+)
+@click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Tasks at a time.")
+@click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
+@click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="On SIGTERM.")
+@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+def supernode(
+    address: str,
+    keys: Path | None,
+    insecure: bool,
+    node_id: int | None,
+    policy_file: Path | None,
+    data: Path,
+    settings: tuple[str, ...],
+    isolation: str,
+    exec_socket: Path | None,
+    app_network: str | None,
+    slots: int,
+    task_seconds: float,
+    drain_seconds: float,
+    debug: bool,
+) -> None:
+    """Run a node: it connects to the SuperLink, takes tasks, and runs the apps its policy approves.
+
+    \b
+    privfed supernode --superlink link.example.org:9092 --keys node-a --policy policy.toml
+    On one machine:  privfed supernode --superlink 127.0.0.1:9092 --insecure --node-id 1 --data node-1
+
+    SIGTERM and Ctrl-C let the tasks at work finish; a second one ends it at once. Nothing that was answered is lost
+    either way. What apps print goes to DATA/log.
+    """
+    from privfed.runtime.fleet import FleetClient, FleetOptions
+    from privfed.runtime.node_store import NodeStore
+    from privfed.runtime.supernode import NodeOptions, SuperNode
+
+    _log_to_stderr(debug)
+    credentials = _credentials(keys, insecure, node_id)
+    policy = _policy(policy_file, insecure)
+    limits = _limits(policy, app_network, data, keys)
+    store = NodeStore(data / "state")
+    launcher = _launcher(isolation, data, exec_socket, limits)
+    options = NodeOptions(
+        node_config=_node_config(settings),
+        identity=_identity(credentials),
+        wrap=_wrap(policy),
+        approve=_approve(policy, credentials),
+        task_seconds=min(task_seconds, policy.limits.task_seconds) if policy is not None else task_seconds,
+        drain_seconds=drain_seconds,
+    )
+    fleet = FleetClient(
+        address,
+        credentials,
+        node_id,
+        FleetOptions(
+            slots=slots,
+            holding=tuple(one.token for one in store.unsent()),
+            runs=tuple(store.runs()),
+            on_status=logging.getLogger("privfed.node").info,
+            cache=str(data / "cache"),
+        ),
+    )
+    node = SuperNode(fleet, store, launcher, data, options)
+    _stop_on_signals(node.stop)
+    try:
+        node.run()
+    finally:
+        store.close()
+
+
+def _log_to_stderr(debug: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.DEBUG if debug else logging.INFO, format="%(asctime)s %(name)s %(message)s"
+    )
+
+
+def _stop_on_signals(stop: Callable[[], None]) -> None:
+    def end(number: int, frame: object) -> None:
+        del frame
+        stop()
+        signal.signal(number, signal.SIG_DFL)
+
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, end)
+
+
+def _credentials(keys: Path | None, insecure: bool, node_id: int | None) -> Credentials | None:
+    if insecure:
+        if keys is not None:
+            raise AppError("--insecure and --keys exclude each other: with keys the connection is encrypted")
+        if node_id is None:
+            raise AppError("--insecure needs --node-id: without a certificate the node must say who it is")
+        click.echo("warning: --insecure: nothing is encrypted and nobody proves who they are", err=True)
+        return None
+    if keys is None:
+        raise AppError("give the node's --keys (see `privfed keys`), or --insecure to try things on one machine")
+    if node_id is not None:
+        raise AppError("--node-id goes with --insecure: the certificate says who the node is")
+    from privfed.runtime.credentials import Credentials
+
+    credentials = Credentials.load(keys)
+    for warning in credentials.warnings():
+        click.echo(f"warning: {warning}", err=True)
+    return credentials
+
+
+def _policy(path: Path | None, insecure: bool) -> NodePolicy | None:
+    if path is None:
+        if not insecure:
+            raise AppError("give a --policy: a node runs only the apps it approves (`privfed policy new` writes one)")
+        click.echo("warning: no --policy: this node runs any app it is sent", err=True)
+        return None
+    from privfed.runtime.policy import NodePolicy
+
+    return NodePolicy.load(path)
+
+
+def _node_config(settings: tuple[str, ...]) -> UserConfig:
+    """Read KEY=VALUE pairs; a value that is a TOML boolean or number is one."""
+    config: UserConfig = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise AppError(f"--node-config {setting!r}: write --node-config key=value")
+        config[key.strip()] = _value(text.strip())
+    return config
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip("\"'")
+
+
+def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Path | None) -> Limits:
+    from privfed.runtime.confinement import Limits
+
+    own = [data / "state", data / "cache", *([keys] if keys is not None else [])]
+    for folder in own:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    hidden = tuple(str(folder.resolve()) for folder in own)
+    if policy is None:
+        return Limits(network=network or "auto", hidden=hidden)
+    asked = policy.limits
+    if network == "on" and not asked.network:
+        raise AppError("--app-network on: the policy's [limits] has network = false")
+    return Limits(
+        memory=asked.memory_mib * (1 << 20) if asked.memory_mib is not None else None,
+        cpu=asked.cpu_seconds,
+        network=network or ("on" if asked.network else "auto"),
+        hidden=hidden,
+    )
+
+
+def _launcher(isolation: str, data: Path, socket: Path | None, limits: Limits) -> Launcher:
+    from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
+
+    if socket is not None and isolation != "external":
+        raise AppError("--exec-socket goes with --isolation external")
+    if isolation == "inline":
+        click.echo("warning: --isolation inline: apps run in the node's process and can do all it can", err=True)
+        return InlineLauncher()
+    if isolation == "external":
+        from privfed.runtime.superexec import ExecHost
+
+        host = ExecHost(socket or data / "exec.sock", limits)
+        click.echo(
+            f"waiting for: privfed superexec --connect unix:{host.path} --token-file {host.token_file}", err=True
+        )
+        return ProcessLauncher(data / "work", limits, host.spawn, host.close)
+    return ProcessLauncher(data / "work", limits)
+
+
+def _identity(credentials: Credentials | None) -> Callable[[int], Identity | None]:
+    if credentials is None:
+        return lambda node_id: None
+
+    def identify(node_id: int) -> Identity | None:
+        del node_id  # the certificate says it, and a message to another node was refused
+        return credentials.identity()
+
+    return identify
+
+
+def _approve(policy: NodePolicy | None, credentials: Credentials | None) -> Callable[[RunGrant, Bundle], None] | None:
+    if policy is None:
+        return None
+
+    def approve(grant: RunGrant, bundle: Bundle) -> None:
+        why = policy.approve(bundle, credentials.trust if credentials is not None else None)
+        logging.getLogger("privfed.node").info("run %d: app %s is %s", grant.run_id, bundle.name, why)
+
+    return approve
+
+
+def _wrap(policy: NodePolicy | None) -> Callable[[CallNext], CallNext]:
+    from privfed.cli.node_mod import node_wrap
+
+    return node_wrap(policy)

@@ -1,0 +1,106 @@
+"""Starting a process for an app on this machine, and ending it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from privfed.runtime.channel import Channel
+from privfed.runtime.confinement import Limits, environment
+
+EXIT_SECONDS = 2.0
+
+
+class AppProcess(Protocol):
+    """A process that runs `privfed.runtime.worker`, and the channel to it."""
+
+    @property
+    def channel(self) -> Channel: ...
+
+    def kill(self) -> None:
+        """End it and all it has started, now."""
+        ...
+
+    def fate(self) -> str:
+        """Wait a moment for a process that is gone, and return how it ended."""
+        ...
+
+
+Spawn = Callable[[Path, Path], AppProcess]
+"""Start a worker whose own folder is the first path and whose output goes to the end of the file at the second."""
+
+
+def start_process(home: Path, log: int, limits: Limits) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a worker in a session of its own; return it and this side's socket. log: where its output goes."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-P", "-m", "privfed.runtime.worker", str(theirs.fileno())]
+        process = subprocess.Popen(
+            command,
+            cwd=home,
+            env=environment(home),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    ours.sendall(json.dumps(limits.to_head()).encode() + b"\n")
+    return process, ours
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process group of a worker and wait for the worker."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def tell_fate(code: int | None) -> str:
+    """Return an exit status in words."""
+    if code is None:
+        return "it closed its channel"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"
+
+
+@dataclass(eq=False)
+class LocalProcess:
+    """A worker that is a child of this process."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    _killed: bool = field(default=False, repr=False)
+
+    def kill(self) -> None:
+        self._killed = True
+        self.channel.close()
+        end_process(self.process)
+
+    def fate(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(EXIT_SECONDS)
+        return "killed by its launcher" if self._killed else tell_fate(self.process.poll())
+
+
+def spawn_local(limits: Limits) -> Spawn:
+    """Return a Spawn that makes children of this process."""
+
+    def spawn(home: Path, log: Path) -> LocalProcess:
+        with log.open("ab") as output:
+            process, stream = start_process(home, output.fileno(), limits)
+        return LocalProcess(process, Channel(stream, limits.packet))
+
+    return spawn

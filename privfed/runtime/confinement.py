@@ -1,0 +1,150 @@
+"""What the process of an app may do: limits it gives itself before it imports any code of the app.
+
+A process confines itself, so nothing runs between fork and exec in a node with many threads. Limits only go down, and
+what could not be had is said, never left out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from privfed.errors import AppError
+
+NETWORKS = ("off", "auto", "on")
+ENVIRONMENT = (
+    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
+)  # fmt: skip
+"""What an app's process inherits; all else, PRIVFED_* and tokens above all, stays outside."""
+_CLONE_NEWNS = 0x00020000
+_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWNET = 0x40000000
+_MS_RDONLY = 1
+_MS_REC = 1 << 14
+_MS_PRIVATE = 1 << 18
+_PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an app's process gets. memory: bytes of address space; cpu: seconds of a process; None: no limit.
+
+    files: open files. network: "off" refuses to run where the network cannot be taken away, "auto" takes it away where
+    it can and says so, "on" leaves it. hidden: folders it must not see, keys above all, covered where the system can.
+    packet: bytes of the largest packet read from the process.
+    """
+
+    memory: int | None = None
+    cpu: int | None = None
+    files: int = 1024
+    network: str = "auto"
+    hidden: tuple[str, ...] = ()
+    packet: int = 1 << 34
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        for name in ("memory", "cpu", "files", "packet"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+    def within(self, asked: Limits) -> Limits:
+        """Return the tighter of these limits and of those asked for, one by one."""
+
+        def least(own: int | None, other: int | None) -> int | None:
+            return min((one for one in (own, other) if one is not None), default=None)
+
+        return Limits(
+            memory=least(self.memory, asked.memory),
+            cpu=least(self.cpu, asked.cpu),
+            files=min(self.files, asked.files),
+            network=min(self.network, asked.network, key=NETWORKS.index),
+            hidden=tuple(dict.fromkeys((*self.hidden, *asked.hidden))),
+            packet=min(self.packet, asked.packet),
+        )
+
+    def to_head(self) -> dict[str, object]:
+        """Return the limits as plain facts."""
+        return asdict(self)
+
+    @classmethod
+    def from_head(cls, head: Mapping[str, object]) -> Limits:
+        """Read what `to_head` gave. Raises ValueError or TypeError."""
+        given: dict[str, Any] = {one.name: head[one.name] for one in fields(cls)}
+        return cls(**{**given, "hidden": tuple(map(str, given["hidden"]))})
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Return the environment of an app's process whose own folder is `home`."""
+    kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return {**kept, "HOME": str(home), "TMPDIR": str(home), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def confine(limits: Limits) -> str:
+    """Confine this process, which must have one thread; return what was achieved, for the log.
+
+    Raises AppError when the network must be off and cannot be taken away.
+    """
+    apart = _go_apart(limits)
+    if limits.network == "off" and apart:
+        raise AppError(f"the network cannot be taken from an app here: {apart}; network 'auto' would run all the same")
+    network = "not isolated: allowed" if limits.network == "on" else f"not isolated: {apart}" if apart else "isolated"
+    folders = f"not hidden: {apart}" if apart else "hidden"
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, limits.files)
+    if limits.memory is not None:
+        _lower(resource.RLIMIT_AS, limits.memory)
+    if limits.cpu is not None:
+        _lower(resource.RLIMIT_CPU, limits.cpu)
+    os.umask(0o077)
+    memory = "unlimited" if limits.memory is None else f"{limits.memory} bytes"
+    return f"network: {network}; node's own folders: {folders}; memory: {memory}; open files: {limits.files}"
+
+
+def _lower(what: int, value: int) -> None:
+    _, hard = resource.getrlimit(what)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(what, (value, value))
+
+
+def _go_apart(limits: Limits) -> str:
+    """Move into namespaces without a network and without the hidden folders; return why not, or nothing.
+
+    In a user namespace of its own a process cannot trace those outside it either, whoever it runs as.
+    """
+    if sys.platform != "linux":
+        return f"{sys.platform} has no namespaces"
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.geteuid(), os.getegid()
+    wanted = _CLONE_NEWNS | (0 if limits.network == "on" else _CLONE_NEWNET)
+    if libc.unshare(_CLONE_NEWUSER | wanted) == 0:
+        # The process stays who it was, outside as inside.
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    elif user != 0 or libc.unshare(wanted) != 0:
+        return f"this system gives a process no namespaces of its own ({os.strerror(ctypes.get_errno())})"
+    if libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
+        return f"its mounts cannot be made private ({os.strerror(ctypes.get_errno())})"
+    for folder in limits.hidden:
+        if libc.mount(b"none", os.fsencode(folder), b"tmpfs", _MS_RDONLY, b"size=4k,mode=000") != 0:
+            return f"{folder} cannot be covered ({os.strerror(ctypes.get_errno())})"
+    _drop_capabilities(libc)
+    return ""
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Give up what the new namespace gave, so that nothing uncovers the folders; exec gives nothing back."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 or libc.capset(header, bytes(24)) != 0:
+        raise OSError(ctypes.get_errno(), "the privileges of the namespace cannot be dropped")

@@ -1,0 +1,267 @@
+"""How the code of apps is run: one seam for a thread of this process, a child process, and a superexec elsewhere.
+
+inline       in this process: for tests, and where the node's owner and the app's author are one
+subprocess   a child that is confined, restarted when it dies, and killed when it takes too long
+external     the same process, started by a `privfed superexec` that another user or container runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from privfed.apps import CallNext
+from privfed.context import Context
+from privfed.errors import AppError, PrivfedError, RunFailed
+from privfed.grid import Grid
+from privfed.message import Error, ErrorCode, Message
+from privfed.runtime.app_folder import AppFolder
+from privfed.runtime.app_process import AppProcess, Spawn, spawn_local
+from privfed.runtime.capsule import pack_context, take_state
+from privfed.runtime.channel import Channel, ChannelError, Packet
+from privfed.runtime.confinement import Limits
+from privfed.runtime.grid_host import GridHost
+
+ISOLATIONS = ("inline", "subprocess", "external")
+START_SECONDS = 120.0
+logger = logging.getLogger("privfed.launcher")
+
+
+class WorkerDied(PrivfedError):
+    """An app's process ended while it was at work."""
+
+
+class Worker(Protocol):
+    """A client app that is loaded, for one run on one node."""
+
+    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+        """Run the app; on success the context holds its new state. Seconds of `timeout` end an app's process.
+
+        Raises nothing for what an app does: its failure, its death and its delay are errors in the reply.
+        """
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+class Launcher(Protocol):
+    """Runs the two sides of an app from its folder."""
+
+    def client(self, app_dir: Path, log: Path) -> Worker:
+        """Return a worker of the client app. log: the file its output goes to. The app loads when it is first used."""
+        ...
+
+    def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
+        """Run the server app to its end and return its result, the context then holds its state.
+
+        Raises RunFailed with the reason; RunStopped when the run was asked to stop.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what still runs."""
+        ...
+
+
+class InlineLauncher:
+    """Runs apps in this process: no confinement, no timeouts, and output goes where this process's goes."""
+
+    def client(self, app_dir: Path, log: Path) -> Worker:
+        del log
+        return _InlineWorker(app_dir)
+
+    def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
+        del log
+        return AppFolder.open(app_dir).load_server()(grid, context)
+
+    def close(self) -> None: ...
+
+
+class _InlineWorker:
+    def __init__(self, app_dir: Path) -> None:
+        self._folder = app_dir
+        self._app: CallNext | None = None
+
+    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+        del timeout
+        try:
+            if self._app is None:
+                self._app = AppFolder.open(self._folder).load_client()
+        except AppError as fault:
+            logger.error("%s cannot be loaded: %s", self._folder, fault)
+            return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, type(fault.__cause__ or fault).__name__)
+        return self._app(message, context)
+
+    def close(self) -> None: ...
+
+
+class ProcessLauncher:
+    """Runs apps in processes of their own.
+
+    homes: a folder for their own folders. spawn: starts one; None: as a child of this process. closing: called last.
+    """
+
+    def __init__(
+        self,
+        homes: Path,
+        limits: Limits | None = None,
+        spawn: Spawn | None = None,
+        closing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._homes = homes
+        homes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._spawn = spawn if spawn is not None else spawn_local(limits or Limits())
+        self._closing = closing
+        self._open: set[AppProcess] = set()
+        self._lock = threading.Lock()
+
+    def client(self, app_dir: Path, log: Path) -> Worker:
+        return _ProcessWorker(lambda: self._start({"role": "client", "app": str(app_dir.resolve())}, log))
+
+    def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
+        process: _Running | None = None
+        try:
+            head = {"role": "server", "app": str(app_dir.resolve())}
+            process = self._start(head, log, lambda channel: GridHost(channel, grid, context), context)
+            assert process.host is not None
+            return process.host.serve()
+        except ChannelError as fault:
+            fate = process.fate() if process is not None else str(fault)
+            raise RunFailed(f"the process of the ServerApp ended without a result: {fate}; see {log}") from None
+        finally:
+            if process is not None:
+                process.kill()
+
+    def _start(
+        self,
+        head: dict[str, Any],
+        log: Path,
+        host: Callable[[Channel], GridHost] | None = None,
+        context: Context | None = None,
+    ) -> _Running:
+        home = Path(tempfile.mkdtemp(prefix="app-", dir=self._homes))
+        process = self._spawn(home, log)
+        running = _Running(process, home, self._forget, host)
+        with self._lock:
+            self._open.add(process)
+        try:
+            told = running.host.head() if running.host is not None else {}
+            process.channel.send(pack_context({**head, **told, "op": "start"}, context or Context()))
+            answer = running.receive(START_SECONDS)
+            if answer.head.get("op") != "confined":
+                raise AppError(f"the app's process did not start: {answer.head.get('text')}")
+            logger.info("process %s for %s: %s", answer.head.get("process"), head["app"], answer.head.get("text"))
+        except BaseException:
+            running.kill()
+            raise
+        return running
+
+    def _forget(self, process: AppProcess) -> None:
+        with self._lock:
+            self._open.discard(process)
+
+    def close(self) -> None:
+        with self._lock:
+            still = list(self._open)
+        for process in still:
+            process.kill()
+        self._closing()
+
+
+class _Running:
+    """An app's process, its own folder, and its Grid if it is a server app."""
+
+    def __init__(
+        self,
+        process: AppProcess,
+        home: Path,
+        ended: Callable[[AppProcess], None],
+        host: Callable[[Channel], GridHost] | None = None,
+    ) -> None:
+        self.channel = process.channel
+        self.fate = process.fate
+        self.host = host(process.channel) if host is not None else None
+        self._process, self._home, self._ended = process, home, ended
+
+    def receive(self, timeout: float | None) -> Packet:
+        """Wait for a packet. Raises TimeoutError after so many seconds, and then the process is dead."""
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        clock = threading.Timer(timeout, end) if timeout is not None else None
+        if clock is not None:
+            clock.daemon = True
+            clock.start()
+        try:
+            return self.channel.receive()
+        except ChannelError:
+            if late.is_set():
+                raise TimeoutError(f"no answer within {timeout:g} s") from None
+            raise
+        finally:
+            if clock is not None:
+                clock.cancel()
+
+    def kill(self) -> None:
+        """End the process and remove its folder."""
+        self._process.kill()
+        self._ended(self._process)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+class _ProcessWorker:
+    """A client app's process; started when first needed and again after it died."""
+
+    def __init__(self, start: Callable[[], _Running]) -> None:
+        self._start = start
+        self._running: _Running | None = None
+
+    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+        try:
+            if self._running is None:
+                self._running = self._start()
+                ready = self._running.receive(START_SECONDS if timeout is None else timeout)
+                if ready.head.get("op") != "ready":
+                    self.close()
+                    return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ready.head.get("kind"))
+            self._running.channel.send(pack_context({"op": "execute"}, context, message))
+            return self._reply(message, context, self._running.receive(timeout))
+        except TimeoutError:
+            logger.error("the app took longer than %s s over message %s", timeout, message.metadata.message_id)
+            self.close()
+            return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "TimeoutError")
+        except (ChannelError, AppError, OSError) as fault:
+            fate = self._running.fate() if self._running is not None else ""
+            logger.error("the app's process failed: %s (%s)", fault, fate)
+            self.close()
+            return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)
+
+    def _reply(self, message: Message, context: Context, packet: Packet) -> Message:
+        if packet.head.get("op") != "reply":
+            return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, packet.head.get("kind"))
+        reply = packet.message(0)
+        if reply.has_content():
+            take_state(context, packet, 1)
+        return reply
+
+    def close(self) -> None:
+        if self._running is not None:
+            with contextlib.suppress(OSError):
+                self._running.kill()
+            self._running = None
+
+
+def _refusal(message: Message, code: int, kind: object) -> Message:
+    name = kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 80 else "Exception"
+    return Message(Error(code, name), reply_to=message)

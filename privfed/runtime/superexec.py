@@ -1,0 +1,295 @@
+"""SuperExec: starts and ends the processes of apps for a node or a server that must not start them itself.
+
+The node listens on a Unix socket (mode 0600) beside a file with a token. `privfed superexec` connects, proves that it
+can read the file, and then starts a worker for each request. What it hands back is the worker's own socket, passed as
+a descriptor, so nothing that an app is sent or answers goes through it. It may run as another user, who then owns the
+apps' processes and reads nothing of the node's; the token file and the socket are given to that user's group.
+
+A request or an answer is one datagram of JSON on a connection of kind SOCK_SEQPACKET:
+    -> {"token", "version"}      <- {"ok"}
+    <- {"op": "launch", "id", "home", "limits"} with the log's descriptor
+    -> {"op": "launched", "id", "process"} with the worker's socket,  or {"op": "failed", "id", "text"}
+    <- {"op": "kill", "id"}      -> {"op": "ended", "id", "code"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import itertools
+import json
+import logging
+import os
+import queue
+import secrets
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privfed.errors import PrivfedError
+from privfed.runtime.app_process import end_process, start_process, tell_fate
+from privfed.runtime.channel import Channel
+from privfed.runtime.confinement import Limits
+
+VERSION = 1
+MAX_DATAGRAM = 1 << 16
+HELLO_SECONDS = 10.0
+LAUNCH_SECONDS = 60.0
+EXIT_SECONDS = 2.0
+logger = logging.getLogger("privfed.exec")
+
+
+class ExecError(PrivfedError):
+    """There is no superexec, it does not start a process, or its other side is not who it should be."""
+
+
+def _say(connection: socket.socket, told: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    socket.send_fds(connection, [json.dumps(told).encode()], list(descriptors))
+
+
+def _hear(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return a datagram and its descriptors. Raises ExecError when the other side is gone or sends something else."""
+    data, descriptors, flags, _ = socket.recv_fds(connection, MAX_DATAGRAM, 1)
+    try:
+        told = json.loads(data) if data and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) else None
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        for one in descriptors:
+            os.close(one)
+        raise ExecError("the other side of the exec socket is gone" if not data else "a datagram does not decode")
+    return told, descriptors
+
+
+@dataclass(eq=False)
+class _Remote:
+    """A worker that the superexec started."""
+
+    number: int
+    host: ExecHost
+    channel: Channel
+    ended: threading.Event = field(default_factory=threading.Event)
+    code: int | None = None
+
+    def kill(self) -> None:
+        self.channel.close()  # the worker ends itself, and all it started, when its socket does
+        self.host.tell({"op": "kill", "id": self.number})
+
+    def fate(self) -> str:
+        self.ended.wait(EXIT_SECONDS)
+        return tell_fate(self.code)
+
+
+class ExecHost:
+    """The node's side: a socket for one superexec at a time, and a Spawn that asks it.
+
+    path: the socket; the token is in a file beside it. A superexec that restarts connects again.
+    """
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path = path.resolve()
+        self.token_file = self.path.with_suffix(".token")
+        self._limits = limits
+        self._token = secrets.token_hex(32)
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, queue.SimpleQueue[Channel | str]] = {}
+        self._running: dict[int, _Remote] = {}
+        self._lock = threading.Lock()
+        self._there = threading.Condition(self._lock)
+        self._connection: socket.socket | None = None
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._open()
+        threading.Thread(target=self._accept, name="privfed-exec", daemon=True).start()
+
+    def _open(self) -> None:
+        mask = os.umask(0o177)
+        try:
+            self._listener.bind(str(self.path))
+            self.token_file.unlink(missing_ok=True)
+            self.token_file.write_text(self._token)
+        finally:
+            os.umask(mask)
+        self._listener.listen(4)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            connection.settimeout(HELLO_SECONDS)
+            try:
+                hello, _ = _hear(connection)
+                same = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
+                if not same or hello.get("version") != VERSION:
+                    _say(connection, {"ok": False, "text": f"wrong token, or not version {VERSION}"})
+                    raise ExecError("a superexec showed a wrong token or version")
+                _say(connection, {"ok": True})
+            except (OSError, ExecError) as fault:
+                logger.warning("a superexec was turned away: %s", fault)
+                connection.close()
+                continue
+            connection.settimeout(None)
+            self._serve(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        logger.info("a superexec is connected")
+        with self._there:
+            self._connection = connection
+            self._there.notify_all()
+        try:
+            while True:
+                self._take(*_hear(connection))
+        except (OSError, ExecError, KeyError, TypeError) as fault:
+            logger.warning("the superexec is gone: %s", fault)
+        finally:
+            connection.close()
+            with self._there:
+                self._connection = None
+                waiting, self._waiting = list(self._waiting.values()), {}
+            for one in waiting:
+                one.put("the superexec is gone")
+
+    def _take(self, told: dict[str, Any], descriptors: list[int]) -> None:
+        number = told["id"]
+        with self._lock:
+            waiting = self._waiting.pop(number, None) if told["op"] != "ended" else None
+            ended = self._running.pop(number, None) if told["op"] == "ended" else None
+        if ended is not None:
+            ended.code = told["code"]
+            ended.ended.set()
+        if told["op"] == "launched" and descriptors:
+            channel = Channel(socket.socket(fileno=descriptors[0]), self._limits.packet)
+            if waiting is not None:
+                waiting.put(channel)
+            else:
+                channel.close()
+        elif waiting is not None:
+            waiting.put(str(told.get("text", "it did not start")))
+
+    def spawn(self, home: Path, log: Path) -> _Remote:
+        """Have a worker started; waits for a superexec to be there. Raises ExecError."""
+        answer: queue.SimpleQueue[Channel | str] = queue.SimpleQueue()
+        number = next(self._numbers)
+        with self._there:
+            if not self._there.wait_for(lambda: self._connection is not None, LAUNCH_SECONDS):
+                raise ExecError(f"no superexec connected to {self.path} within {LAUNCH_SECONDS:g} s")
+            self._waiting[number] = answer
+        request = {"op": "launch", "id": number, "home": str(home), "limits": self._limits.to_head()}
+        with log.open("ab") as output:
+            self.tell(request, (output.fileno(),))
+        try:
+            got = answer.get(timeout=LAUNCH_SECONDS)
+        except queue.Empty:
+            got = f"no answer within {LAUNCH_SECONDS:g} s"
+        if isinstance(got, str):
+            raise ExecError(f"the superexec did not start a process: {got}")
+        remote = _Remote(number, self, got)
+        with self._lock:
+            self._running[number] = remote
+        return remote
+
+    def tell(self, request: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        """Send a request; one that cannot be sent is answered by the connection's end."""
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                _say(connection, request, descriptors)
+
+    def close(self) -> None:
+        """Close the socket and remove it."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.path.unlink(missing_ok=True)
+        self.token_file.unlink(missing_ok=True)
+
+
+class SuperExec:
+    """The other side: connects to a node or a server and runs workers for it, until the connection ends.
+
+    cap: limits of its own that the node's requests cannot exceed.
+    """
+
+    def __init__(self, path: Path, token: str, cap: Limits | None = None) -> None:
+        self._path = path
+        self._token = token
+        self._cap = cap or Limits()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def run(self) -> None:
+        """Serve one connection. Raises ExecError when it is refused or ends."""
+        try:
+            self._connection.connect(str(self._path))
+            _say(self._connection, {"token": self._token, "version": VERSION})
+            answer, _ = _hear(self._connection)
+        except OSError as fault:
+            raise ExecError(f"{self._path}: {fault.strerror or fault}") from None
+        if answer.get("ok") is not True:
+            raise ExecError(f"{self._path} turns this superexec away: {answer.get('text')}")
+        logger.info("connected to %s", self._path)
+        try:
+            while True:
+                request, descriptors = _hear(self._connection)
+                if request.get("op") == "launch" and descriptors:
+                    self._launch(request, descriptors[0])
+                elif request.get("op") == "kill":
+                    self._kill(request["id"])
+        except (OSError, KeyError, TypeError) as fault:
+            raise ExecError(f"the connection to {self._path} ended: {fault}") from None
+        finally:
+            self.close()
+
+    def _launch(self, request: dict[str, Any], log: int) -> None:
+        number = request["id"]
+        try:
+            limits = self._cap.within(Limits.from_head(request["limits"]))
+            process, stream = start_process(Path(request["home"]), log, limits)
+        except (OSError, ValueError, TypeError, KeyError) as fault:
+            _say(self._connection, {"op": "failed", "id": number, "text": f"{type(fault).__name__}: {fault}"})
+            return
+        finally:
+            os.close(log)
+        with self._lock:
+            self._processes[number] = process
+        with stream:
+            _say(self._connection, {"op": "launched", "id": number, "process": process.pid}, (stream.fileno(),))
+        logger.info("started process %d in %s", process.pid, request["home"])
+        threading.Thread(target=self._reap, args=(number, process), daemon=True).start()
+
+    def _reap(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        with self._lock:
+            self._processes.pop(number, None)
+        with contextlib.suppress(OSError):
+            _say(self._connection, {"op": "ended", "id": number, "code": code})
+
+    def _kill(self, number: int) -> None:
+        with self._lock:
+            process = self._processes.get(number)
+        if process is not None:
+            end_process(process)
+
+    def close(self) -> None:
+        """End every worker and the connection."""
+        with self._lock:
+            processes = list(self._processes.values())
+        for process in processes:
+            end_process(process)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()

@@ -1,0 +1,352 @@
+"""A node: takes tasks from its SuperLink, runs apps on them, and loses nothing it has answered.
+
+A task's way: receive -> ask the store whether it was answered before -> run the app inside the node's own mods ->
+commit reply and state in one transaction -> send -> note whether it was counted. Tasks of one run come one after the
+other, runs go side by side. Whatever stops the process, at the next start it sends again what it had committed, under
+the same lease, and what it had not committed is handed out again by the SuperLink.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from privfed.apps import CallNext
+from privfed.context import Context, UserConfig
+from privfed.errors import PrivfedError
+from privfed.message import Error, ErrorCode, Message
+from privfed.protocols.session import Identity
+from privfed.runtime.bundle import Bundle, BundleError, open_bundle
+from privfed.runtime.engine import Assignment, execute
+from privfed.runtime.fleet import RunGrant, Task
+from privfed.runtime.handshake import NetworkError
+from privfed.runtime.launcher import Launcher, Worker
+from privfed.runtime.node_store import Kept, NodeStore, Unsent
+from privfed.runtime.store import Lease, NodeState
+
+logger = logging.getLogger("privfed.node")
+Failpoint = Callable[[str], None]
+_RECEIVE_SECONDS = 1.0
+_PAUSE_SECONDS = 1.0
+_TRIES = 5
+_SWEEP_SECONDS = 600.0
+
+
+class Fleet(Protocol):
+    """What a node uses of `privfed.runtime.fleet.FleetClient`."""
+
+    @property
+    def node_id(self) -> int: ...
+    def receive(self, timeout: float | None = None) -> Task | None: ...
+    def reply(self, token: str, reply: Message) -> bool: ...
+    def run(self, run_id: int) -> RunGrant: ...
+    def bundle(self, digest: str) -> bytes: ...
+    def ended(self) -> list[int]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """How a node runs apps.
+
+    node_config: its own settings, over "partition-id" (its place among the run's nodes) and "num-partitions".
+    identity: the node's signing key and roster. wrap: puts the node's own mods around an app. approve: raises for an
+    app the node does not run. task_seconds: the longest a task may take. drain_seconds: how long a stopping node lets
+    tasks finish. idle_seconds: after which a run's worker is ended. keep_seconds: how long the state of a run that
+    ended is kept, in case the run is resumed. failpoint: called with the name of each step, by tests.
+    """
+
+    node_config: UserConfig = field(default_factory=dict)
+    identity: Callable[[int], Identity | None] = lambda node_id: None
+    wrap: Callable[[CallNext], CallNext] | None = None
+    approve: Callable[[RunGrant, Bundle], None] | None = None
+    task_seconds: float = 3600.0
+    drain_seconds: float = 30.0
+    idle_seconds: float = 600.0
+    keep_seconds: float = 7 * 86_400.0
+    failpoint: Failpoint = lambda name: None
+
+
+class SuperNode:
+    """One node of a federation. folder: `apps/` and `log/` go there; the store and the launcher have their own."""
+
+    def __init__(
+        self, fleet: Fleet, store: NodeStore, launcher: Launcher, folder: Path, options: NodeOptions | None = None
+    ) -> None:
+        self.fleet = fleet
+        self.store = store
+        self.launcher = launcher
+        self.options = options or NodeOptions()
+        self.apps, self.logs = folder / "apps", folder / "log"
+        for path in (folder, self.apps, self.logs):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.stopping = threading.Event()
+        self.aborting = threading.Event()
+        self._lanes: dict[int, _Lane] = {}
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then let tasks finish. Raises Refused when the SuperLink never serves it."""
+        swept = 0.0
+        for unsent in self.store.unsent():
+            self._lane(unsent.run_id).put(unsent)
+        try:
+            while not self.stopping.is_set():
+                task = self.fleet.receive(_RECEIVE_SECONDS)
+                if task is not None:
+                    self._lane(task.message.metadata.run_id).put(task)
+                for run_id in self.fleet.ended():
+                    self._end(run_id)
+                if time.monotonic() > swept:
+                    swept = time.monotonic() + _SWEEP_SECONDS
+                    self._sweep()
+        finally:
+            self._drain()
+
+    def stop(self) -> None:
+        """Take no more tasks; `run` returns when those at work are done, or their time is over."""
+        self.stopping.set()
+
+    def _lane(self, run_id: int) -> _Lane:
+        lane = self._lanes.get(run_id)
+        if lane is None or not lane.is_alive():
+            lane = self._lanes[run_id] = _Lane(self, run_id)
+            lane.start()
+        return lane
+
+    def _end(self, run_id: int) -> None:
+        logger.info("run %d ended", run_id)
+        lane = self._lanes.pop(run_id, None)
+        if lane is not None:
+            lane.put(None)
+        self.store.end(run_id, time.time())
+
+    def _sweep(self) -> None:
+        for run_id in self.store.evict(time.time() - self.options.keep_seconds):
+            logger.info("forgot what was kept of run %d", run_id)
+
+    def _drain(self) -> None:
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.put(None)
+        deadline = time.monotonic() + self.options.drain_seconds
+        for lane in lanes:
+            lane.join(max(0.0, deadline - time.monotonic()))
+        self.aborting.set()  # what is cut off now is not answered: another lease will do it again
+        self.launcher.close()
+        self.fleet.close()
+        for lane in lanes:
+            lane.join(5.0)
+
+
+class _Lane(threading.Thread):
+    """The tasks of one run, one after the other, and the worker that is warm for them."""
+
+    def __init__(self, node: SuperNode, run_id: int) -> None:
+        super().__init__(name=f"privfed-run-{run_id}", daemon=True)
+        self._node = node
+        self._run_id = run_id
+        self._jobs: queue.SimpleQueue[Task | Unsent | None] = queue.SimpleQueue()
+        self._grant: RunGrant | None = None
+        self._worker: Worker | None = None
+
+    def put(self, job: Task | Unsent | None) -> None:
+        """Queue a task, or an answer to send again; None ends the lane after what is queued."""
+        self._jobs.put(job)
+
+    def run(self) -> None:
+        try:
+            while True:
+                try:
+                    job = self._jobs.get(timeout=self._node.options.idle_seconds)
+                except queue.Empty:
+                    self._rest()
+                    continue
+                if job is None or self._node.aborting.is_set():
+                    return
+                if not (self._node.stopping.is_set() and isinstance(job, Task)):
+                    self._do(job)
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _do(self, job: Task | Unsent) -> None:
+        """Do a job; a fault of the node itself costs the task its lease, and not the node its life."""
+        try:
+            if isinstance(job, Unsent):
+                self._send(job.message_id, job.token, self._node.store.answer(job))
+                return
+            self._serve(job)
+        except NetworkError as fault:
+            if not self._node.stopping.is_set():
+                logger.error("run %d: the SuperLink does not take a reply: %s", self._run_id, fault)
+        except Exception:
+            if not self._node.aborting.is_set():
+                logger.exception("run %d: an answer was not sent; it stays in the outbox", self._run_id)
+
+    def _serve(self, task: Task) -> None:
+        node, message = self._node, task.message
+        point = node.options.failpoint
+        point("received")
+        reply = self._answer(task)
+        if reply is not None:
+            self._send(message.metadata.message_id, task.token, reply)
+            point("settled")
+
+    def _answer(self, task: Task) -> Message | None:
+        """Return the committed answer to a task; None when there is none to send.
+
+        What keeps the node from answering at all is told to the SuperLink, and nothing is kept of it.
+        """
+        node, message = self._node, task.message
+        try:
+            self._check(message)
+            kept = node.store.begin(message, task.token, task.attempt, task.commit)
+            if isinstance(kept, Message):
+                return kept
+            reply, after = self._run_app(task, kept)
+            if node.aborting.is_set():
+                return None
+            node.options.failpoint("before-commit")
+            if not self._commit(task, reply, after):
+                return None
+        except Exception as fault:
+            if node.aborting.is_set() or (node.stopping.is_set() and isinstance(fault, NetworkError)):
+                return None
+            logger.exception("run %d: message %s is not answered", self._run_id, message.metadata.message_id)
+            node.fleet.reply(task.token, _refusal(message, fault))
+            return None
+        node.options.failpoint("after-commit")
+        return reply
+
+    def _check(self, message: Message) -> None:
+        node_id = self._node.fleet.node_id
+        if node_id and message.metadata.dst_node_id != node_id:
+            raise WrongNode(f"the message is for node {message.metadata.dst_node_id}, this is node {node_id}")
+
+    def _commit(self, task: Task, reply: Message, after: Kept | None) -> bool:
+        """Keep the answer; while the disk does not take it, wait, and send nothing."""
+        told = False
+        while not self._node.aborting.is_set():
+            try:
+                self._node.store.commit(task.message, task.token, reply, after)
+                return True
+            except OSError as fault:
+                cause = fault
+            except Exception as fault:
+                if type(fault).__name__ != "OperationalError":  # SQLite's name for a full or broken disk
+                    raise
+                cause = OSError(str(fault))
+            if not told:
+                logger.error("run %d waits for the disk: %s", self._run_id, cause)
+                told = True
+            self._node.aborting.wait(_PAUSE_SECONDS)
+        return False
+
+    def _send(self, message_id: str, token: str, reply: Message) -> None:
+        point = self._node.options.failpoint
+        node_id = reply.metadata.src_node_id
+        for attempt in range(1, _TRIES + 1):
+            try:
+                point("before-send")
+                counted = self._node.fleet.reply(token, reply)
+                break
+            except NetworkError as fault:
+                if self._node.stopping.is_set() or attempt == _TRIES:
+                    raise  # it stays in the outbox
+                logger.warning("run %d: a reply was not taken (%s); once more", self._run_id, fault)
+                self._node.stopping.wait(_PAUSE_SECONDS)
+        point("after-send")
+        self._node.store.settle(Unsent(self._run_id, node_id, message_id, token), counted)
+        if not counted:
+            logger.warning("run %d: the reply to message %s came too late", self._run_id, message_id)
+
+    def _run_app(self, task: Task, kept: Kept) -> tuple[Message, Kept | None]:
+        options, message = self._node.options, task.message
+        try:
+            grant, worker = self._ready()
+        except (PrivfedError, OSError) as fault:
+            if isinstance(fault, NetworkError):
+                raise
+            logger.error("run %d: its app does not run here: %s", self._run_id, fault)
+            return _refusal(message, fault), None
+        mods = dict(kept.app.mods)
+
+        def call(asked: Message, context: Context) -> Message:
+            """Run the app with a context of its own: what the node's mods keep is not in it."""
+            inner = replace(context, mod_states=mods)
+            answer = worker.execute(asked, inner, self._seconds(task))
+            context.state = inner.state
+            mods.clear()
+            mods.update(inner.mod_states)
+            return answer
+
+        app = options.wrap(call) if options.wrap is not None else call
+        lease = Lease(task.token, message, NodeState(kept.app.app, kept.mods), task.expires_at)
+        assignment = Assignment(self._configure(grant), dict(grant.run_config), grant.seed, options.identity)
+        reply, after = execute(app, lease, assignment, self._log)
+        if after is None:
+            return reply, None
+        return reply, Kept(NodeState(after.app, mods), after.mods)
+
+    def _seconds(self, task: Task) -> float:
+        left = task.expires_at - time.time()
+        # A clock that is wrong must not fail every task: then the node's own limit holds.
+        return min(self._node.options.task_seconds, left) if left > 0 else self._node.options.task_seconds
+
+    def _ready(self) -> tuple[RunGrant, Worker]:
+        """Return the run's facts and a worker for it. Raises what keeps the app from being run."""
+        if self._grant is None:
+            self._grant = self._node.fleet.run(self._run_id)
+        if self._worker is None:
+            bundle = open_bundle(self._node.fleet.bundle(self._grant.bundle))
+            if self._node.options.approve is not None:
+                self._node.options.approve(self._grant, bundle)
+            folder = bundle.unpack(self._node.apps)
+            self._worker = self._node.launcher.client(folder, self._node.logs / f"run-{self._run_id}.txt")
+            logger.info("run %d (%s): app %s %s", self._run_id, self._grant.name, bundle.name, bundle.digest[:16])
+        return self._grant, self._worker
+
+    def _configure(self, grant: RunGrant) -> Callable[[int], UserConfig]:
+        def configure(node_id: int) -> UserConfig:
+            known = node_id in grant.nodes
+            place: UserConfig = {"partition-id": grant.nodes.index(node_id)} if known else {}
+            return {**place, "num-partitions": len(grant.nodes), **self._node.options.node_config}
+
+        return configure
+
+    def _log(self, message: Message, fault: BaseException) -> None:
+        logger.error("run %d: message %s failed", self._run_id, message.metadata.message_id, exc_info=fault)
+
+
+class WrongNode(PrivfedError):
+    """A message came to a node it is not for."""
+
+
+def _refusal(message: Message, fault: Exception) -> Message:
+    code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION if isinstance(fault, BundleError | OSError) else ErrorCode.POLICY_REFUSED
+    return Message(Error(code, type(fault).__name__), reply_to=message)
+
+
+def kill_at(spec: str) -> Failpoint:
+    """Return a failpoint that ends this process with SIGKILL at the n-th time a step is reached: "after-commit:3"."""
+    name, _, count = spec.partition(":")
+    left = [int(count or "1")]
+
+    def point(reached: str) -> None:
+        if reached == name:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), 9)
+
+    return point
