@@ -10,17 +10,41 @@ from privfed.apps import compose
 _HOMES = {
     "clip": "privfed.mods.clipping",
     "distributed_dp": "privfed.mods.distributed",
+    "local_dp": "privfed.mods.local",
     "message_size": "privfed.mods.size",
+    "metric_floor": "privfed.mods.metrics",
+    "noise": "privfed.mods.local",
+    "privacy_budget": "privfed.mods.budget",
+    "quantize": "privfed.mods.packing",
     "secure_aggregation": "privfed.mods.masking",
+    "sparsify": "privfed.mods.packing",
+    "unpack": "privfed.mods.packing",
 }
 
-__all__ = ["clip", "compose", "distributed_dp", "message_size", "secure_aggregation"]
+__all__ = [
+    "clip",
+    "compose",
+    "distributed_dp",
+    "local_dp",
+    "message_size",
+    "metric_floor",
+    "noise",
+    "privacy_budget",
+    "quantize",
+    "secure_aggregation",
+    "sparsify",
+    "unpack",
+]
 
 
 if TYPE_CHECKING:
+    from privfed.mods.budget import privacy_budget
     from privfed.mods.clipping import clip
     from privfed.mods.distributed import distributed_dp
+    from privfed.mods.local import local_dp, noise
     from privfed.mods.masking import secure_aggregation
+    from privfed.mods.metrics import metric_floor
+    from privfed.mods.packing import quantize, sparsify, unpack
     from privfed.mods.size import message_size
 
 
