@@ -21,6 +21,10 @@ COMMANDS = {
     "policy": ("privfed.cli.policy", "policy", "What this node lets anybody do with its data."),
     "verify": ("privfed.cli.verify", "verify", "Check audit logs and privacy ledgers."),
     "keys": ("privfed.cli.keys", "keys", "Make a federation's authority, certificates and roster."),
+    "superlink": ("privfed.cli.superlink", "superlink", "Serve a federation across machines."),
+    "supernode": ("privfed.cli.supernode", "supernode", "Run a node of a federation: it runs apps on its data."),
+    "superexec": ("privfed.cli.superexec", "superexec", "Run app processes for a node, as another user."),
+    "node": ("privfed.cli.node", "node", "List, approve and revoke the nodes of a SuperLink."),
     "privacy": ("privfed.cli.privacy", "privacy", "What a plan costs, what noise a budget needs, what was spent."),
 }
 

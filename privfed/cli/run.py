@@ -1,4 +1,4 @@
-"""`privfed run`: an app, or a run to go on with, in a simulation on this machine."""
+"""`privfed run`: an app, or a run to go on with, in a simulation on this machine or on the nodes of a SuperLink."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from privfed.cli.remote import superlink_options
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("app", required=False, type=click.Path(path_type=Path))
-@click.option("--nodes", type=click.IntRange(min=1), help="Simulated nodes [default: the app's, or 10].")
+@superlink_options
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    help="Simulated nodes [default: the app's, or 10]; of a SuperLink: connected ones to wait for [default: all].",
+)
 @click.option("-c", "--config", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--seed", type=int, help="Drives data, partition, initial model and training, never masks or noise.")
 @click.option("--threads", type=click.IntRange(min=1), help="Worker threads [default: one a core].")
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def run(
     app: Path | None,
+    superlink: str | None,
+    keys: Path | None,
     nodes: int | None,
     settings: tuple[str, ...],
     seed: int | None,
@@ -45,8 +53,14 @@ def run(
 ) -> None:
     """Run the app in the folder APP, or go on with a run (--resume).
 
-    The run leaves a folder with its configuration, metrics, checkpoints, privacy ledger and log.
+    The run leaves a folder with its configuration, metrics, checkpoints, privacy ledger and log. With --superlink it
+    runs on the nodes of a federation, APP may be a bundle too, and the folder is there.
     """
+    if superlink is not None:
+        if threads is not None or run_dir is not None:
+            raise AppError("--threads and --run-dir are for simulations: leave them out with --superlink")
+        _run_there(superlink, keys, app, settings, (seed, nodes, keep), resume, detach, form)
+        return
     from privfed.cli.display import display
     from privfed.runtime.run_folder import Keep, RunFolder
 
@@ -63,6 +77,32 @@ def run(
         click.echo(json.dumps({"run": folder.name}) if form == "json" else folder.name)
         return
     _simulate(folder, threads, listener)
+
+
+def _run_there(
+    superlink: str,
+    keys: Path | None,
+    app: Path | None,
+    settings: tuple[str, ...],
+    how: tuple[int | None, int | None, str],
+    resume: str | None,
+    detach: bool,
+    form: str,
+) -> None:
+    from privfed.cli import remote
+    from privfed.runtime.control import Submission
+    from privfed.runtime.federation import open_app
+
+    if resume is not None:
+        if app is not None or settings or how[:2] != (None, None):
+            raise AppError("--resume takes the app, nodes, settings and seed from the run: give none of them")
+        remote.resume(superlink, keys, resume, detach, form)
+        return
+    if app is None:
+        raise AppError("say which app: `privfed run FOLDER --superlink HOST:PORT` (or --resume RUN)")
+    seed, nodes, keep = how
+    submission = Submission(open_app(app), _pairs(settings), seed, nodes, keep)
+    remote.submit(superlink, keys, submission, detach, form)
 
 
 def _asked(app: Path | None, nodes: int | None, settings: tuple[str, ...], seed: int | None) -> dict[str, object]:

@@ -1,21 +1,28 @@
-"""`privfed ls`, `log` and `stop`: the runs on this machine."""
+"""`privfed ls`, `log` and `stop`: the runs on this machine, or of a SuperLink."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import click
 
+from privfed.cli.remote import show_log, show_runs, stop_run, superlink_options
 from privfed.errors import AppError
 
 
 @click.command()
+@superlink_options
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Newest runs to show.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def ls(limit: int, form: str, debug: bool) -> None:
-    """List the runs on this machine, newest last."""
+def ls(superlink: str | None, keys: Path | None, limit: int, form: str, debug: bool) -> None:
+    """List the runs on this machine, or of a SuperLink, newest last; a run that waits says for what."""
+    del debug
+    if superlink is not None:
+        show_runs(superlink, keys, limit, form)
+        return
     from privfed.runtime.run_folder import RunFolderError, home, list_runs
 
     rows = []
@@ -36,18 +43,21 @@ def ls(limit: int, form: str, debug: bool) -> None:
         click.echo(
             f"{row['run']:<24} {row['state']:<10} round {row['round']:<4} {row['app']:<16} {row['reason']}".rstrip()
         )
-    del debug
 
 
 @click.command()
 @click.argument("run")
+@superlink_options
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run ends.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def log(run: str, follow: bool, debug: bool) -> None:
+def log(run: str, superlink: str | None, keys: Path | None, follow: bool, debug: bool) -> None:
     """Show the log of RUN (a name, the beginning of one, or a folder)."""
+    del debug
+    if superlink is not None:
+        show_log(superlink, keys, run, follow)
+        return
     from privfed.runtime.run_folder import ENDED, RunFolder, find_run
 
-    del debug
     folder = RunFolder.open(find_run(run))
     path, at = folder.path / "log.txt", 0
     while True:
@@ -65,13 +75,17 @@ def log(run: str, follow: bool, debug: bool) -> None:
 
 @click.command()
 @click.argument("run")
+@superlink_options
 @click.option("--wait", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds to wait; 0: none.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def stop(run: str, wait: float, debug: bool) -> None:
+def stop(run: str, superlink: str | None, keys: Path | None, wait: float, debug: bool) -> None:
     """Ask RUN to stop after its current round; it can be resumed."""
+    del debug
+    if superlink is not None:
+        stop_run(superlink, keys, run, wait)
+        return
     from privfed.runtime.run_folder import ENDED, RunFolder, find_run
 
-    del debug
     folder = RunFolder.open(find_run(run))
     if folder.status.state in ENDED:
         raise AppError(f"run {folder.name} is {folder.status.state} already")

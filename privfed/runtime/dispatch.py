@@ -6,6 +6,7 @@ Everything here runs in the event loop, but for what touches the store, which ru
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
@@ -116,7 +117,7 @@ class Dispatcher:
             session.queue.put_nowait(frame)
 
     async def join(self, session: Session, holding: Collection[str]) -> None:
-        """Take a node in; one that is connected already is replaced. What it had out and does not hold is free again."""
+        """Take a node in, in place of an older connection of it; what it had out and does not hold is free again."""
         before = self.sessions.get(session.node_id)
         if before is not None:
             before.queue.put_nowait(None)
@@ -169,26 +170,24 @@ class Dispatcher:
     async def _offer_all(self) -> None:
         due, self._due = self._due, set()
         while True:
-            free = {node for node in due if node in self.sessions and self._has_room(self.sessions[node])}
+            free = {node: one for node in due if (one := self.sessions.get(node)) and len(one.out) < one.slots}
             if not free:
                 return
-            leases = await self.in_thread(lambda nodes=free: self.link.lease_for(nodes))  # type: ignore[misc]
+            leases = await self.in_thread(functools.partial(self.link.lease_for, free.keys()))
             if not leases:
                 return
             for lease in leases:
-                await self._offer(lease)
+                await self._offer(lease, free[lease.message.metadata.dst_node_id])
 
-    @staticmethod
-    def _has_room(session: Session) -> bool:
-        return len(session.out) < session.slots
-
-    async def _offer(self, lease: Lease) -> None:
+    async def _offer(self, lease: Lease, session: Session) -> None:
         data = lease.message.metadata
         sealed, outside = await self.in_thread(lambda: parcel(lease.message))
-        session = self.sessions.get(data.dst_node_id)
-        if session is None:
-            await self.in_thread(lambda: self.link.rejoin(data.dst_node_id, ()))
-            return
+        current = self.sessions.get(data.dst_node_id)
+        if current is not session:  # it went, or came back: then its return has freed this lease, or came before it
+            lost = current is None or await self.in_thread(lambda: self.link.holder(lease.token)) is None
+            if lost or current is None:
+                return
+            session = current
         self.outbox.put(lease.token, session.node_id, outside)
         session.out.add(lease.token)
         attempt, commit = self._progress(data.run_id)

@@ -145,6 +145,11 @@ class RunFolder:
             status.state, status.reason = "failed", "its process is gone; resume it with `privfed run --resume`"
         return status
 
+    @property
+    def recorded_status(self) -> Status:
+        """Where the run stood when that was last written, whoever wrote it."""
+        return self._read("status.json", Status)
+
     def _read(self, name: str, kind: type[T]) -> T:
         try:
             return msgspec.json.decode((self.path / name).read_bytes(), type=kind)
@@ -179,6 +184,10 @@ class RunFolder:
         status = self._read("status.json", Status)
         self.set_status(Status(state, reason, status.round, status.started, process=status.process))
         self.log(f"{state}" + (f": {reason}" if reason else ""))
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the run without ending it, as one who will go on with it does."""
         if self._held is not None:
             os.close(self._held)
             self._held = None

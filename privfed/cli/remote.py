@@ -1,0 +1,152 @@
+"""Commands against a SuperLink: what `privfed run`, `ls`, `log` and `stop` do with --superlink."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from privfed.errors import AppError, RunFailed
+
+if TYPE_CHECKING:
+    from privfed.cli.display import Listener
+    from privfed.runtime.control import ControlClient, RunRow, Submission
+
+ENDED = ("completed", "failed", "stopped")
+RETRY_SECONDS = 600.0
+"""How long one who follows a run waits for a SuperLink that is away."""
+_PAUSE = 1.0
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def superlink_options(command: F) -> F:
+    """Add --superlink and --keys to a command."""
+    link = click.option(
+        "--superlink", metavar="HOST:PORT", help="The control address of a SuperLink; without it: this machine."
+    )
+    keys = click.option(
+        "--keys", type=click.Path(path_type=Path), help="Your key folder, made with `privfed keys` [default: no TLS]."
+    )
+    return link(keys(command))
+
+
+def connect(superlink: str, keys: Path | None) -> ControlClient:
+    """Return a connection to a SuperLink."""
+    from privfed.runtime.control import ControlClient
+    from privfed.runtime.credentials import Credentials
+
+    host, colon, port = superlink.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise AppError(f"--superlink {superlink!r}: write HOST:PORT, the control address the SuperLink prints")
+    return ControlClient(superlink, Credentials.load(keys) if keys is not None else None)
+
+
+def submit(superlink: str, keys: Path | None, submission: Submission, detach: bool, form: str) -> None:
+    """Start a run there, and follow it unless detached."""
+    with connect(superlink, keys) as control:
+        row = control.submit(submission)
+        if detach:
+            click.echo(json.dumps({"run": row.name}) if form == "json" else row.name)
+            return
+        attend(control, row, form)
+
+
+def resume(superlink: str, keys: Path | None, name: str, detach: bool, form: str) -> None:
+    """Go on with a run there."""
+    with connect(superlink, keys) as control:
+        row = control.resume(name)
+        if detach:
+            click.echo(json.dumps({"run": row.name}) if form == "json" else row.name)
+            return
+        attend(control, row, form)
+
+
+def attend(control: ControlClient, row: RunRow, form: str) -> None:
+    """Show a run until it ends; Ctrl-C leaves it alone. Raises RunFailed when it fails."""
+    from privfed.cli.display import display
+
+    print(f"run {row.name} on {control.address}; Ctrl-C detaches, the run goes on", file=sys.stderr)
+    try:
+        state, reason = _follow(control, row.name, display(form))
+    except KeyboardInterrupt:
+        print(
+            f"\ndetached: the run goes on. `privfed log -f {row.name} --superlink {control.address}` shows it, "
+            f"`privfed stop {row.name} --superlink {control.address}` stops it",
+            file=sys.stderr,
+        )
+        raise click.exceptions.Exit(130) from None
+    if state == "failed":
+        raise RunFailed(reason)
+    if state == "stopped":
+        print(f"stopped: {reason}", file=sys.stderr)
+
+
+def _follow(control: ControlClient, name: str, listener: Listener) -> tuple[str, str]:
+    """Pass events on as they come, over restarts of the SuperLink; return how the run ended and why."""
+    from privfed.runtime.handshake import NetworkError, Refused
+
+    offset, told = 0, ""
+    away: float | None = None
+    while True:
+        try:
+            for piece in control.follow(name, "events", offset):
+                away = None
+                offset = piece.offset
+                for line in piece.data.splitlines():
+                    event: Mapping[str, object] = json.loads(line)
+                    listener(str(event["event"]), {key: value for key, value in event.items() if key != "event"})
+                if piece.state in ENDED:
+                    return piece.state, piece.reason
+                if piece.reason != told and (piece.state == "pending" or "not connected" in piece.reason):
+                    told = piece.reason
+                    print(f"{piece.state}: {told}", file=sys.stderr)
+        except Refused:
+            raise
+        except NetworkError as fault:
+            away = away if away is not None else time.monotonic()
+            if time.monotonic() - away > RETRY_SECONDS:
+                raise
+            if told != str(fault):
+                told = str(fault)
+                print(f"{told}; trying again", file=sys.stderr)
+        time.sleep(_PAUSE)
+
+
+def show_runs(superlink: str, keys: Path | None, limit: int, form: str) -> None:
+    """List the runs of a SuperLink."""
+    with connect(superlink, keys) as control:
+        rows = control.runs(limit)
+    if form == "json":
+        names = ("name", "app", "state", "round", "reason", "by", "nodes")
+        click.echo(json.dumps([{name: getattr(row, name) for name in names} for row in rows]))
+        return
+    if not rows:
+        click.echo(f"no runs on {superlink}")
+    for row in rows:
+        text = f"{row.name:<24} {row.state:<10} round {row.round:<4} {row.app:<16} {row.by:<16} {row.reason}"
+        click.echo(text.rstrip())
+
+
+def show_log(superlink: str, keys: Path | None, name: str, follow: bool) -> None:
+    """Show the log of a run of a SuperLink."""
+    with connect(superlink, keys) as control:
+        for piece in control.follow(name, "log", until_end=follow):
+            click.echo(piece.data.decode(errors="replace"), nl=False)
+
+
+def stop_run(superlink: str, keys: Path | None, name: str, wait: float) -> None:
+    """Ask a run of a SuperLink to stop, and wait for it."""
+    with connect(superlink, keys) as control:
+        row = control.stop(name)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and row.state not in ENDED:
+            time.sleep(0.1)
+            row = control.show(row.name)
+    if wait and row.state not in ENDED:
+        raise AppError(f"run {row.name} is still in its round after {wait:g} s; it stops when the round ends")
+    click.echo(f"{row.name}: {row.state if wait else 'asked to stop'}")

@@ -1,0 +1,95 @@
+"""`privfed superlink`: the server side of a federation, until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from privfed.errors import AppError
+
+if TYPE_CHECKING:
+    from privfed.runtime.launcher import Launcher
+    from privfed.runtime.superlink import SuperLinkOptions
+
+
+@click.command()
+@click.option("--fleet", default="127.0.0.1:7810", show_default=True, metavar="HOST:PORT", help="Where nodes connect.")
+@click.option(
+    "--control", default="127.0.0.1:7811", show_default=True, metavar="HOST:PORT", help="Where users connect."
+)
+@click.option("--monitor", metavar="HOST:PORT", help="Serve /healthz and /metrics there [default: nowhere].")
+@click.option("--keys", type=click.Path(path_type=Path), help="The SuperLink's key folder, made with `privfed keys`.")
+@click.option("--insecure", is_flag=True, help="No encryption, no identities; on loopback only.")
+@click.option("--force-insecure", is_flag=True, help="Let --insecure listen where others can reach it.")
+@click.option(
+    "--home", type=click.Path(path_type=Path), help="Where everything is kept [default: $PRIVFED_HOME/superlink]."
+)
+@click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def superlink(
+    fleet: str,
+    control: str,
+    monitor: str | None,
+    keys: Path | None,
+    insecure: bool,
+    force_insecure: bool,
+    home: Path | None,
+    isolation: str,
+    log_format: str,
+    debug: bool,
+) -> None:
+    """Serve a federation: nodes on --fleet, users on --control.
+
+    Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
+    """
+    from privfed.cli.journal import configure
+    from privfed.runtime.credentials import Credentials
+    from privfed.runtime.run_folder import home as default_home
+    from privfed.runtime.superlink import SuperLinkOptions
+
+    del debug
+    if insecure == (keys is not None):
+        raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
+    configure(log_format)
+    place = home or default_home() / "superlink"
+    options = SuperLinkOptions(
+        home=place,
+        fleet=fleet,
+        control=control,
+        monitor=monitor,
+        credentials=Credentials.load(keys) if keys is not None else None,
+        force_insecure=force_insecure,
+    )
+    if insecure:
+        print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
+    asyncio.run(_serve(options, _launcher(isolation, place)))
+
+
+def _launcher(isolation: str, home: Path) -> Launcher:
+    from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
+
+    return InlineLauncher() if isolation == "inline" else ProcessLauncher(home / "processes")
+
+
+async def _serve(options: SuperLinkOptions, launcher: Launcher) -> None:
+    from privfed.runtime.superlink import SuperLink
+
+    link = SuperLink(options, launcher)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await link.start()
+    for name, address in link.addresses.items():
+        click.echo(f"{name}: {address}")
+    sys.stdout.flush()
+    await ended.wait()
+    logging.getLogger("privfed.superlink").info("ending; runs go on when the SuperLink is started again")
+    await link.stop()

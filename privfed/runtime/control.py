@@ -1,0 +1,209 @@
+"""The user's side of the network: submit apps, follow runs, decide about nodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from privfed.runtime.fleet import Credentials
+from privfed.runtime.frame import Frame, chunks, pack, unpack
+from privfed.runtime.handshake import agree, connect, explain, greeting
+
+SERVICE = "/privfed.Control/"
+CALL_SECONDS = 30.0
+MAX_ROWS = 1000
+F = TypeVar("F", bound=Frame)
+
+
+class Submit(Frame, frozen=True):
+    """The head of a submission; the archive follows in chunks."""
+
+    digest: bytes
+    size: int
+    settings: dict[str, str]
+    seed: int | None
+    nodes: int | None
+    keep: str
+
+
+class RunName(Frame, frozen=True):
+    """Names a run: its name, or the beginning of it."""
+
+    name: str
+
+
+class RunRow(Frame, frozen=True):
+    """A run. started: seconds since the epoch. reason: what it waits for, or why it ended."""
+
+    name: str
+    app: str
+    state: str
+    round: int
+    reason: str
+    by: str
+    nodes: int
+    started: float
+
+
+class RunRows(Frame, frozen=True):
+    """Runs, oldest first."""
+
+    rows: tuple[RunRow, ...]
+
+
+class NodeRow(Frame, frozen=True):
+    """A node: "approved", "revoked" or "waiting". seen: seconds since the epoch."""
+
+    node_id: int
+    name: str
+    state: str
+    connected: bool
+    seen: float
+
+
+class NodeRows(Frame, frozen=True):
+    """Nodes, by id."""
+
+    rows: tuple[NodeRow, ...]
+
+
+class Listing(Frame, frozen=True):
+    """Asks for at most so many rows; those of nodes begin after an id."""
+
+    limit: int
+    after: int = 0
+
+
+class NodeChange(Frame, frozen=True):
+    """Approves or revokes a node."""
+
+    node_id: int
+    approve: bool
+
+
+class Follow(Frame, frozen=True):
+    """Asks for the "log" or the "events" of a run, from a byte on, and to go on until it ends."""
+
+    name: str
+    what: str
+    offset: int
+    follow: bool
+
+
+class Piece(Frame, frozen=True):
+    """A part of a log. offset: of the byte after it. state: of the run; the last piece has an ended one."""
+
+    offset: int
+    data: bytes
+    state: str
+    reason: str
+
+
+class Done(Frame, frozen=True):
+    """A request was carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a user submits: the app's archive, settings as text, and how the run is to be."""
+
+    archive: bytes
+    settings: Mapping[str, str]
+    seed: int | None = None
+    nodes: int | None = None
+    keep: str = "last:3"
+
+
+class ControlClient:
+    """Speaks to a SuperLink on behalf of a user. Raises NetworkError, with what the SuperLink said."""
+
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        self.address = address
+        self._channel = connect(address, credentials.channel_credentials() if credentials else None)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def _call(self, method: str, request: Frame, kind: type[F]) -> F:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(SERVICE + method)
+        return self._talk(lambda: unpack(call(pack(request), metadata=greeting(), timeout=CALL_SECONDS), kind))
+
+    def _talk(self, attempt: Callable[[], F]) -> F:
+        try:
+            return attempt()
+        except grpc.RpcError as fault:
+            raise explain(fault, self.address) from None
+
+    def submit(self, submission: Submission) -> RunRow:
+        """Submit an app; return its run."""
+        digest = hashlib.sha256(submission.archive).digest()
+        head = Submit(
+            digest=digest,
+            size=len(submission.archive),
+            settings=dict(submission.settings),
+            seed=submission.seed,
+            nodes=submission.nodes,
+            keep=submission.keep,
+        )
+
+        def say() -> Iterator[bytes]:
+            yield pack(head)
+            yield from chunks(digest, submission.archive)
+
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Submit")
+        return self._talk(lambda: unpack(call(say(), metadata=greeting()), RunRow))
+
+    def resume(self, name: str) -> RunRow:
+        """Go on with a run that failed or was stopped."""
+        return self._call("Resume", RunName(name=name), RunRow)
+
+    def stop(self, name: str) -> RunRow:
+        """Ask a run to stop after its current round."""
+        return self._call("Stop", RunName(name=name), RunRow)
+
+    def show(self, name: str) -> RunRow:
+        """Return where a run stands."""
+        return self._call("Show", RunName(name=name), RunRow)
+
+    def runs(self, limit: int = 20) -> tuple[RunRow, ...]:
+        """Return the newest runs, oldest first."""
+        return self._call("Runs", Listing(limit=limit), RunRows).rows
+
+    def nodes(self) -> Iterator[NodeRow]:
+        """Return all nodes, by id."""
+        after = 0
+        while rows := self._call("Nodes", Listing(limit=MAX_ROWS, after=after), NodeRows).rows:
+            yield from rows
+            after = rows[-1].node_id
+
+    def approve(self, node_id: int) -> None:
+        """Serve a node from now on."""
+        self._call("Node", NodeChange(node_id=node_id, approve=True), Done)
+
+    def revoke(self, node_id: int) -> None:
+        """Serve a node no more, and disconnect it."""
+        self._call("Node", NodeChange(node_id=node_id, approve=False), Done)
+
+    def follow(self, name: str, what: str, offset: int = 0, *, until_end: bool = True) -> Iterator[Piece]:
+        """Return the pieces of a run's "log" or "events" as they come; the last one says how the run ended."""
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Follow")
+        stream = call(pack(Follow(name=name, what=what, offset=offset, follow=until_end)), metadata=greeting())
+        try:
+            agree(stream.initial_metadata(), self.address)
+            for data in stream:
+                yield unpack(data, Piece)
+        except grpc.RpcError as fault:
+            raise explain(fault, self.address) from None
+        finally:
+            stream.cancel()

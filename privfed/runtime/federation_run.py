@@ -1,0 +1,255 @@
+"""One run of a federation: it waits for its nodes, serves its server app, and goes on after a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from privfed.context import Context
+from privfed.errors import PrivfedError, RunFailed, RunStopped
+from privfed.grid import Checkpoint
+from privfed.message import SERVER_NODE_ID
+from privfed.runtime.channel import ChannelError
+from privfed.runtime.disk import write_atomically
+from privfed.runtime.federation_link import FederationLink
+from privfed.runtime.launcher import Launcher
+from privfed.runtime.link import LinkGrid
+from privfed.runtime.run_folder import ENDED, RunFolder
+from privfed.runtime.store import NodeState, StoreError
+
+log = logging.getLogger("privfed.superlink")
+SHOWN = ("run", "round-start", "round-end", "stage", "replies", "excluded", "ended")
+MAX_RESTARTS = 5
+"""Restarts of a ServerApp's process in a row without a committed round."""
+_PATIENCE = 1.0
+
+
+class Interrupted(Exception):
+    """The SuperLink shuts down; the run goes on when it is back."""
+
+
+class _Recorder:
+    """The run folder as the grid's recorder; knows the last committed round."""
+
+    def __init__(self, folder: RunFolder, commit: int) -> None:
+        self._folder = folder
+        self.last = commit
+        self.ledger_path: Path | None = folder.ledger_path
+        self.insecure_test_randomness: int | None = None
+
+    def restore(self) -> Checkpoint | None:
+        return self._folder.restore()
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        self.last = checkpoint.round
+        self._folder.commit(checkpoint)
+
+    def report(self, event: str, **fields: object) -> None:
+        self._folder.report(event, **fields)
+
+
+class FederationRun:
+    """A run in its folder, in a thread of its own.
+
+    available: returns the nodes that are approved and connected. change: notified whenever that may have changed.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        link: FederationLink,
+        launcher: Launcher,
+        available: Callable[[], set[int]],
+        change: threading.Condition,
+    ) -> None:
+        self.folder = folder
+        self.config: Mapping[str, Any] = folder.config
+        self.run_id = int(self.config["run-id"])
+        self.attempt = self._read_attempt()
+        self._link = link
+        self._launcher = launcher
+        self._available = available
+        self._change = change
+        self._closing = False
+        self._stopping = False
+        self._recorder: _Recorder | None = None
+        folder.listener = self._show
+        self._events = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name=f"privfed-run-{folder.name}", daemon=True)
+
+    @property
+    def commit(self) -> int:
+        """The last committed round."""
+        return self._recorder.last if self._recorder is not None else 0
+
+    def start(self) -> None:
+        """Start, or go on."""
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Ask the run to stop after its current round, or at once when none has begun."""
+        self.folder.request_stop()
+        with self._change:
+            self._stopping = True
+            self._change.notify_all()
+
+    def interrupt(self) -> None:
+        """Let go of the run, which is not over; close the Link first."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread; return whether it is done."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _read_attempt(self) -> int:
+        path = self.folder.path / "attempt"
+        return int(path.read_text()) if path.exists() else 0
+
+    def _show(self, event: str, fields: Mapping[str, object]) -> None:
+        """Append an event for those who follow the run."""
+        if event in SHOWN:
+            line = msgspec.json.encode({"event": event, **fields}, enc_hook=_plain)
+            with self._events, (self.folder.path / "events.jsonl").open("ab") as file:
+                file.write(line + b"\n")
+
+    def _work(self) -> None:
+        state, reason = "failed", "the SuperLink broke off"
+        try:
+            self._serve_until_done()
+            state, reason = "completed", ""
+        except Interrupted:
+            self.folder.release()
+            return
+        except RunStopped as fault:
+            state, reason = "stopped", str(fault)
+        except RunFailed as fault:
+            reason = fault.reason
+        except Exception as fault:
+            log.exception("run %s broke", self.folder.name)
+            reason = f"{type(fault).__name__}: {fault}"
+        self._end(state, reason)
+
+    def _end(self, state: str, reason: str) -> None:
+        with contextlib.suppress(StoreError):  # a run that never began is not in the store
+            self._link.set_run_state(self.run_id, state, reason)
+        self.folder.end(state, reason)
+        self._show("ended", {"state": state, "rounds": self.commit, "folder": self.folder.name})
+        self._link.on_end(self.run_id)
+        log.info("run %s: %s %s", self.folder.name, state, reason)
+
+    def _serve_until_done(self) -> None:
+        self._register(self._await_nodes)
+        restarts, reached = 0, -1
+        while True:
+            try:
+                self._serve()
+                return
+            except RunFailed as fault:
+                died = isinstance(fault.__context__, ChannelError)
+                restarts = restarts + 1 if self.commit == reached else 0
+                reached = self.commit
+                if self._closing:
+                    raise Interrupted from None
+                if not died or restarts >= MAX_RESTARTS:
+                    raise
+                log.warning("run %s: %s; it goes on from round %d", self.folder.name, fault.reason, reached)
+                self.folder.log(f"restarted: {fault.reason}")
+                self.folder.release()
+
+    def _await_nodes(self) -> list[int]:
+        """Return the nodes the run begins with: those that are here once there are enough."""
+        least = int(self.config["nodes"])
+        told = ""
+        with self._change:
+            while True:
+                if self._closing:
+                    raise Interrupted
+                if self._stopping or (self.folder.path / "stop").exists():
+                    raise RunStopped("stopped before it began, as asked")
+                here = sorted(self._available())
+                if len(here) >= least:
+                    return here
+                reason = f"waits for nodes: {len(here)} of {least} are connected"
+                if reason != told:
+                    status = self.folder.recorded_status
+                    status.reason = told = reason
+                    self.folder.set_status(status)
+                self._change.wait(_PATIENCE)
+
+    def _register(self, choose: Callable[[], list[int]]) -> None:
+        """Put a new run into the store; of one that was there, whatever is still out is withdrawn."""
+        try:
+            info = self._link.run(self.run_id)
+        except StoreError:
+            nodes = choose()
+            self._link.create_run(self.run_id, nodes)
+            self._show("run", {"name": self.folder.name, "app": self.config["name"], "nodes": len(nodes)})
+            return
+        if info.state == "running":
+            self._link.set_run_state(self.run_id, "stopped", "the SuperLink was restarted")
+
+    def _serve(self) -> None:
+        """Serve the app from the last committed round on."""
+        self.attempt += 1
+        write_atomically(self.folder.path / "attempt", str(self.attempt).encode())
+        if self._link.run(self.run_id).state == "running":
+            self._link.set_run_state(self.run_id, "stopped", "the ServerApp is started again")
+        seed = self.config["seed"]
+        context = Context(self.run_id, SERVER_NODE_ID, run_config=dict(self.config["run-config"]), seed=seed)
+
+        def snapshot() -> Mapping[int, NodeState]:
+            server = NodeState(context.state, context.mod_states)
+            return {} if server.is_empty() else {SERVER_NODE_ID: server.copy()}
+
+        kept = self.folder.begin(snapshot).get(SERVER_NODE_ID)
+        if kept is not None:
+            context.state, context.mod_states = kept.app, kept.mods
+        self._recorder = _Recorder(self.folder, self.folder.recorded_status.round)
+        self._link.set_run_state(self.run_id, "running")
+        grid = LinkGrid(self._link, self.run_id, self._recorder, seed)
+        before = self._link.traffic(self.run_id).messages_up
+        self._run_app(grid, context)
+        traffic = self._link.traffic(self.run_id)
+        if traffic.errors and traffic.messages_up == before:
+            causes = "; ".join(f"{count} x {cause}" for cause, count in traffic.errors.most_common(5))
+            raise RunFailed(f"no node gave a valid reply: {causes}")
+
+    def _run_app(self, grid: LinkGrid, context: Context) -> None:
+        try:
+            self._launcher.serve(Path(self.config["app"]), grid, context, self.folder.path / "server_app.txt")
+        except (RunFailed, RunStopped):
+            raise
+        except Exception as fault:
+            if self._closing:
+                raise Interrupted from None
+            what = "" if isinstance(fault, PrivfedError) else f"{type(fault).__name__}: "
+            raise RunFailed(f"the ServerApp failed: {what}{fault}") from fault
+
+    def waits_for(self, connected: Callable[[int], bool]) -> str:
+        """Say what the run waits for now."""
+        if self.folder.recorded_status.state in ENDED:
+            return ""
+        asked = self._link.waits_for(self.run_id)
+        if not asked:
+            return self.folder.recorded_status.reason
+        gone = [node for node in asked if not connected(node)]
+        text = f"waits for replies of {len(asked)} nodes"
+        if gone:
+            names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
+            text += f", {len(gone)} of them not connected ({names})"
+        return text
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.item() if hasattr(value, "item") else str(value)

@@ -1,0 +1,286 @@
+"""What a SuperLink serves to nodes: the session that pushes tasks, large buffers both ways, answers, and runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from privfed.errors import WireError
+from privfed.message import SERVER_NODE_ID, Message
+from privfed.runtime.blob import BlobError, BlobFolder
+from privfed.runtime.certificate import Peer
+from privfed.runtime.dispatch import MAX_SLOTS, Dispatcher, Session
+from privfed.runtime.frame import (
+    CHUNK,
+    Answer,
+    Buffer,
+    Grant,
+    Hello,
+    Part,
+    Progress,
+    RunQuery,
+    Verdict,
+    Waiting,
+    Want,
+    Welcome,
+    chunk,
+    pack,
+    read_chunk,
+    unpack,
+)
+from privfed.runtime.gate import Context, Denied, Gate, malformed
+from privfed.runtime.node_register import NodeRegister
+from privfed.runtime.store import Holder
+
+SERVICE = "privfed.Fleet"
+HELLO_SECONDS = 10.0
+STALL_SECONDS = 60.0
+MAX_HELD = 4096
+_REFUSED_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLimits:
+    """What nodes may ask for: connections, bytes of one reply on its way, bytes of all."""
+
+    nodes: int = 10_000
+    reply_bytes: int = 16 << 30
+    total_bytes: int = 64 << 30
+
+
+class Runs(Protocol):
+    """What the service must know of runs (`privfed.runtime.federation`)."""
+
+    def grant(self, run_id: int, node: int) -> Grant | None: ...
+
+    def has_ended(self, run_id: int) -> bool: ...
+
+    def archive(self, digest: bytes, node: int) -> Path | None: ...
+
+
+class FleetService:
+    """Serves nodes that passed the gate and the register."""
+
+    def __init__(
+        self,
+        name: str,
+        dispatcher: Dispatcher,
+        register: NodeRegister,
+        runs: Runs,
+        incoming: Path,
+        limits: FleetLimits = FleetLimits(),
+    ) -> None:
+        self.name = name
+        self.dispatcher = dispatcher
+        self._register = register
+        self._runs = runs
+        self._incoming = incoming
+        self._limits = limits
+        self._inboxes: dict[int, BlobFolder] = {}
+        self._expected: dict[int, dict[bytes, int]] = {}
+        self.bytes_up = self.bytes_down = self.answers = 0
+
+    def handlers(self, gate: Gate) -> grpc.GenericRpcHandler:
+        """Return the service for a gRPC server."""
+        methods = {
+            "Session": gate.conversing(self._session),
+            "Answer": gate.unary(self._answer),
+            "Upload": gate.receiving(self._upload),
+            "Download": gate.streaming(self._download),
+            "Run": gate.unary(self._run),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def _session(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> None:
+        try:
+            first = await asyncio.wait_for(anext(aiter(frames)), HELLO_SECONDS)
+            hello = unpack(first, Hello)
+        except (TimeoutError, StopAsyncIteration):
+            raise Denied(f"no greeting came within {HELLO_SECONDS:g} s", grpc.StatusCode.DEADLINE_EXCEEDED) from None
+        except WireError as fault:
+            raise malformed(fault) from None
+        node = _node(peer)
+        if not 1 <= hello.slots <= MAX_SLOTS or len(hello.holding) > MAX_HELD or len(hello.runs) > MAX_HELD:
+            raise Denied(f"a node takes 1 to {MAX_SLOTS} tasks at a time", grpc.StatusCode.INVALID_ARGUMENT)
+        reason = await self.dispatcher.in_thread(lambda: self._register.greet(peer))
+        if reason:
+            await context.write(pack(Waiting(reason=reason)))
+            await asyncio.sleep(_REFUSED_SECONDS)  # it will ask again
+            return
+        if len(self.dispatcher.sessions) >= self._limits.nodes:
+            raise Denied(f"{self._limits.nodes} nodes are connected", grpc.StatusCode.RESOURCE_EXHAUSTED)
+        session = Session(node, peer.name, hello.slots)
+        session.queue.put_nowait(Welcome(node_id=node, link=self.name))
+        try:
+            await self.dispatcher.join(session, hello.holding)
+            await self._push(session, hello, context)
+        finally:
+            self.dispatcher.leave(session)
+
+    async def _push(self, session: Session, hello: Hello, context: Context) -> None:
+        from privfed.runtime.frame import Ended
+
+        for run_id in hello.runs:
+            if self._runs.has_ended(run_id):
+                session.queue.put_nowait(Ended(run_id=run_id))
+        while (frame := await session.queue.get()) is not None:
+            await context.write(pack(frame))
+
+    async def _run(self, peer: Peer, request: bytes) -> bytes:
+        node = self._served(peer)
+        try:
+            query = unpack(request, RunQuery)
+        except WireError as fault:
+            raise malformed(fault) from None
+        grant = await self.dispatcher.in_thread(lambda: self._runs.grant(query.run_id, node))
+        if grant is None:
+            raise Denied(f"node {node} has no part in a run {query.run_id}", grpc.StatusCode.NOT_FOUND)
+        return pack(grant)
+
+    def _served(self, peer: Peer) -> int:
+        """Return the id of a node that is served. Raises Denied for one that is not connected or not approved."""
+        node = _node(peer)
+        if node not in self.dispatcher.sessions:
+            raise Denied(f"node {node} has no session here", grpc.StatusCode.UNAVAILABLE)
+        return node
+
+    async def _answer(self, peer: Peer, request: bytes) -> bytes:
+        node = self._served(peer)
+        try:
+            answer = unpack(request, Answer)
+        except WireError as fault:
+            raise malformed(fault) from None
+        holder = await self.dispatcher.in_thread(lambda: self.dispatcher.link.holder(answer.token))
+        if holder is None:
+            return pack(Verdict(counted=False))
+        if holder.node_id != node:
+            raise Denied(f"node {node} answers for another node")
+        if holder.counted:
+            return pack(Verdict(counted=True))
+        verdict = await self.dispatcher.in_thread(lambda: self._settle(node, holder, answer))
+        if not verdict.missing:
+            self._expected.pop(node, None)
+            self.answers += 1
+            self.dispatcher.finished(node, answer.token)
+        return pack(verdict)
+
+    def _settle(self, node: int, holder: Holder, answer: Answer) -> Verdict:
+        """Count a reply that is all here; else say what is missing."""
+        sent = self.dispatcher.outbox.of_task(answer.token)
+        outside = {part.digest: part for part in answer.parcel.outside()}
+        inbox = self._inbox(node) if outside else {}
+        found: dict[bytes, Buffer] = {digest: sent[digest] for digest in outside if digest in sent}
+        found |= {digest: inbox[digest] for digest in outside if digest in inbox}
+        missing = [part for digest, part in outside.items() if digest not in found]
+        if missing:
+            return self._ask(node, missing)
+        try:
+            reply = answer.parcel.open(found)
+        except WireError as fault:
+            if not outside:
+                raise malformed(fault) from None
+            self._inbox(node).drop(outside)
+            return self._ask(node, list(outside.values()))
+        _check(reply, node, holder)
+        counted = self.dispatcher.link.count(answer.token, holder.run_id, reply)
+        if node in self._inboxes:
+            self._inboxes[node].drop(outside)
+        return Verdict(counted=counted)
+
+    def _inbox(self, node: int) -> BlobFolder:
+        if node not in self._inboxes:
+            self._inboxes[node] = BlobFolder(self._incoming / str(node), self._limits.reply_bytes)
+        return self._inboxes[node]
+
+    def _ask(self, node: int, parts: list[Part]) -> Verdict:
+        inbox = self._inbox(node)
+        self._expected[node] = {part.digest: part.size for part in parts}
+        missing = tuple(Progress(digest=part.digest, size=inbox.arrived(part.digest)) for part in parts)
+        return Verdict(counted=False, missing=missing)
+
+    async def _upload(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> bytes:
+        del context
+        node = self._served(peer)
+        expected = self._expected.get(node)
+        if expected is None:
+            raise Denied(f"node {node} was not asked for anything", grpc.StatusCode.OUT_OF_RANGE)
+        iterator = aiter(frames)
+        while True:
+            try:
+                frame = await asyncio.wait_for(anext(iterator), STALL_SECONDS)
+                digest, offset, total, data = read_chunk(frame)
+            except StopAsyncIteration:
+                return b""
+            except TimeoutError:
+                raise Denied("the upload stands still", grpc.StatusCode.DEADLINE_EXCEEDED) from None
+            except WireError as fault:
+                raise malformed(fault) from None
+            if expected.get(digest) != total:
+                raise Denied("a buffer that was not asked for, or of another size", grpc.StatusCode.INVALID_ARGUMENT)
+            self.bytes_up += len(data)
+            await self._keep(node, digest, offset, total, data)
+
+    async def _keep(self, node: int, digest: bytes, offset: int, total: int, data: memoryview) -> None:
+        if sum(inbox.size for inbox in self._inboxes.values()) > self._limits.total_bytes:
+            raise Denied("too many bytes are on their way: try again", grpc.StatusCode.RESOURCE_EXHAUSTED)
+        try:
+            await self.dispatcher.in_thread(lambda: self._inbox(node).add(digest, offset, total, data))
+        except BlobError as fault:
+            raise Denied(str(fault), grpc.StatusCode.OUT_OF_RANGE) from None
+        except OSError as fault:  # a full disk: the node keeps its reply and tries again
+            raise Denied(f"cannot keep the upload: {fault.strerror}", grpc.StatusCode.RESOURCE_EXHAUSTED) from None
+
+    async def _download(self, peer: Peer, request: bytes, context: Context) -> None:
+        node = self._served(peer)
+        try:
+            want = unpack(request, Want)
+        except WireError as fault:
+            raise malformed(fault) from None
+        for part in want.parts:
+            source = self._source(node, part.digest)
+            total = len(source)
+            if part.size > total:
+                raise Denied("that buffer is shorter", grpc.StatusCode.OUT_OF_RANGE)
+            for at in range(part.size, total, CHUNK):
+                frame = await self.dispatcher.in_thread(_cut(source, part.digest, at, total))
+                self.bytes_down += len(frame)
+                await context.write(frame)
+
+    def _source(self, node: int, digest: bytes) -> memoryview:
+        found = self.dispatcher.outbox.find(node, digest)
+        if found is not None:
+            return memoryview(found).cast("B")
+        path = self._runs.archive(digest, node)
+        if path is not None:
+            return memoryview(path.read_bytes())
+        raise Denied("this node was not sent that buffer", grpc.StatusCode.NOT_FOUND)
+
+
+def _cut(source: memoryview, digest: bytes, at: int, total: int) -> Callable[[], bytes]:
+    return lambda: chunk(digest, at, total, source[at : at + CHUNK])
+
+
+def _node(peer: Peer) -> int:
+    if peer.node_id is None:
+        raise Denied(f"{peer.common_name} is no node")
+    return peer.node_id
+
+
+def _check(reply: Message, node: int, holder: Holder) -> None:
+    """Raise Denied unless the message answers the task it was given for."""
+    data = reply.metadata
+    told: Mapping[str, tuple[object, object]] = {
+        "source": (data.src_node_id, node),
+        "destination": (data.dst_node_id, SERVER_NODE_ID),
+        "run": (data.run_id, holder.run_id),
+        "task": (data.reply_to_message_id, holder.message_id),
+    }
+    for what, (said, true) in told.items():
+        if said != true:
+            raise Denied(f"the reply names {what} {said}, the task {true}", grpc.StatusCode.INVALID_ARGUMENT)

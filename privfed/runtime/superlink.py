@@ -1,0 +1,215 @@
+"""The SuperLink: a long-lived process that serves nodes, users and its operator, on a listener each."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from privfed.errors import PrivfedError
+from privfed.runtime.certificate import USERS, CertificateError
+from privfed.runtime.control_service import ControlService
+from privfed.runtime.credentials import Credentials
+from privfed.runtime.disk import write_atomically
+from privfed.runtime.dispatch import Dispatcher
+from privfed.runtime.federation import Federation
+from privfed.runtime.federation_link import FederationLink
+from privfed.runtime.fleet_service import FleetLimits, FleetService
+from privfed.runtime.gate import Gate
+from privfed.runtime.handshake import server_options
+from privfed.runtime.launcher import Launcher
+from privfed.runtime.monitor import Monitor
+from privfed.runtime.node_register import NodeRegister
+from privfed.runtime.sqlstore import SqlStore
+
+log = logging.getLogger("privfed.superlink")
+STORE_THREADS = 8
+GRACE_SECONDS = 2.0
+SPARE_FILES = 256
+RELOAD_SECONDS = 60.0
+
+
+class SuperLinkError(PrivfedError):
+    """A SuperLink that must not or cannot start: says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuperLinkOptions:
+    """Where a SuperLink listens and keeps things. Addresses are "host:port"; port 0 lets the system choose.
+
+    credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
+    """
+
+    home: Path
+    fleet: str = "127.0.0.1:7810"
+    control: str = "127.0.0.1:7811"
+    monitor: str | None = None
+    credentials: Credentials | None = None
+    force_insecure: bool = False
+    limits: FleetLimits = field(default_factory=FleetLimits)
+
+
+class SuperLink:
+    """Everything of one SuperLink. launcher: runs server apps."""
+
+    def __init__(self, options: SuperLinkOptions, launcher: Launcher) -> None:
+        self.options = options
+        if options.credentials is None:
+            for address in (options.fleet, options.control):
+                if not _is_loopback(address) and not options.force_insecure:
+                    raise SuperLinkError(
+                        f"{address} can be reached by others, and without keys anybody may do anything there: "
+                        f"give --keys (see `privfed keys`), or listen on 127.0.0.1"
+                    )
+        home = options.home
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = _take_lock(home / "lock")
+        self.name = options.credentials.peer.name if options.credentials is not None else "insecure"
+        trust = options.credentials.trust if options.credentials is not None else None
+        self._store = SqlStore(home)
+        self.link = FederationLink(self._store)
+        self.register = NodeRegister(home / "nodes.json", trust)
+        self.federation = Federation(home, self.link, launcher, self.register.approved)
+        self._gates = {"fleet": Gate(trust, {"node"}), "control": Gate(trust, USERS)}
+        self._started = time.monotonic()
+        self._servers: list[grpc.aio.Server] = []
+        self._fault = "it is starting"
+        self.addresses: dict[str, str] = {}
+
+    async def start(self) -> None:
+        """Listen, and go on with the runs that were open."""
+        options = self.options
+        _allow_files(options.limits.nodes)
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="privfed-store")
+        self.dispatcher = Dispatcher(self.link, self._threads, self.federation.progress, self.federation.nodes_changed)
+        sessions = self.dispatcher.sessions
+        self.federation.connected = lambda: set(sessions)
+        incoming = options.home / "incoming"
+        self.fleet = FleetService(self.name, self.dispatcher, self.register, self.federation, incoming, options.limits)
+        control = ControlService(self.federation, self.register, self.dispatcher)
+        self._offering = asyncio.create_task(self.dispatcher.run())
+        self._watching = asyncio.create_task(self._watch_credentials())
+        fleet = self.fleet.handlers(self._gates["fleet"])
+        self.addresses["fleet"] = await self._listen(options.fleet, fleet, "privfed.Fleet")
+        self.addresses["control"] = await self._listen(
+            options.control, control.handlers(self._gates["control"]), "privfed.Control"
+        )
+        self._monitor = Monitor(self.values, lambda: self._fault)
+        if options.monitor is not None:
+            host, _, port = options.monitor.rpartition(":")
+            self.addresses["monitor"] = f"{host}:{await self._monitor.start(host, int(port))}"
+        write_atomically(options.home / "addresses.json", json.dumps(self.addresses).encode())
+        count = self.federation.take_up()
+        self._fault = ""
+        log.info("serving %s; %d runs go on", self.addresses, count)
+
+    async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str) -> str:
+        server = grpc.aio.server(options=server_options())
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        server.add_generic_rpc_handlers((handlers,))
+        host = address.rpartition(":")[0]
+        credentials = self.options.credentials
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials.server_credentials())
+        except RuntimeError as fault:
+            raise SuperLinkError(f"cannot listen on {address}: {fault}") from None
+        await server.start()
+        for service in ("", name):
+            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._servers.append(server)
+        return f"{host}:{port}"
+
+    async def _watch_credentials(self) -> None:
+        """Take up renewed certificates and rosters, and warn of what expires."""
+        credentials = self.options.credentials
+        told: set[str] = set()
+        while credentials is not None:
+            try:
+                if await self.dispatcher.in_thread(credentials.reload):
+                    log.info("certificates and roster were read again")
+                    self.federation.nodes_changed()
+                    self._drop_revoked(credentials)
+            except CertificateError as fault:
+                log.warning("the new certificates are not used: %s", fault)
+            for warning in credentials.warnings():
+                if str(warning) not in told:
+                    told.add(str(warning))
+                    log.warning("%s", warning)
+            await asyncio.sleep(RELOAD_SECONDS)
+
+    def _drop_revoked(self, credentials: Credentials) -> None:
+        members = credentials.trust.roster.keys
+        for node in list(self.dispatcher.sessions):
+            if node not in members:
+                self.dispatcher.hang_up(node)
+
+    def values(self) -> dict[str, float]:
+        """Return what the monitor shows."""
+        return {
+            "nodes_connected": len(self.dispatcher.sessions),
+            "nodes_approved": len(self.register.approved()),
+            "runs_open": self.federation.open_runs(),
+            "answers_total": self.fleet.answers,
+            "bytes_received_total": self.fleet.bytes_up,
+            "bytes_sent_total": self.fleet.bytes_down,
+            "refusals_total": sum(gate.refusals for gate in self._gates.values()),
+            "uptime_seconds": time.monotonic() - self._started,
+        }
+
+    async def stop(self) -> None:
+        """End in good order: runs are let go of and go on after a restart."""
+        self._fault = "it is stopping"
+        for task in (self._offering, self._watching):
+            task.cancel()
+        await asyncio.gather(self._offering, self._watching, return_exceptions=True)
+        await asyncio.gather(*(server.stop(GRACE_SECONDS) for server in self._servers))
+        await self._monitor.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
+        self._threads.shutdown(wait=True)
+        self._store.close()
+        os.close(self._lock)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
+
+def _take_lock(path: Path) -> int:
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise SuperLinkError(f"another SuperLink uses {path.parent}: stop it, or give another --home") from None
+    return held
+
+
+def _allow_files(nodes: int) -> None:
+    """Let the process have a socket for every node, as far as the system allows; say so when it does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = nodes + SPARE_FILES
+    if soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning("the system allows %d open files: about %d nodes can connect", allowed, allowed - SPARE_FILES)
