@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 
 from privfed.privacy import events as ev
-from privfed.privacy.atoms import Atoms, Swapped
+from privfed.privacy.atoms import Atoms, Swapped, certain_of
 from privfed.privacy.pair import Floats, Masses, Pair
 
 _POINTS = 1200
@@ -29,6 +29,11 @@ class Enclosed:
 
     above: Pair
     below: Pair
+
+    @property
+    def certain(self) -> float:
+        """Return that of `above`."""
+        return certain_of(self.above)
 
     def masses(self, edges: Floats) -> Masses:
         """Return those of `above`."""
@@ -85,16 +90,17 @@ def _add(first: Law, second: Law, upper: bool) -> Law:
     """Return the law of the sum of independent variables, on a new grid."""
     values = np.add.outer(first[0], second[0]).ravel()
     masses = np.multiply.outer(first[1], second[1]).ravel()
-    good = masses > 1e-40
+    good = masses * np.maximum(values, 1.0) > 1e-60
+    gone = float(masses[~good] @ values[~good])
     values, masses = values[good], masses[good]
     low, high = _range(values, masses)
     step = math.log(high / low) / (_POINTS - 1)
     grid = low * np.exp(step * np.arange(_POINTS))
-    with np.errstate(divide="ignore"):
-        cell = np.clip(np.floor((np.log(values) - math.log(low)) / step).astype(np.int64) + 1, 0, _POINTS)
+    place = np.log(np.maximum(values, low * 1e-3)) - math.log(low)
+    cell = np.clip(np.floor(place / step).astype(np.int64) + 1, 0, _POINTS)
     mass: Floats = np.bincount(cell, masses, _POINTS + 1).astype(np.float64)
     moment: Floats = np.bincount(cell, masses * values, _POINTS + 1).astype(np.float64)
-    lost = first[2] + second[2]
+    lost = first[2] + second[2] + gone
     if upper:
         return _split_cells(np.concatenate(([0.0], grid)), mass, moment, lost)
     keep = mass > 0
@@ -134,7 +140,8 @@ def _atoms(law: Law, terms: int) -> Atoms:
     values, masses, lost = law
     keep = (values > 0) & (masses > 0)
     p = masses[keep] * values[keep] / terms
-    return Atoms(p, masses[keep], lost / terms, rounding=1e-11)
+    never = float(masses[values == 0].sum())  # Q mass without P mass
+    return Atoms(p, masses[keep], lost / terms, rounding=1e-11, lost=never, endless=True)
 
 
 def allocation_pairs(event: ev.RandomAllocation, relation: str) -> tuple[Pair, Pair]:

@@ -11,11 +11,16 @@ import numpy as np
 from privfed.privacy.pair import ULP, Floats, Masses, Pair
 
 
+class OutOfRange(OverflowError):
+    """Privacy losses are finite and too large for floats."""
+
+
 @dataclass(frozen=True, eq=False)
 class Atoms:
     """Finitely many outcomes with P masses p and Q masses q (the rest of P is where Q is 0: `certain`).
 
-    rounding: relative error of the masses. spacing: if positive, all finite losses lie on one lattice of that step.
+    lost: Q mass of outcomes that P has not. rounding: relative error of the masses. spacing: if positive, all finite
+    losses lie on one lattice of that step. endless: outcomes too rare for floats were left out, with larger losses.
     """
 
     p: Floats
@@ -23,6 +28,8 @@ class Atoms:
     certain: float = 0.0
     rounding: float = 8 * ULP
     spacing: float = 0.0
+    lost: float = 0.0
+    endless: bool = False
 
     @property
     def losses(self) -> Floats:
@@ -76,6 +83,11 @@ class Atoms:
             return float(np.maximum(self.p - math.exp(epsilon) * self.q, 0.0).sum()) + self.certain
 
 
+def certain_of(pair: object) -> float:
+    """Return the P mass of outcomes that Q has not."""
+    return float(getattr(pair, "certain", 0.0))
+
+
 def atoms_of(pair: Pair) -> tuple[float, float] | None:
     """Return the losses of two atoms that hold much of the mass, if the pair has such."""
     ends = getattr(pair, "ends", None)
@@ -96,7 +108,7 @@ class Swapped:
     @property
     def certain(self) -> float:
         """Return the mass of Q where P is 0."""
-        return max(0.0, 1 - float(self.pair.q.sum())) if isinstance(self.pair, Atoms) else 0.0
+        return self.pair.lost if isinstance(self.pair, Atoms) else 0.0
 
     @property
     def top(self) -> Callable[[], tuple[float, float]] | None:
@@ -144,13 +156,18 @@ class Joined:
 
     pair: Pair
 
+    @property
+    def certain(self) -> float:
+        """Return what only P has; Q has as much of its own."""
+        return certain_of(self.pair)
+
     def masses(self, edges: Floats) -> Masses:
         """Return the positive part, its mirror image, and the rest at loss 0."""
         at = np.unique(np.concatenate((edges, -edges, [0.0])))
         p, q, p_error, q_error = self.pair.masses(at)
         zero = int(np.searchsorted(at, 0.0))
         positive_p, positive_q = p[zero + 1 :], q[zero + 1 :]
-        rest = max(0.0, 1.0 - float(positive_p.sum()) - float(positive_q.sum()))
+        rest = max(0.0, 1.0 - float(positive_p.sum()) - float(positive_q.sum()) - self.certain)
         size = len(at) + 1
         out = np.zeros((4, size))
         out[:, zero + 1 :] = positive_p, positive_q, p_error[zero + 1 :], q_error[zero + 1 :]
@@ -167,7 +184,7 @@ class Joined:
         """Return the nodes of the three parts."""
         losses, p = self.pair.positive_nodes(reach, wave)
         q = p * np.exp(-losses)
-        rest = max(0.0, 1 - float(p.sum()) - float(q.sum()))
+        rest = max(0.0, 1 - float(p.sum()) - float(q.sum()) - self.certain)
         return np.concatenate((-losses, [0.0], losses)), np.concatenate((q, [rest], p))
 
     def positive_nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
@@ -191,6 +208,11 @@ class Tagged:
     """Branches drawn with known probabilities and shown to the observer: (probability, pair)."""
 
     branches: tuple[tuple[float, Pair], ...]
+
+    @property
+    def certain(self) -> float:
+        """Return the weighted sum of what only P has."""
+        return sum(share * certain_of(pair) for share, pair in self.branches)
 
     def masses(self, edges: Floats) -> Masses:
         """Return the weighted sums."""
@@ -223,9 +245,9 @@ def _weighted(parts: list[tuple[float, Floats, Floats]]) -> tuple[Floats, Floats
 
 def sampled(atoms: Atoms, rate: float) -> Atoms:
     """Return (1 - rate) Q + rate P against Q [ZDW22]; outcomes that only Q has are kept."""
-    only = max(0.0, 1 - float(atoms.q.sum())) if atoms.certain else 0.0
+    only = atoms.lost
     p, q = (np.append(atoms.p, 0.0), np.append(atoms.q, only)) if only else (atoms.p, atoms.q)
-    return Atoms((1 - rate) * q + rate * p, q, rate * atoms.certain, atoms.rounding + 4 * ULP)
+    return Atoms((1 - rate) * q + rate * p, q, rate * atoms.certain, atoms.rounding + 4 * ULP, endless=atoms.endless)
 
 
 def randomized_response(epsilon: float, delta: float = 0.0) -> Atoms:
@@ -233,5 +255,5 @@ def randomized_response(epsilon: float, delta: float = 0.0) -> Atoms:
     p = (1 - delta) / (1 + math.exp(-epsilon))
     q = (1 - delta) * math.exp(-epsilon) / (1 + math.exp(-epsilon))
     if epsilon == 0:
-        return Atoms(np.array([1 - delta]), np.array([1 - delta]), delta)
-    return Atoms(np.array([p, q]), np.array([q, p]), delta, spacing=2 * epsilon)
+        return Atoms(np.array([1 - delta]), np.array([1 - delta]), delta, lost=delta)
+    return Atoms(np.array([p, q]), np.array([q, p]), delta, spacing=2 * epsilon, lost=delta)

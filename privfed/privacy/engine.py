@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from privfed.privacy import lattice, pld
-from privfed.privacy.atoms import Atoms, atoms_of
+from privfed.privacy.atoms import Atoms, atoms_of, certain_of
 from privfed.privacy.closed_form import root
 from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
 from privfed.privacy.pair import ULP, Pair
@@ -45,8 +45,12 @@ class Direction:
     @cached_property
     def certain(self) -> float:
         """Probability of an outcome that only P has."""
-        log = sum(count * math.log1p(-_certain(pair)) for pair, count in self.parts if _certain(pair) < 1)
-        return 1.0 if any(_certain(pair) >= 1 for pair, _ in self.parts) else -math.expm1(log)
+        return _once(tuple((certain_of(pair), count) for pair, count in self.parts))
+
+    @cached_property
+    def surely(self) -> float:
+        """Return the same from below, for pairs that are known from two sides."""
+        return _once(tuple((certain_of(getattr(pair, "below", pair)), count) for pair, count in self.parts))
 
     @cached_property
     def ceiling(self) -> float:
@@ -80,7 +84,7 @@ class Direction:
         peak = self._peak(delta)
         if peak is not None and _close(peak.lower, peak.upper, 1e-9, 1e-9):
             return peak.upper, True
-        log_delta = math.log((delta - self.certain) / (1 - self.certain))
+        log_delta = math.log(delta - self.certain)  # what the finite losses, whose mass is less than 1, may add
         exact = self._exact()
         if exact is not None:
             near = self.cumulants.at(min(self.cumulants.order_for_delta(log_delta), 64.0))[1]
@@ -100,13 +104,14 @@ class Direction:
             return found.estimate, True
         line = self._line_at(self.cumulants.order_for_epsilon(epsilon))
         delta = math.exp(min(0.0, line.log_delta(epsilon)))
-        return self.certain + (1 - self.certain) * delta, line.settled
+        return min(1.0, self.certain + delta), line.settled
 
     def bracket_epsilon(self, delta: float, tol: float, enough: float = -math.inf) -> Bracket:
         """Bracket epsilon(delta); stop early when the upper bound is at most `enough`."""
         estimate, settled = self.estimate_epsilon(delta)
         if math.isinf(estimate):
-            return Bracket(math.inf, math.inf, math.inf, True)
+            lower = math.inf if self.surely >= delta else 0.0
+            return Bracket(lower, math.inf, math.inf, True)
         if self.single:
             return _single_epsilon(self.parts[0][0], delta, estimate)
         peak = self._peak(delta)
@@ -198,8 +203,7 @@ class Direction:
             return Bracket(max(0.0, estimate - wrong), estimate, min(1.0, estimate + wrong), True)
         if epsilon >= self.ceiling:  # the true ceiling may lie a rounding error higher
             upper = self.certain * (1 + 1e-12) + 2e-12 * abs(self.ceiling) + 1e-280
-            lower = self.certain * (1 - 1e-12)
-            return Bracket(lower, self.certain, min(1.0, upper), True)
+            return Bracket(self.surely * (1 - 1e-12), self.certain, min(1.0, upper), True)
         top = self._top_delta(epsilon)
         if top is not None:
             return top
@@ -297,11 +301,11 @@ class Direction:
             moment = self.cumulants.of(pair, order)
             cells = lattice.refine(pair, step, low, high, order, moment, share)
             narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
-            highs.append((lattice.spread(cells, _certain(pair), order, moment), count))
+            highs.append((lattice.spread(cells, certain_of(pair), order, moment), count))
             below = getattr(pair, "below", pair)
             if below is not pair:
                 cells = lattice.Cells(step, cells.index, below.masses(cells.edges), cells.offset)
-            lows.append((lattice.merge(below, cells, _certain(below), order, moment), count))
+            lows.append((lattice.merge(below, cells, certain_of(below), order, moment), count))
         return highs, lows, narrow
 
 
@@ -324,6 +328,13 @@ def _enumerated(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return ((Atoms(p, q, -math.expm1(log_kept), rounding), 1),)
 
 
+def _once(chances: tuple[tuple[float, int], ...]) -> float:
+    """Return the probability that something of the given chances happens at least once."""
+    if any(chance >= 1 for chance, _ in chances):
+        return 1.0
+    return -math.expm1(sum(count * math.log1p(-chance) for chance, count in chances))
+
+
 def _meet(first: Bracket, second: Bracket | None) -> Bracket:
     """Return the intersection of two brackets."""
     if second is None:
@@ -332,16 +343,12 @@ def _meet(first: Bracket, second: Bracket | None) -> Bracket:
     return Bracket(lower, min(max(first.estimate, lower), upper), upper, first.settled)
 
 
-def _certain(pair: object) -> float:
-    return float(getattr(pair, "certain", 0.0))
-
-
 def _profile_error(pair: Pair, epsilon: float) -> float:
     """Bound the rounding of a profile: it is a difference of two masses, each with its own error."""
     growth = math.exp(min(epsilon, 700.0))
     p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon])))
     reach = 4 * ULP * (1 + abs(epsilon))
-    return p_error + growth * q_error + reach * (p + growth * q) + reach * _certain(pair) + 1e-290
+    return p_error + growth * q_error + reach * (p + growth * q) + reach * certain_of(pair) + 1e-290
 
 
 def _single_epsilon(pair: Pair, delta: float, estimate: float) -> Bracket:

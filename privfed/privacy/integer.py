@@ -10,11 +10,12 @@ import numpy.typing as npt
 from scipy import special
 
 from privfed.privacy import events as ev
-from privfed.privacy.atoms import Atoms
+from privfed.privacy.atoms import Atoms, OutOfRange
 from privfed.privacy.pair import Floats
 
 Law = Callable[[npt.NDArray[np.int64]], Floats]
 _LARGEST = 2_000_000  # outcomes kept
+_RARE = 1e-280  # left out
 
 
 def integer_pair(event: ev.Event, rate: float, antipodal: bool, distance: int) -> Atoms | None:
@@ -30,11 +31,17 @@ def integer_pair(event: ev.Event, rate: float, antipodal: bool, distance: int) -
     here, up = log_mass(k), log_mass(k - shift)
     p = (1 - rate) * np.exp(here) + rate * np.exp(up)
     q = (1 - rate) * np.exp(here) + rate * np.exp(log_mass(k + shift)) if antipodal else np.exp(here)
-    only = float(p[q == 0].sum())
+    cut = isinstance(event, ev.DiscreteGaussian) and event.truncation is not None and reach == event.truncation
+    only, lost = float(p[q == 0].sum()), float(q[p == 0].sum())
+    if not cut:
+        if max(only, lost) > _RARE:
+            raise OutOfRange("a mass underflows where the other does not matter little")
+        only = lost = 0.0
     both = (p > 0) & (q > 0)
     keep_p, keep_q = p[both], q[both]
     spacing = shift / event.sigma**2 if isinstance(event, ev.DiscreteGaussian) and rate == 1 else 0.0
-    return Atoms(keep_p, keep_q, only, rounding=1e-13, spacing=spacing)
+    endless = not cut and not isinstance(event, ev.DiscreteLaplace)
+    return Atoms(keep_p, keep_q, only, rounding=1e-13, spacing=spacing, lost=lost, endless=endless)
 
 
 def _law(event: ev.DiscreteGaussian | ev.DiscreteLaplace | ev.Skellam, shift: int) -> tuple[int, Law]:

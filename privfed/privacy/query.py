@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
 from privfed.privacy import closed_form, rdp
 from privfed.privacy import events as ev
-from privfed.privacy.atoms import Atoms
+from privfed.privacy.atoms import Atoms, OutOfRange, certain_of
 from privfed.privacy.bound import Bound, exact
 from privfed.privacy.cumulant import Part
 from privfed.privacy.dominating import RENYI_ONLY, gaussian_mu, pairs, silent
 from privfed.privacy.engine import Bracket, Direction
 from privfed.privacy.pair import NormalPair
 
+_RARE = 1e-15  # deltas where what an allocation pair leaves out may show
 _RENYI_LOWER = "; lower covers the parts with a dominating pair only, and tol does not apply"
 
 
@@ -24,7 +26,7 @@ class Plan:
 
     def __init__(self, counts: Mapping[ev.Event, int], relation: str) -> None:
         self.relation, self.counts = relation, dict(counts)
-        self.infinite = False
+        self.infinite = self.unresolved = False
         square = 0.0
         removed: list[Part] = []
         added: list[Part] = []
@@ -42,8 +44,9 @@ class Plan:
             else:
                 try:
                     both = pairs(event, relation)
-                except OverflowError:
+                except OverflowError as cause:
                     self.infinite = True
+                    self.unresolved = self.unresolved or isinstance(cause, OutOfRange)
                     continue
                 if both is not None:
                     removed.append((both[0], count))
@@ -104,7 +107,8 @@ class Plan:
     def epsilon(self, delta: float, tol: float) -> Bound:
         """Bracket epsilon(delta)."""
         if self.infinite:
-            return exact(math.inf, "none", "something was released without a guarantee")
+            lower = 0.0 if self.unresolved else math.inf
+            return Bound(lower, math.inf, math.inf, *self._unaccounted())
         if self.gaussian:
             value = closed_form.gaussian_epsilon(self.mu, delta)
             return exact(value, "closed form", "Gaussian composition [BW18, DRS22]", closed_form.SLACK)
@@ -116,7 +120,15 @@ class Plan:
             found = self._worst(delta, tol, self.directions)
         except OverflowError:
             return self._coarse(delta)
+        if found.upper == math.inf and self._opened is not None:
+            found = _capped(found, self._opened.epsilon(delta, tol).upper)
         return _bound(found, "epsilon")
+
+    def _unaccounted(self) -> tuple[str, str]:
+        """Return method and proof where nothing is guaranteed."""
+        if self.unresolved:
+            return "none: effort limit", "losses leave the range of floats; nothing is claimed"
+        return "none", "something was released without a guarantee"
 
     def _worst(self, delta: float, tol: float, directions: tuple[Direction, ...]) -> Bracket:
         """Return the bracket of the maximum over directions; the lesser ones only until they are seen to be less."""
@@ -129,7 +141,7 @@ class Plan:
     def delta(self, epsilon: float, tol: float) -> Bound:
         """Bracket delta(epsilon)."""
         if self.infinite:
-            return exact(1.0, "none", "something was released without a guarantee")
+            return Bound(0.0 if self.unresolved else 1.0, 1.0, 1.0, *self._unaccounted())
         if epsilon == math.inf:
             return exact(0.0, "closed form", "by definition")
         if self.gaussian:
@@ -145,7 +157,23 @@ class Plan:
         best = found[0]
         for other in found[1:]:
             best = _largest(best, other)
+        if best.upper < _RARE and self._opened is not None:
+            best = _capped(best, self._opened.delta(epsilon, tol).upper)
         return _bound(best, "delta")
+
+    @cached_property
+    def _opened(self) -> Plan | None:
+        """Return the plan in which every unit takes part in one known round of each allocation; it costs more.
+
+        Allocation pairs leave out outcomes of probability below about 1e-18, where only this bound is left.
+        """
+        if not any(isinstance(event, ev.RandomAllocation) for event in self.counts):
+            return None
+        counts: dict[ev.Event, int] = {}
+        for event, count in self.counts.items():
+            inner = event.inner if isinstance(event, ev.RandomAllocation) else event
+            counts[inner] = counts.get(inner, 0) + count
+        return Plan(counts, self.relation)
 
     def _pure(self) -> Bound:
         """Return epsilon at delta 0: the sum of the largest losses, if they have one."""
@@ -155,14 +183,10 @@ class Plan:
         for side in self._parts:
             total = 0.0
             for pair, count in side:
-                top = getattr(pair, "top", None)
-                bounded = top is not None or isinstance(getattr(pair, "pair", None), Atoms)
-                if not bounded or getattr(pair, "certain", 0.0) > 0:
-                    bounded = bool(np.isfinite(_ceiling(pair)))
-                if getattr(pair, "certain", 0.0) > 0 or not bounded:
-                    return exact(math.inf, "closed form", "unbounded privacy losses")
                 total += count * _ceiling(pair)
             worst = max(worst, total)
+        if worst == math.inf:
+            return exact(math.inf, "closed form", "unbounded privacy losses")
         return exact(worst, "closed form", "largest privacy losses add up [DR14, Thm 3.16]", 1e-12)
 
     def _coarse(self, delta: float) -> Bound:
@@ -216,17 +240,18 @@ def _only_renyi(event: ev.Event) -> bool:
 
 
 def _ceiling(pair: object) -> float:
-    if isinstance(pair, NormalPair):
+    """Return the largest privacy loss of a pair; infinite if any part of it is unbounded in either direction.
+
+    Sampled noise has a largest loss in one direction only, and the other one decides.
+    """
+    if isinstance(pair, NormalPair) or certain_of(pair) > 0:
         return math.inf
-    inner = getattr(pair, "pair", None)
-    if inner is not None and not isinstance(inner, Atoms):
-        reach = _ceiling(inner)
-        if math.isinf(reach) and not hasattr(pair, "branches"):
-            span = pair.span(0.0)  # type: ignore[attr-defined]
-            return float(span[1]) if type(pair).__name__ == "Swapped" and inner.rate < 1 else math.inf
     branches = getattr(pair, "branches", None)
     if branches is not None:
-        return max(_ceiling(branch) for _, branch in branches)
+        return max(_ceiling(branch) for share, branch in branches if share > 0)
+    inner = getattr(pair, "pair", None) or getattr(pair, "above", None)
+    if getattr(pair, "endless", False) or (inner is not None and math.isinf(_ceiling(inner))):
+        return math.inf
     return float(pair.span(0.0)[1])  # type: ignore[attr-defined]
 
 
@@ -264,6 +289,12 @@ def _largest(first: Bracket, second: Bracket) -> Bracket:
     lower = max(first.lower, second.lower)
     estimate = min(max(first.estimate, second.estimate, lower), upper)
     return Bracket(lower, estimate, upper, first.settled and (second.settled or second.upper <= first.lower))
+
+
+def _capped(found: Bracket, upper: float) -> Bracket:
+    """Return the bracket with another upper bound, if that is less."""
+    upper = max(found.lower, min(found.upper, upper))
+    return Bracket(found.lower, min(found.estimate, upper), upper, False)
 
 
 def _bound(found: Bracket, what: str) -> Bound:
