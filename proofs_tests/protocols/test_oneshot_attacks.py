@@ -16,13 +16,8 @@ import pytest
 
 from privfed.protocols.errors import SERVER, RemoteError
 from privfed.protocols.oneshot import OneShot, sharing
-from privfed.protocols.oneshot.messages import (
-    Bundle,
-    Header,
-    Invitation,
-    Quorum,
-    Signature,
-)
+from privfed.protocols.oneshot.messages import Bundle, Header, Invitation, Quorum, Signature
+from privfed.protocols.oneshot.server import OneShotServer
 from privfed.protocols.session import Identity, Policy
 from proofs_tests.protocols.oneshot_cohort import Cohort, bundle, malicious_box, refuses, secret_key
 
@@ -204,6 +199,38 @@ def test_split_survivors_open_nothing() -> None:
         signatures[node] = Signature.decode(signed).signature
     for node in views:
         refuses("split-survivors", {SERVER}, lambda node=node: cohort.answer(node, Quorum(signatures).encode()))  # type: ignore[misc]
+
+
+def twice(cohort: Cohort, node: int) -> OneShotServer:
+    """What the server holds when a node that lost its state answers the same invitation again: another (s, e)."""
+    other = cohort.protocol.server(cohort.session)
+    for sender, request in cohort.server.outbound().items():
+        reply = cohort.answer(sender, request)
+        cohort.server.receive(sender, reply)
+        if sender == node:
+            _, reply = cohort.clients[node].step(b"", request, lambda: cohort.inputs[node])  # type: ignore[assignment]
+        other.receive(sender, reply)
+    cohort.server.close()
+    other.close()
+    return other
+
+
+def test_two_contributions_of_one_node_are_two_sets() -> None:
+    """Were the ids alone signed, sums over the same ids with either contribution would open under one quorum."""
+    cohort = Cohort(5, OneShot(4))
+    other = twice(cohort, 3)
+    views = {1: cohort.server, 2: cohort.server, 4: other, 5: other}
+    signatures = {
+        node: Signature.decode(cohort.answer(node, server.outbound()[node])).signature for node, server in views.items()
+    }
+    for node in views:
+        refuses("split-survivors", {SERVER}, lambda node=node: cohort.answer(node, Quorum(signatures).encode()))  # type: ignore[misc]
+
+
+def test_a_member_adds_up_its_own_contribution_and_no_earlier_one() -> None:
+    cohort = Cohort(5, OneShot(4))
+    request = twice(cohort, 3).outbound()[3]
+    refuses("own-input-changed", {SERVER}, lambda: cohort.answer(3, request))
 
 
 def test_a_member_signs_one_set_of_survivors() -> None:

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from privfed.protocols import keys
 from privfed.protocols.errors import ProtocolError, RemoteError, TooFewSurvivors
-from privfed.protocols.oneshot import OneShot, ring, sharing
-from privfed.protocols.oneshot.messages import (
-    Contribution,
-    Share,
-)
-from proofs_tests.protocols.oneshot_cohort import Cohort, bundle, malicious_box, refuses
+from privfed.protocols.oneshot import OneShot, committee, ring, sealing, sharing
+from privfed.protocols.oneshot.messages import BOX_BYTES, Contribution, Kept, Share
+from proofs_tests.protocols.oneshot_cohort import Cohort, refuses
 
 # --- nodes that deviate, seen from the server
 
@@ -76,10 +74,31 @@ def test_the_least_flip_with_no_share_to_spare_still_releases_nothing(liar: int)
 
 def test_a_share_of_another_polynomial_is_noticed() -> None:
     """Node 2 gives node 1 a share off its polynomial: the committee's answers disagree."""
-    cohort = Cohort(5, OneShot(3)).until("confirm")
-    share = sharing.to_wire(np.arange(ring.N) % sharing.PRIME)
-    change = bundle(malicious_box(cohort, share))
-    cohort.stage(request=lambda node, request: change(request) if node == 1 else request)
+    cohort = Cohort(5, OneShot(3))
+    agreement, identity = cohort.protocol.agree(cohort.session), cohort.identities[2]
+    secret = keys.digest(b"session key of node 2")
+
+    def lie(node: int, reply: bytes) -> bytes:
+        if node != 2:
+            return reply
+        honest = Contribution.decode(reply, agreement.ciphertext_bytes, 4)
+        boxes = []
+        for place, member in enumerate((1, 3, 4, 5)):
+            box = honest.boxes[BOX_BYTES * place : BOX_BYTES * (place + 1)]
+            text = sealing.open_box(box, honest.header.public_key, agreement.digest, 2, cohort.identities[member])
+            if member == 1:
+                text = sharing.to_wire(np.arange(ring.N) % sharing.PRIME)
+            boxes.append(sealing.seal_box(secret, agreement.digest, identity, member, text))
+        header = committee.sign_header(agreement.digest, identity, keys.exchange_public(secret))
+        return replace(honest, header=header, boxes=b"".join(boxes)).encode()
+
+    cohort.stage(reply=lie)
+    # Node 2 itself confirms what it sent, as a liar does.
+    state = Kept.decode(cohort.kept[2])
+    sent = committee.sign_header(agreement.digest, identity, keys.exchange_public(secret))
+    cohort.kept[2] = replace(state, header=sent.encode()).encode()
+    cohort.server.close()
+    cohort.stage()
     cohort.server.close()
     cohort.stage()
     refuses("inconsistent-shares", {1}, cohort.server.close)

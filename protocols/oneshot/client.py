@@ -128,7 +128,7 @@ class OneShotClient:
         own, boxes, public_key = self._share(agreement, secret)
         header = committee.sign_header(agreement.digest, self.identity, public_key)
         # A node that is no member is done.
-        kept = Kept("confirm" if own else "", agreement.request, own)
+        kept = Kept("confirm", agreement.request, own, header.encode()) if own else Kept("", agreement.request, b"")
         return kept.encode(), Contribution(header, ciphertext.data, boxes).encode()
 
     def _share(self, agreement: Agreement, secret: NDArray[np.int8]) -> tuple[bytes, bytes, bytes]:
@@ -148,10 +148,11 @@ class OneShotClient:
 
     def _confirm(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
         agreement = self.agree(Invitation.decode(state.invitation).session)
-        survivors, share, reply = committee.confirm(agreement, self.identity, self.policy, state.share, request)
-        return Kept("open", state.invitation, share, survivors).encode(), reply
+        own = state.header, state.share
+        signed, share, reply = committee.confirm(agreement, self.identity, self.policy, own, request)
+        return Kept("open", state.invitation, share, signed=signed).encode(), reply
 
     def _open(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
         agreement = self.agree(Invitation.decode(state.invitation).session)
-        reply = committee.open_sum(agreement, self.identity, state.survivors, state.share, request)
+        reply = committee.open_sum(agreement, self.identity, state.signed, state.share, request)
         return Kept("", state.invitation, b"").encode(), reply

@@ -143,7 +143,7 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A member's signature on the survivors it was told."""
+    """A member's signature on the survivors and contributions it was told."""
 
     signature: bytes
 
@@ -192,18 +192,22 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a node keeps. stage: the one it waits for, or "". survivors: the encoded list it signed."""
+    """What a node keeps. stage: the one it waits for, or "". header: of its own contribution, then b"".
+
+    signed: what it signed of the survivors, 32 bytes, b"" before.
+    """
 
     stage: str
     invitation: bytes
     share: bytes = field(repr=False)
-    survivors: bytes = b""
+    header: bytes = b""
+    signed: bytes = b""
 
     TAG = b"OS kep 1"
     WAITING = ("confirm", "open", "")
 
     def encode(self) -> bytes:
-        parts = (self.invitation, self.share, self.survivors)
+        parts = (self.invitation, self.share, self.header, self.signed)
         return self.TAG + u8(self.WAITING.index(self.stage)) + b"".join(map(codec.blob, parts))
 
     @classmethod
@@ -212,6 +216,6 @@ class Kept:
             place = reader.number(1)
             if place >= len(cls.WAITING):
                 raise DecodeError("no such stage")
-            return cls(cls.WAITING[place], *(bytes(reader.blob()) for _ in range(3)))
+            return cls(cls.WAITING[place], *(bytes(reader.blob()) for _ in range(4)))
 
         return decode(kept, cls.TAG, read)
