@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from privfed.apps import CallNext, Mod
 from privfed.context import Context
@@ -24,8 +25,7 @@ from privfed.update import PLAN
 log = logging.getLogger("privfed.mods")
 
 STATE = "privacy_budget"
-Charge = Callable[[Event, str, int, str], None]
-"""Called with (event, run, round, transcript); returns when the charge is durable. Raises BudgetExceeded."""
+Folder = Callable[[Message], Path]
 
 
 def privacy_budget(
@@ -34,21 +34,21 @@ def privacy_budget(
     *,
     relation: str = "zero_out",
     observer: str = "server",
-    ledgers: Path | str | None = None,
+    ledgers: Path | str | Folder | None = None,
     min_separation: int = 1,
     unaccounted: Collection[str] = (),
-    charge: Charge | None = None,
 ) -> Mod:
     """Answer training messages only under a privacy plan, and only while all answers cost at most epsilon at delta.
 
     The node charges every update it makes, before it leaves, as an event of the plan in the message, for unit client.
     observer="server": against the server too, so only noise that nodes add counts, and central plans cost infinity;
     "output": against those who see what the server releases, taking the server's word for its noise and sampling.
-    ledgers: a folder with one ledger a node, which goes on from run to run; None: the budget is this run's, kept in
-    the node's context.
+    epsilon may be infinite: spending is recorded then, and not limited.
+    ledgers: a folder with one ledger a node, which goes on from run to run, or a function from the message to it;
+    None: the budget is this run's, kept in the node's context.
     min_separation: rounds from one participation to the next, at least (for matrix mechanisms).
     unaccounted: kinds of messages ("evaluate", "query") answered although their replies carry no noise; they are
-    refused by default. charge: charges somewhere else instead; epsilon, delta and ledgers are then not used.
+    refused by default.
 
     Put it outside of what makes the update private and inside `secure_aggregation`. What is refused is refused before
     the app is asked: `BudgetExceeded` or `PlanRefused` is all that the server is told.
@@ -58,40 +58,75 @@ def privacy_budget(
     unknown = sorted(set(unaccounted) - {"evaluate", "query"})
     if unknown:
         raise ValueError(f"unaccounted may hold evaluate and query, got {', '.join(unknown)}")
-    budget = Budget(epsilon, delta)
-    Terms("", budget, "client", relation, observer).meter()  # refuses a wrong relation now and not in a run
-    lock = threading.Lock()
+    terms = Terms("", Budget(epsilon, delta), "client", relation, observer)
+    terms.meter()  # refuses a wrong relation now and not in a run
+    purse = _Purse(terms, ledgers, min_separation)
 
     def count(message: Message, context: Context, call_next: CallNext) -> Message:
-        kind = message.metadata.message_type.partition(".")[0]
-        if kind in unaccounted:
+        if message.metadata.message_type.partition(".")[0] in unaccounted:
             return call_next(message, context)
         try:
-            if kind != "train":
-                raise PlanRefused(f"a {kind} reply has no noise and no price: this node answers none")
-            event = event_of(message, observer)
-            _check_separation(message, context, min_separation)
-            terms = Terms(f"node {context.node_id}", budget, "client", relation, observer)
-            with lock, _opened(ledgers, terms, context) as held:
-                _check_room(held, event, charge)
+            event = purse.admit(message, context)
             reply = call_next(message, context)
-            if reply.has_error():
-                return reply
-            # A reply made again carries fresh noise and is charged again.
-            transcript = hashlib.sha256(message.metadata.message_id.encode() + os.urandom(32)).hexdigest()
-            place = str(message.metadata.run_id), _round(message), transcript
-            with lock, _opened(ledgers, terms, context) as held:
-                if charge is not None:
-                    charge(event, *place)
-                else:
-                    held.charge(event, place[0], place[1], transcript)
-            context.mod_state(STATE)["last"] = ConfigRecord({"round": place[1]})
+            if not reply.has_error():
+                purse.charge(event, message, context)
             return reply
         except (PlanRefused, BudgetExceeded, LedgerError, ValueError) as cause:
             log.warning("node %d refuses: %s", context.node_id, cause)
             return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
 
     return count
+
+
+class _Purse:
+    """What a node may spend, and where it is written down."""
+
+    def __init__(self, terms: Terms, ledgers: Path | str | Folder | None, separation: int) -> None:
+        self._terms, self._ledgers, self._separation = terms, ledgers, separation
+        self._lock = threading.Lock()
+
+    def admit(self, message: Message, context: Context) -> Event:
+        """Return what a reply will cost. Raises PlanRefused or BudgetExceeded when it may not be made."""
+        kind = message.metadata.message_type
+        if kind.partition(".")[0] != "train":
+            raise PlanRefused(f"a {kind} reply has no noise and no price: this node answers none")
+        event = event_of(message, self._terms.observer)
+        _check_separation(message, context, self._separation)
+        with self._lock, contextlib.closing(self._open(message, context)) as ledger:
+            after = ledger.preview(event)
+            if not after <= ledger.limit:
+                raise BudgetExceeded(ledger.terms.owner, ledger.spent, after, ledger.limit, ledger.measure)
+        return event
+
+    def charge(self, event: Event, message: Message, context: Context) -> None:
+        """Charge a reply that is about to leave; on disk it is durable when this returns."""
+        # A reply made again carries fresh noise, and is charged again.
+        transcript = hashlib.sha256(message.metadata.message_id.encode() + os.urandom(32)).hexdigest()
+        run, number = str(message.metadata.run_id), _round(message)
+        with self._lock, contextlib.closing(self._open(message, context)) as ledger:
+            ledger.charge(event, run=run, round=number, transcript=transcript)
+        state = context.mod_state(STATE)
+        state["last"] = ConfigRecord({"round": number})
+        if self._ledgers is None:
+            kept = state.get("spent")
+            counts = dict(kept) if isinstance(kept, ConfigRecord) else {}
+            text = event.to_json()
+            counts[text] = int(str(counts.get(text, 0))) + 1
+            state["spent"] = ConfigRecord(counts)
+
+    def _open(self, message: Message, context: Context) -> Ledger:
+        terms = replace(self._terms, owner=f"node {context.node_id}")
+        if self._ledgers is not None:
+            folder = Path(self._ledgers(message) if callable(self._ledgers) else self._ledgers)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return Ledger.resume(folder / f"node-{context.node_id}.jsonl", terms)
+        ledger = Ledger.create(None, terms)
+        kept = context.mod_state(STATE).get("spent")
+        for number, (text, count) in enumerate(kept.items() if isinstance(kept, ConfigRecord) else ()):
+            ledger.charge(
+                event_from_json(text), run="before", round=number, transcript="00" * 32, count=int(str(count))
+            )
+        return ledger
 
 
 def event_of(message: Message, observer: str) -> Event:
@@ -133,55 +168,3 @@ def _check_separation(message: Message, context: Context, least: int) -> None:
         raise PlanRefused(
             f"round {now} comes {now - before} after this node's last, {before}: at least {least} are due"
         )
-
-
-class _Held:
-    """The spending so far, in a file or in the node's context."""
-
-    def __init__(self, ledger: Ledger, context: Context | None) -> None:
-        self._ledger, self._context = ledger, context
-
-    def __enter__(self) -> _Held:
-        return self
-
-    def __exit__(self, *about: Any) -> None:
-        self._ledger.close()
-
-    def after(self, event: Event) -> tuple[float, float]:
-        """Return (spent with the event, limit)."""
-        return self._ledger.preview(event), self._ledger.limit
-
-    def refuse(self, after: float) -> BudgetExceeded:
-        held = self._ledger
-        return BudgetExceeded(held.terms.owner, held.spent, after, held.limit, held.measure)
-
-    def charge(self, event: Event, run: str, number: int, transcript: str) -> None:
-        """Charge the event, durably where there is a file; in the context it is committed with the reply."""
-        self._ledger.charge(event, run=run, round=number, transcript=transcript)
-        if self._context is None:
-            return
-        state = self._context.mod_state(STATE)
-        kept = state.get("spent")
-        counts = dict(kept) if isinstance(kept, ConfigRecord) else {}
-        text = event.to_json()
-        counts[text] = int(str(counts.get(text, 0))) + 1
-        state["spent"] = ConfigRecord(counts)
-
-
-def _opened(folder: Path | str | None, terms: Terms, context: Context) -> _Held:
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _Held(Ledger.resume(Path(folder) / f"node-{context.node_id}.jsonl", terms), None)
-    ledger = Ledger.create(None, terms)
-    kept = context.mod_state(STATE).get("spent")
-    for number, (text, count) in enumerate(kept.items() if isinstance(kept, ConfigRecord) else ()):
-        ledger.charge(event_from_json(text), run="before", round=number, transcript="00" * 32, count=int(str(count)))
-    return _Held(ledger, context)
-
-
-def _check_room(held: _Held, event: Event, charge: Charge | None) -> None:
-    if charge is not None:
-        return
-    after, limit = held.after(event)
-    if not after <= limit:
-        raise held.refuse(after)
