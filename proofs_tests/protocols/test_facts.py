@@ -17,6 +17,7 @@ from privfed.protocols.errors import SERVER, LocalError, RemoteError
 from privfed.protocols.lightsecagg.buffered import BufferedNode, BufferTerms
 from privfed.protocols.secagg.messages import Terms
 from privfed.protocols.session import FACTS, Policy, Protocol, Session
+from privfed.protocols.shamir import P
 
 NODES = tuple(range(1, 11))
 SESSION = Session(7, 5, "train", NODES, 4, 32, b"m" * 32)
@@ -230,3 +231,10 @@ def test_a_threshold_beyond_the_field_is_refused(threshold: int) -> None:
     crowd = replace(SESSION, nodes=tuple(range(1, 2201)))
     assert refusal(SecAgg(), Terms(crowd, 0, threshold, False).encode()) == "threshold-too-high"
     assert refusal(SecAgg(), Terms(crowd, 0, 2047, False).encode()) == ""
+
+
+def test_more_nodes_than_share_points_are_refused() -> None:
+    """Point p would be point 0, which is the secret itself."""
+    crowd = replace(SESSION, nodes=tuple(range(1, P + 1)))
+    assert refusal(SecAggPlus(), Terms(crowd, 4, 3, False).encode()) == "cohort-too-large"
+    assert refusal(SecAggPlus(), Terms(replace(crowd, nodes=crowd.nodes[:-1]), 4, 3, False).encode()) == ""

@@ -150,8 +150,10 @@ class SecAggClient:
         for deviation, asked, floor in floors:
             if asked < floor:
                 raise refuse(deviation, f"{asked} is asked for, this node's floor is {floor}")
-        if terms.threshold > min(holding, MAX_THRESHOLD) or cohort >= P:
+        if terms.threshold > min(holding, MAX_THRESHOLD):
             raise refuse("threshold-too-high", f"{terms.threshold} of {holding} holders")
+        if cohort >= P:  # a point is a node's place, and p would be 0, where the secret is
+            raise refuse("cohort-too-large", f"{cohort} nodes, shares have {P - 1} points")
         if terms.active != active or (policy.require_active and not active):
             raise refuse("mode-lowered", "the session's mode is not the one this node takes part in")
         safe = least_threshold(terms, self._corrupt_nodes(terms))
