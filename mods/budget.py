@@ -37,6 +37,7 @@ def privacy_budget(
     ledgers: Path | str | Folder | None = None,
     min_separation: int = 1,
     unaccounted: Collection[str] = (),
+    without_plan: Event | None = None,
 ) -> Mod:
     """Answer training messages only under a privacy plan, and only while all answers cost at most epsilon at delta.
 
@@ -49,6 +50,7 @@ def privacy_budget(
     min_separation: rounds from one participation to the next, at least (for matrix mechanisms).
     unaccounted: kinds of messages ("evaluate", "query") answered although their replies carry no noise; they are
     refused by default.
+    without_plan: what a reply costs where the message has no plan, because the node noises it itself (`local_dp`).
 
     Put it outside of what makes the update private and inside `secure_aggregation`. What is refused is refused before
     the app is asked: `BudgetExceeded` or `PlanRefused` is all that the server is told.
@@ -60,7 +62,7 @@ def privacy_budget(
         raise ValueError(f"unaccounted may hold evaluate and query, got {', '.join(unknown)}")
     terms = Terms("", Budget(epsilon, delta), "client", relation, observer)
     terms.meter()  # refuses a wrong relation now and not in a run
-    purse = _Purse(terms, ledgers, min_separation)
+    purse = _Purse(terms, ledgers, min_separation, without_plan)
 
     def count(message: Message, context: Context, call_next: CallNext) -> Message:
         if message.metadata.message_type.partition(".")[0] in unaccounted:
@@ -81,8 +83,11 @@ def privacy_budget(
 class _Purse:
     """What a node may spend, and where it is written down."""
 
-    def __init__(self, terms: Terms, ledgers: Path | str | Folder | None, separation: int) -> None:
+    def __init__(
+        self, terms: Terms, ledgers: Path | str | Folder | None, separation: int, without_plan: Event | None
+    ) -> None:
         self._terms, self._ledgers, self._separation = terms, ledgers, separation
+        self._without_plan = without_plan
         self._lock = threading.Lock()
 
     def admit(self, message: Message, context: Context) -> Event:
@@ -90,7 +95,9 @@ class _Purse:
         kind = message.metadata.message_type
         if kind.partition(".")[0] != "train":
             raise PlanRefused(f"a {kind} reply has no noise and no price: this node answers none")
-        event = event_of(message, self._terms.observer)
+        event = self._without_plan
+        if event is None or PLAN in message.content:
+            event = event_of(message, self._terms.observer)
         _check_separation(message, context, self._separation)
         with self._lock, contextlib.closing(self._open(message, context)) as ledger:
             after = ledger.preview(event)

@@ -39,6 +39,8 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
     refused, and the app is not asked. What a run may still cost this node is counted in the node's context, whenever a
     vector is made, also one that no sum used.
 
+    Inside another one, as where the node adds its share around the app's process, it checks the plan and stands aside.
+
     insecure_test_randomness: seeds noise and rounding in tests; refused unless the run says that its noise is worth
     nothing. Otherwise both come from the operating system.
     """
@@ -51,8 +53,15 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
             random = _randomness(instruction, insecure_test_randomness, context)
             spending = _spending(context, instruction)
             bounds.check_spending(instruction.relation, spending)
-            reply = call_next(message, context)
+            outside, context.noised = context.noised, True
+            try:
+                reply = call_next(message, context)
+            finally:
+                context.noised = outside
             if reply.has_error():
+                return reply
+            if outside:
+                context.mod_state(STATE)["spent"] = ConfigRecord(spending)
                 return reply
             update = _update(message.content, reply.content)
             vector = instruction.parameters.encode(flatten(update), instruction.seed, random)

@@ -23,6 +23,7 @@ class Context:
     run_config: the run's settings. node_config: the node's own ("partition-id", "num-partitions" in a simulation).
     seed: the run's seed, or None; see `rng`. identify: returns the node's identity, where the runtime has one.
     masked: the policy under which `mods.secure_aggregation` masks the reply outside of what is called, or None.
+    noised: whether the noise of the plan in the message is added outside of what is called.
     """
 
     run_id: int = 0
@@ -34,6 +35,7 @@ class Context:
     mod_states: dict[str, RecordDict] = field(default_factory=dict, repr=False)
     identify: Callable[[], Identity | None] | None = field(default=None, repr=False)
     masked: Policy | None = None
+    noised: bool = False
 
     def mod_state(self, name: str) -> RecordDict:
         """Return the records that the mod `name` keeps, apart from the app's own state."""

@@ -1,22 +1,93 @@
-"""The mods a node puts around every app, in its own process: what they keep and sign with the app never sees."""
+"""The mods a node puts around every app, in its own process: what they keep and sign with the app never sees.
+
+Outermost first: what may leave at all; masking; which plans are followed; what was spent, per period and per run; the
+noise of a distributed plan, or the node's own; clipping. An app's own `secure_aggregation` and `distributed_dp` stand
+aside inside of the node's.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from privfed.apps import CallNext, Mod, wrap
 from privfed.context import Context
-from privfed.message import Message
-from privfed.mods import secure_aggregation
+from privfed.distributed import PlanLimits
+from privfed.errors import PlanRefused
+from privfed.message import Error, ErrorCode, Message
+from privfed.mods import clip, distributed_dp, local_dp, privacy_budget, secure_aggregation
+from privfed.plan import CENTRAL, SKELLAM
+from privfed.privacy.events import Gaussian
 from privfed.protocols.session import Policy
+from privfed.record import ConfigRecord
 from privfed.ring import SECURE
 from privfed.runtime.policy import NodePolicy
+from privfed.update import PLAN
+
+log = logging.getLogger("privfed.node")
+_DAY = 86_400
 
 
-def node_wrap(policy: NodePolicy | None) -> Callable[[CallNext], CallNext]:
-    """Return what puts the node's mods around an app. policy: the node's; None asks for nothing."""
-    mods = [_masking(policy)]
+def node_wrap(policy: NodePolicy | None, ledgers: Path | None = None) -> Callable[[CallNext], CallNext]:
+    """Return what puts the node's mods around an app. policy: the node's; None asks for nothing.
+
+    ledgers: the folder of the node's own privacy ledgers; needed where the policy limits what is spent.
+    """
+    held = policy if policy is not None else NodePolicy()
+    mods = [_outward(held)] if policy is not None else []
+    mods.append(_masking(policy))
+    if policy is not None:
+        mods.append(_plans(policy))
+        mods += _budgets(policy, ledgers)
+        mods.append(_noise(policy))
+        mods.append(_clipping(policy))
     return lambda app: wrap(mods, app)
+
+
+def kind_of_plan(message: Message) -> str:
+    """Return "none", "central" or "distributed": what the message's plan says. Raises PlanRefused for another."""
+    plan = message.content.get(PLAN)
+    if plan is None:
+        return "none"
+    mechanism = plan.get("mechanism") if isinstance(plan, ConfigRecord) else None
+    if mechanism not in (CENTRAL, SKELLAM):
+        raise PlanRefused(f"mechanism {mechanism!r} is unknown to this node")
+    return "central" if mechanism == CENTRAL else "distributed"
+
+
+def _is_train(message: Message) -> bool:
+    return message.metadata.message_type.partition(".")[0] == "train"
+
+
+def _refuse(message: Message, cause: Exception) -> Message:
+    log.warning("node %d refuses: %s", message.metadata.dst_node_id, cause)
+    return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
+
+
+def _outward(policy: NodePolicy) -> Mod:
+    """Let only the names of the policy leave. A name that may not leave stops the reply, and is not cut out of it."""
+
+    def look(message: Message, context: Context, call_next: CallNext) -> Message:
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        metrics = {name for record in reply.content.metric_records.values() for name in record}
+        foreign = policy.outward.foreign(reply.content, metrics)
+        if foreign:
+            return _refuse(message, OutwardRefused(f"{', '.join(sorted(foreign))} may not leave this node"))
+        return reply
+
+    return look
+
+
+class OutwardRefused(PlanRefused):
+    """A reply holds a record or a metric whose name the node's policy does not let out."""
+
+
+class ProtocolRefused(PlanRefused):
+    """A secure-aggregation protocol that the node's policy does not list."""
 
 
 def _masking(policy: NodePolicy | None) -> Mod:
@@ -28,6 +99,11 @@ def _masking(policy: NodePolicy | None) -> Mod:
     required = policy is not None and policy.secure_aggregation.required
 
     def mask(message: Message, context: Context, call_next: CallNext) -> Message:
+        described = message.content.get(SECURE + ".protocol")
+        if policy is not None and isinstance(described, ConfigRecord):
+            name = described.get("name")
+            if name not in policy.secure_aggregation.protocols:
+                return _refuse(message, ProtocolRefused(f"protocol {name!r} is not in the node's policy"))
         if required or SECURE in message.content:
             return mod(message, context, call_next)
         return call_next(message, context)
@@ -47,3 +123,90 @@ def _floors(policy: NodePolicy | None) -> Policy:
         require_active=asked.require_active,
         corrupt=asked.corrupt,
     )
+
+
+def _plans(policy: NodePolicy) -> Mod:
+    """Follow only the plans of the policy; without a plan, only where the policy has "none" or noises by itself."""
+    allowed = set(policy.privacy.plans)
+    if policy.mods.local_noise_multiplier is not None and "local" in allowed:
+        allowed.add("none")
+
+    def judge(message: Message, context: Context, call_next: CallNext) -> Message:
+        if _is_train(message):
+            try:
+                kind = kind_of_plan(message)
+                if kind not in allowed:
+                    raise PlanRefused(f"plan {kind!r} is not among {', '.join(policy.privacy.plans)}")
+            except PlanRefused as cause:
+                return _refuse(message, cause)
+        return call_next(message, context)
+
+    return judge
+
+
+def _budgets(policy: NodePolicy, ledgers: Path | None) -> list[Mod]:
+    """Return the mods that count, for the period and for the run; none where nothing is limited."""
+    privacy, own = policy.privacy, policy.mods.local_noise_multiplier
+    if not privacy.limited:
+        return []
+    if ledgers is None:
+        raise ValueError("ledgers: a policy that limits epsilon needs a folder for the node's ledgers")
+
+    def period(message: Message) -> Path:
+        number = int(time.time() // (privacy.period_days * _DAY))
+        return ledgers / f"period-{privacy.period_days}d-{number}"
+
+    def run(message: Message) -> Path:
+        return ledgers / f"run-{message.metadata.run_id}"
+
+    limits = ((privacy.max_epsilon_per_period, period), (privacy.max_epsilon_per_run, run))
+    return [
+        privacy_budget(
+            limit,
+            privacy.delta,
+            relation=privacy.relation,
+            observer=privacy.observer,
+            ledgers=folder,
+            min_separation=privacy.min_separation if folder is run or privacy.max_epsilon_per_run is None else 1,
+            unaccounted=privacy.unaccounted,
+            without_plan=Gaussian(own) if own is not None else None,
+        )
+        for limit, folder in limits
+        if limit is not None
+    ]
+
+
+def _noise(policy: NodePolicy) -> Mod:
+    """Add the noise that is the node's to add: its share of a distributed plan, or its own."""
+    privacy, mods = policy.privacy, policy.mods
+    share = distributed_dp(
+        PlanLimits(min_nodes=max(2, privacy.min_cohort), corrupt=policy.secure_aggregation.corrupt, delta=privacy.delta)
+    )
+    own = (
+        local_dp(mods.clip, noise_multiplier=mods.local_noise_multiplier, delta=privacy.delta)
+        if mods.clip is not None and mods.local_noise_multiplier is not None
+        else None
+    )
+
+    def add(message: Message, context: Context, call_next: CallNext) -> Message:
+        if not _is_train(message):
+            return call_next(message, context)
+        kind = kind_of_plan(message)
+        if kind == "distributed":
+            return share(message, context, call_next)
+        return own(message, context, call_next) if kind == "none" and own is not None else call_next(message, context)
+
+    return add
+
+
+def _clipping(policy: NodePolicy) -> Mod:
+    """Clip to the policy's bound and the plan's, where there is one."""
+    bound = policy.mods.clip
+    mod = clip(bound)
+
+    def cut(message: Message, context: Context, call_next: CallNext) -> Message:
+        # A distributed plan clips by itself, in the lattice it rounds to; the policy's bound still applies before.
+        asked = bound is not None or kind_of_plan(message) == "central"
+        return mod(message, context, call_next) if _is_train(message) and asked else call_next(message, context)
+
+    return cut

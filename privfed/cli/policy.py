@@ -66,7 +66,7 @@ def _remarks(policy: object) -> list[str]:
     if not policy.apps.signers and not policy.apps.bundles:
         found.append("no app may run: approve a bundle or a signer")
     if "none" in policy.privacy.plans and policy.privacy.limited:
-        found.append('epsilon is limited, but plan "none" lets updates leave with no noise at all')
+        found.append('plan "none" is allowed, but epsilon is limited: updates without noise are refused')
     if not policy.secure_aggregation.required:
         found.append("updates may leave in the clear: [secure-aggregation] required is false")
     if "central" in policy.privacy.plans and policy.privacy.observer == "server" and policy.privacy.limited:

@@ -69,8 +69,8 @@ def supernode(
     """Run a node: it connects to the SuperLink, takes tasks, and runs the apps its policy approves.
 
     \b
-    privfed supernode --superlink link.example.org:9092 --keys node-a --policy policy.toml
-    On one machine:  privfed supernode --superlink 127.0.0.1:9092 --insecure --node-id 1 --data node-1
+    privfed supernode --superlink link.example.org:7810 --keys node-a --policy policy.toml
+    On one machine:  privfed supernode --superlink 127.0.0.1:7810 --insecure --node-id 1 --data node-1
 
     SIGTERM and Ctrl-C let the tasks at work finish; a second one ends it at once. Nothing that was answered is lost
     either way. What apps print goes to DATA/log.
@@ -88,7 +88,7 @@ def supernode(
     options = NodeOptions(
         node_config=_node_config(settings),
         identity=_identity(credentials),
-        wrap=_wrap(policy),
+        wrap=_wrap(policy, data),
         approve=_approve(policy, credentials),
         task_seconds=min(task_seconds, policy.limits.task_seconds) if policy is not None else task_seconds,
         drain_seconds=drain_seconds,
@@ -243,7 +243,7 @@ def _approve(policy: NodePolicy | None, credentials: Credentials | None) -> Call
     return approve
 
 
-def _wrap(policy: NodePolicy | None) -> Callable[[CallNext], CallNext]:
+def _wrap(policy: NodePolicy | None, data: Path) -> Callable[[CallNext], CallNext]:
     from privfed.cli.node_mod import node_wrap
 
-    return node_wrap(policy)
+    return node_wrap(policy, data / "ledgers")

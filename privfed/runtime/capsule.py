@@ -20,6 +20,7 @@ def pack_context(head: dict[str, Any], context: Context, message: Message | None
     if context.masked is not None:
         policy = asdict(context.masked)
         head["masked"] = {**policy, "binding": policy["binding"].hex() if policy["binding"] else None}
+    head["noised"] = context.noised
     settings = RecordDict({"run": ConfigRecord(context.run_config), "node": ConfigRecord(context.node_config)})
     return Packet(head, (message if message is not None else RecordDict(), settings, state_of(context)))
 
@@ -36,6 +37,7 @@ def read_context(packet: Packet) -> Context:
         seed=head["seed"],
         mod_states=state.mods,
         masked=_read_policy(head.get("masked")),
+        noised=head.get("noised") is True,
     )
 
 

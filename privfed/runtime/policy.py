@@ -84,6 +84,8 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     period_days: int = 365
     min_cohort: int = 1
     min_separation: int = 1
+    relation: Literal["zero_out", "add_remove", "replace_one"] = "zero_out"
+    unaccounted: tuple[Literal["evaluate", "query"], ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -132,10 +134,14 @@ class Mods(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="keba
     """What the node wraps around every app."""
 
     clip: float | None = None
+    local_noise_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
-            raise ValueError(f"clip must be finite and > 0, got {self.clip}")
+        for name, value in (("clip", self.clip), ("local-noise-multiplier", self.local_noise_multiplier)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        if self.local_noise_multiplier is not None and self.clip is None:
+            raise ValueError("local-noise-multiplier needs clip: the noise is measured in it")
 
 
 class Outward(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
