@@ -75,6 +75,19 @@ def test_quickstart(tmp_path: Path) -> None:
     check_quickstart([run_example("quickstart", tmp_path, "--seed", str(seed)) for seed in (1, 2, 3, 4, 5)])
 
 
+def test_distributed_dp(tmp_path: Path) -> None:
+    """The example in small: 60 nodes, four rounds. benchmarks/distributed_accuracy.py measures it in full."""
+    out = run_example("distributed_dp", tmp_path, "--seed", "1", "--nodes", "60", "--config", "num-rounds=4")
+    found = re.search(
+        r"skellam noise: epsilon = ([0-9.]+) at delta = 1e-05 \(unit client, relation zero_out, observer server\)", out
+    )
+    assert found is not None, out
+    assert 7.9 < float(found[1]) <= 8.0
+    accuracy = re.search(r"^test accuracy after 4 rounds: ([0-9.]+)%", out, re.M)
+    assert accuracy is not None, out
+    assert float(accuracy[1]) >= 75.0  # 89 % and 88 % were measured on two seeds; noise is fresh in each run
+
+
 def test_byzantine(tmp_path: Path) -> None:
     picture = tmp_path / "rules.png"
     out = run_example("byzantine", tmp_path, "--seed", "1", "--config", f"picture={picture}")
