@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from privfed.apps import ClientApp
@@ -13,6 +12,7 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.bundle import open_bundle
 from privfed.runtime.engine import Assignment, execute
 from privfed.runtime.fleet import FleetClient, FleetOptions, Task
+from privfed.runtime.handshake import NetworkError
 from privfed.runtime.store import Lease, NodeState
 
 
@@ -48,11 +48,18 @@ class SmallNode:
         if counted and state is not None:
             self._states[run_id] = state
 
+    def close(self) -> None:
+        self.client.close()
+        self._folder.cleanup()
+
     def run(self, going: Callable[[], bool] = lambda: True) -> None:
         while going():
             task = self.client.receive(0.2)
             if task is not None:
-                self.serve(replace(task))
+                try:
+                    self.serve(task)
+                except NetworkError:
+                    assert not going(), "only a client that was closed gives up"
 
 
 if __name__ == "__main__":
