@@ -18,7 +18,7 @@ from privfed.message import Error, ErrorCode, Message
 from privfed.plan import CENTRAL
 from privfed.privacy.events import Event, event_from_json
 from privfed.privacy.filters import Budget, BudgetExceeded
-from privfed.privacy.ledger import Ledger, LedgerError, Terms
+from privfed.privacy.ledger import Entry, Ledger, LedgerError, Terms
 from privfed.record import ConfigRecord
 from privfed.update import PLAN
 
@@ -38,6 +38,7 @@ def privacy_budget(
     min_separation: int = 1,
     unaccounted: Collection[str] = (),
     without_plan: Event | None = None,
+    on_charge: Callable[[Entry], None] = lambda entry: None,
 ) -> Mod:
     """Answer training messages only under a privacy plan, and only while all answers cost at most epsilon at delta.
 
@@ -51,6 +52,7 @@ def privacy_budget(
     unaccounted: kinds of messages ("evaluate", "query") answered although their replies carry no noise; they are
     refused by default.
     without_plan: what a reply costs where the message has no plan, because the node noises it itself (`local_dp`).
+    on_charge: told of every charge when it is durable, before the reply leaves.
 
     Put it outside of what makes the update private and inside `secure_aggregation`. What is refused is refused before
     the app is asked: `BudgetExceeded` or `PlanRefused` is all that the server is told.
@@ -71,7 +73,7 @@ def privacy_budget(
             event = purse.admit(message, context)
             reply = call_next(message, context)
             if not reply.has_error():
-                purse.charge(event, message, context)
+                on_charge(purse.charge(event, message, context))
             return reply
         except (PlanRefused, BudgetExceeded, LedgerError, ValueError) as cause:
             log.warning("node %d refuses: %s", context.node_id, cause)
@@ -105,13 +107,13 @@ class _Purse:
                 raise BudgetExceeded(ledger.terms.owner, ledger.spent, after, ledger.limit, ledger.measure)
         return event
 
-    def charge(self, event: Event, message: Message, context: Context) -> None:
+    def charge(self, event: Event, message: Message, context: Context) -> Entry:
         """Charge a reply that is about to leave; on disk it is durable when this returns."""
         # A reply made again carries fresh noise, and is charged again.
         transcript = hashlib.sha256(message.metadata.message_id.encode() + os.urandom(32)).hexdigest()
         run, number = str(message.metadata.run_id), _round(message)
         with self._lock, contextlib.closing(self._open(message, context)) as ledger:
-            ledger.charge(event, run=run, round=number, transcript=transcript)
+            entry = ledger.charge(event, run=run, round=number, transcript=transcript)
         state = context.mod_state(STATE)
         state["last"] = ConfigRecord({"round": number})
         if self._ledgers is None:
@@ -120,6 +122,7 @@ class _Purse:
             text = event.to_json()
             counts[text] = int(str(counts.get(text, 0))) + 1
             state["spent"] = ConfigRecord(counts)
+        return entry
 
     def _open(self, message: Message, context: Context) -> Ledger:
         terms = replace(self._terms, owner=f"node {context.node_id}")

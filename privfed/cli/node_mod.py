@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from privfed.apps import CallNext, Mod, wrap
 from privfed.context import Context
@@ -20,9 +21,11 @@ from privfed.message import Error, ErrorCode, Message
 from privfed.mods import clip, distributed_dp, local_dp, privacy_budget, secure_aggregation
 from privfed.plan import CENTRAL, SKELLAM
 from privfed.privacy.events import Gaussian
+from privfed.privacy.ledger import Entry
 from privfed.protocols.session import Policy
 from privfed.record import ConfigRecord
 from privfed.ring import SECURE
+from privfed.runtime.audit_log import Value
 from privfed.runtime.policy import NodePolicy
 from privfed.update import PLAN
 
@@ -30,20 +33,48 @@ log = logging.getLogger("privfed.node")
 _DAY = 86_400
 
 
-def node_wrap(policy: NodePolicy | None, ledgers: Path | None = None) -> Callable[[CallNext], CallNext]:
+class Record(Protocol):
+    """Writes one line of an audit log; durable when it returns."""
+
+    def __call__(self, event: str, **fields: Value) -> None: ...
+
+
+def node_wrap(
+    policy: NodePolicy | None, ledgers: Path | None = None, record: Record | None = None
+) -> Callable[[CallNext], CallNext]:
     """Return what puts the node's mods around an app. policy: the node's; None asks for nothing.
 
     ledgers: the folder of the node's own privacy ledgers; needed where the policy limits what is spent.
+    record: writes a line of the audit log, of every answer, refusal and charge.
     """
-    held = policy if policy is not None else NodePolicy()
-    mods = [_outward(held)] if policy is not None else []
-    mods.append(_masking(policy))
-    if policy is not None:
-        mods.append(_plans(policy))
-        mods += _budgets(policy, ledgers)
-        mods.append(_noise(policy))
-        mods.append(_clipping(policy))
+    mods = [_audited(record)] if record is not None else []
+    if policy is None:
+        mods.append(_masking(None))
+    else:
+        mods += [_outward(policy), _masking(policy), _plans(policy), *_budgets(policy, ledgers, record)]
+        mods += [_noise(policy), _clipping(policy)]
     return lambda app: wrap(mods, app)
+
+
+def _audited(record: Record) -> Mod:
+    """Write down what was asked and what became of it; never what was in it."""
+
+    def note(message: Message, context: Context, call_next: CallNext) -> Message:
+        reply = call_next(message, context)
+        asked = message.metadata
+        plan = message.content.get(PLAN)
+        record(
+            "answered" if not reply.has_error() else "refused",
+            run=asked.run_id,
+            round=asked.group_id[:32],
+            kind=asked.message_type,
+            plan=str(plan.get("mechanism"))[:32] if isinstance(plan, ConfigRecord) else "none",
+            masked=SECURE in message.content,
+            reason=(reply.error.reason or "")[:200] if reply.has_error() else "",
+        )
+        return reply
+
+    return note
 
 
 def kind_of_plan(message: Message) -> str:
@@ -144,7 +175,7 @@ def _plans(policy: NodePolicy) -> Mod:
     return judge
 
 
-def _budgets(policy: NodePolicy, ledgers: Path | None) -> list[Mod]:
+def _budgets(policy: NodePolicy, ledgers: Path | None, record: Record | None) -> list[Mod]:
     """Return the mods that count, for the period and for the run; none where nothing is limited."""
     privacy, own = policy.privacy, policy.mods.local_noise_multiplier
     if not privacy.limited:
@@ -159,6 +190,10 @@ def _budgets(policy: NodePolicy, ledgers: Path | None) -> list[Mod]:
     def run(message: Message) -> Path:
         return ledgers / f"run-{message.metadata.run_id}"
 
+    def note(entry: Entry) -> None:
+        if record is not None:
+            record("charged", run=int(entry.run), round=entry.round, spent=entry.spent, entry=entry.hash)
+
     limits = ((privacy.max_epsilon_per_period, period), (privacy.max_epsilon_per_run, run))
     return [
         privacy_budget(
@@ -170,6 +205,7 @@ def _budgets(policy: NodePolicy, ledgers: Path | None) -> list[Mod]:
             min_separation=privacy.min_separation if folder is run or privacy.max_epsilon_per_run is None else 1,
             unaccounted=privacy.unaccounted,
             without_plan=Gaussian(own) if own is not None else None,
+            on_charge=note,
         )
         for limit, folder in limits
         if limit is not None
