@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from privfed import __version__
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
     from privfed.apps import CallNext
     from privfed.context import UserConfig
     from privfed.protocols.session import Identity
+    from privfed.runtime.audit_log import AuditLog
     from privfed.runtime.bundle import Bundle
     from privfed.runtime.confinement import Limits
     from privfed.runtime.credentials import Credentials
@@ -85,11 +87,12 @@ def supernode(
     limits = _limits(policy, app_network, data, keys)
     store = NodeStore(data / "state")
     launcher = _launcher(isolation, data, exec_socket, limits)
+    audit = _audit(data, keys)
     options = NodeOptions(
         node_config=_node_config(settings),
         identity=_identity(credentials),
-        wrap=_wrap(policy, data),
-        approve=_approve(policy, credentials),
+        wrap=_wrap(policy, data, audit),
+        approve=_approve(policy, credentials, audit),
         task_seconds=min(task_seconds, policy.limits.task_seconds) if policy is not None else task_seconds,
         drain_seconds=drain_seconds,
     )
@@ -107,10 +110,13 @@ def supernode(
     )
     node = SuperNode(fleet, store, launcher, data, options)
     _stop_on_signals(node.stop)
+    audit.record("node-started", version=__version__, superlink=address, isolation=isolation)
     try:
         node.run()
+        audit.record("node-stopped")
     finally:
         store.close()
+        audit.close()
 
 
 def _log_to_stderr(debug: bool) -> None:
@@ -232,18 +238,35 @@ def _identity(credentials: Credentials | None) -> Callable[[int], Identity | Non
     return identify
 
 
-def _approve(policy: NodePolicy | None, credentials: Credentials | None) -> Callable[[RunGrant, Bundle], None] | None:
-    if policy is None:
-        return None
+def _approve(
+    policy: NodePolicy | None, credentials: Credentials | None, audit: AuditLog
+) -> Callable[[RunGrant, Bundle], None]:
+    from privfed.runtime.policy import PolicyRefusal
 
     def approve(grant: RunGrant, bundle: Bundle) -> None:
-        why = policy.approve(bundle, credentials.trust if credentials is not None else None)
+        facts: dict[str, str | int] = {"run": grant.run_id, "app": bundle.name[:100], "bundle": bundle.digest}
+        try:
+            trust = credentials.trust if credentials is not None else None
+            why = policy.approve(bundle, trust) if policy is not None else "run without a policy"
+        except PolicyRefusal as refusal:
+            audit.record("app-refused", **facts, reason=str(refusal)[:500])
+            raise
+        audit.record("app-approved", **facts, reason=why)
         logging.getLogger("privfed.node").info("run %d: app %s is %s", grant.run_id, bundle.name, why)
 
     return approve
 
 
-def _wrap(policy: NodePolicy | None, data: Path) -> Callable[[CallNext], CallNext]:
+def _wrap(policy: NodePolicy | None, data: Path, audit: AuditLog) -> Callable[[CallNext], CallNext]:
     from privfed.cli.node_mod import node_wrap
 
-    return node_wrap(policy, data / "ledgers")
+    return node_wrap(policy, data / "ledgers", audit.record)
+
+
+def _audit(data: Path, keys: Path | None) -> AuditLog:
+    """Open the node's audit log, signed with its identity key; without one, with a key of the log's own."""
+    from privfed.runtime.audit_log import AuditLog, own_key
+
+    path = keys / "identity.key" if keys is not None else None
+    key = path.read_bytes() if path is not None and path.exists() else own_key(data / "audit.key")
+    return AuditLog(data / "audit.jsonl", key)

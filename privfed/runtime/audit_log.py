@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -155,6 +156,22 @@ class AuditLog:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def own_key(path: Path) -> bytes:
+    """Return the key in a file of mode 0600, made on first use: for machines without an identity of their own."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise AuditError(f"{path} must hold 32 bytes: it was cut short, move it and its log away") from None
+        return key
+    with os.fdopen(handle, "wb") as file:
+        file.write(key := secrets.token_bytes(32))
+        file.flush()
+        os.fsync(file.fileno())
+    return key
 
 
 def _check(event: str, fields: Mapping[str, Value]) -> None:
