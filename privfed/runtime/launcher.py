@@ -118,6 +118,8 @@ class ProcessLauncher:
     ) -> None:
         self._homes = homes
         homes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for stray in homes.glob("app-*"):  # left by a crash
+            shutil.rmtree(stray, ignore_errors=True)
         self._spawn = spawn if spawn is not None else spawn_local(limits or Limits())
         self._closing = closing
         self._open: set[AppProcess] = set()

@@ -53,8 +53,12 @@ class BlobDatabase:
         self._references = references
         self._dropped: set[bytes] = set()
         self._doomed: set[bytes] = set(self._arrays)
-        with self.transaction():
-            self._check_version(folder, version)
+        try:
+            with self.transaction():
+                self._check_version(folder, version)
+        except BaseException:
+            self.close()
+            raise
 
     def _check_version(self, folder: Path, version: str) -> None:
         self.database.execute("INSERT OR IGNORE INTO facts VALUES ('format', ?)", (version,))

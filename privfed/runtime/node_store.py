@@ -12,6 +12,7 @@ claiming a crash could open a second sum.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import threading
 from dataclasses import dataclass, field
@@ -80,7 +81,20 @@ class NodeStore:
     """The memory of the nodes of one process, in a folder of mode 0700; safe for threads."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._blobs = BlobDatabase(Path(folder), _TABLES, _REFERENCES, FORMAT)
+        """Open the folder, or make it. Raises NodeStoreError when another process has it, or its format is another."""
+        folder = Path(folder)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._held.close()
+            raise NodeStoreError(f"another process has {folder}: one node, one folder") from None
+        try:
+            self._blobs = BlobDatabase(folder, _TABLES, _REFERENCES, FORMAT)
+        except BaseException:
+            self._held.close()
+            raise
         self._lock = threading.Lock()
 
     def begin(self, message: Message, token: str, attempt: int = 1, commit: int = 0) -> Message | Kept:
@@ -240,9 +254,10 @@ class NodeStore:
             return self._blobs.message(row[0])
 
     def runs(self) -> list[int]:
-        """Return the runs of which anything is kept, ascending."""
+        """Return the runs that are not known to have ended, ascending."""
         with self._lock, self._blobs.transaction() as database:
-            return sorted(int(run) for (run,) in database.execute("SELECT DISTINCT run FROM nodes"))
+            rows = database.execute("SELECT DISTINCT run FROM nodes WHERE ended IS NULL").fetchall()
+        return sorted(int(run) for (run,) in rows)
 
     def end(self, run_id: int, now: float) -> None:
         """Note that a run ended. It may be resumed, so what is kept of it goes later, by `evict`."""
@@ -267,6 +282,7 @@ class NodeStore:
         """Let go of the files."""
         with self._lock:
             self._blobs.close()
+            self._held.close()
 
 
 def _here(message: Message) -> tuple[str, str, str]:
