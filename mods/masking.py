@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from privfed.apps import DEFAULT_ACTION, CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
+from privfed.plan import joint_clip, tracked
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import FACTS, Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
@@ -27,6 +29,8 @@ log = logging.getLogger("privfed.mods")
 STATE = "secure_aggregation"
 KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot")
 KINDS = ("train", "evaluate", "query")
+LOCAL = ("threads",)
+"""Parameters that are each party's own business: no server names them."""
 _SLACK = 1 + 2.0**-30
 _MARK_BYTES = 16
 # The session's own layout depends on the cohort, and so does its binding: the mark must not.
@@ -250,16 +254,10 @@ class _Session:
         elif stage.stage != 0:
             raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
         if stage.stage == 0:
-            if policy.binding not in (None, stage.binding):
-                raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
-            floor = int(str(last["number"])) + 1 if isinstance(last, ConfigRecord) else 0
-            policy = replace(policy, min_round=max(policy.min_round, floor), binding=stage.binding)
             policy = self._with_facts(policy)
         floor = max(policy.min_survivors, stage.layout.min_survivors)
         policy = replace(policy, min_survivors=floor)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
-        if not 0 <= stage.stage < len(protocol.stages):
-            raise SessionOutOfOrder(f"{stage.protocol} has no stage {stage.stage}")
         known = identity(self._context) if callable(identity) else identity or self._context.identity()
         client = protocol.client(self._context.node_id, identity=known, policy=policy)
         try:
@@ -291,14 +289,17 @@ class _Session:
         """Return the policy for this session only: the one of this run, message and layout, whatever the request says.
 
         The run is the one whose state this node looked up: a session under another run's id would escape its marks.
+        The round is the number, which rises. What the node's own policy says must hold as well.
         """
         stage, layout = self._stage, self._stage.layout
+        if policy.binding not in (None, stage.binding):
+            raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
         own = (self._context.run_id, stage.number, stage.kind, layout.bits, layout.size)
         for name, value in zip(FACTS, own, strict=True):
             if getattr(policy, name) not in (None, value):
                 raise Refused(f"the session's {name} is {value!r}, this node's policy has {getattr(policy, name)!r}")
         run, number, action, bits, size = own
-        return replace(policy, run=run, round=number, action=action, bits=bits, dimension=size)
+        return replace(policy, run=run, round=number, action=action, bits=bits, dimension=size, binding=stage.binding)
 
     def _continue(self, last: ConfigRecord) -> bytes:
         """Return the kept state this stage continues, b"" for a new session; SessionOutOfOrder otherwise."""
@@ -326,7 +327,7 @@ class _Session:
         layout = self._stage.layout
         if layout.integers or not layout.dimension:
             return
-        size = dimension(arrays_of(inner, self._stage.arrays_key))
+        size = dimension(tracked(arrays_of(inner, self._stage.arrays_key), _clip_of(inner)[1]))
         if size != layout.dimension:
             raise LayoutMismatch(f"the model has {size} elements, the layout {layout.dimension}")
 
@@ -379,17 +380,27 @@ class _Session:
 
     def _update(self, request: RecordDict, reply: RecordDict) -> ArrayRecord:
         received, arrays = arrays_of(request, self._stage.arrays_key), arrays_of(reply, self._stage.arrays_key)
+        clip, weight = _clip_of(request)
         if is_update(reply):
+            received = tracked(received, weight)
             check_arrays(received, arrays, update=True)
             update = ArrayRecord({name: arrays[name] for name in received})
         else:
             update = subtract(arrays, received)
-        plan = request.get(PLAN)
-        if isinstance(plan, ConfigRecord):
-            bound = float(str(plan["clip"]))
-            if not norm(update) <= bound * _SLACK:
-                raise UpdateNotClipped(f"the update's norm is {norm(update):g}, the plan's clip {bound:g}")
+        if not norm(update) <= joint_clip(clip, weight) * _SLACK:
+            raise UpdateNotClipped(f"the update's norm is {norm(update):g}, the plan's clip {clip:g}")
         return update
+
+
+def _clip_of(request: RecordDict) -> tuple[float, float]:
+    """Return the plan's bound on an update, infinity without a plan, and the weight of its bit."""
+    plan = request.get(PLAN)
+    if not isinstance(plan, ConfigRecord):
+        return math.inf, 0.0
+    try:
+        return float(str(plan["clip"])), float(str(plan.get("bit-weight", 0.0)))
+    except (KeyError, ValueError) as cause:
+        raise Refused(f"the plan in the message has no clip: {cause!r}") from cause
 
 
 def _is_session(name: str) -> bool:
@@ -413,6 +424,8 @@ def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers
         maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None
     if maker is None:
         raise Refused(f"this node does not take part in protocol {name!r}")
+    if named := [parameter for parameter in LOCAL if parameter in parameters]:
+        raise Refused(f"{', '.join(named)} of {name} are this node's own business")
     if not callable(maker):  # pinned: its client refuses a session under other parameters
         return maker
     try:

@@ -2,113 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfed import mods
-from privfed.apps import ClientApp
-from privfed.array import Array
-from privfed.context import Context
-from privfed.message import Message
-from privfed.protocols import LightSecAgg, OneShot, SecAgg, keys
-from privfed.protocols.session import Identity, Policy, Protocol, Server, Session
-from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord, RecordDict
-from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout, bind
-
-NODES = (1, 2, 3)
-SIGNING = {node: bytes([node]) * 32 for node in NODES}
-ROSTER = {node: keys.signing_public(key) for node, key in SIGNING.items()}
-PROTOCOLS: list[Any] = [SecAgg(threshold=2), LightSecAgg(threshold=2), OneShot(threshold=2)]
-INPUT_STAGE = {"SecAgg": 2, "LightSecAgg": 2, "OneShot": 0}
-
-
-def model(value: float) -> ArrayRecord:
-    return ArrayRecord({"w": Array(np.full(4, value, np.float32))})
-
-
-class Federation:
-    """Three nodes with the mod, and a server that asks whatever a test says."""
-
-    def __init__(self, protocol: Any, policy: Policy = Policy()) -> None:
-        self.protocol = protocol
-        self.contexts = {node: Context(run_id=1, node_id=node) for node in NODES}
-        self.trained = 0
-        mod = mods.secure_aggregation(
-            policy, identity=lambda context: Identity(context.node_id, SIGNING[context.node_id], ROSTER)
-        )
-        self.app = ClientApp(mods=[mod])
-        for register in (self.app.train, self.app.evaluate, self.app.query):
-            register()(self._answer)
-
-    def _answer(self, message: Message, context: Context) -> Message:
-        self.trained += 1
-        arrays = message.content.array_records["arrays"].map(lambda values: values + values.dtype.type(1))
-        content = RecordDict({"arrays": arrays})
-        content["metrics"] = MetricRecord({})
-        return Message(content, reply_to=message)
-
-    def session(
-        self,
-        number: int,
-        *,
-        value: float = 0.0,
-        kind: str = "train",
-        nodes: tuple[int, ...] = NODES,
-        upto: int = 99,
-        spoil: int = -1,
-        config: Mapping[str, ConfigValue] = {},
-    ) -> tuple[Server, set[str]]:
-        """Run a session; returns the server and the reasons nodes gave for refusing. upto: stages to run. spoil: the
-        stage at which node 1 is sent a damaged request first."""
-        layout = Layout(32, len(nodes), 4, 8.0, None, ())
-        content = RecordDict({"arrays": model(value)})
-        content["config"] = ConfigRecord(config)
-        binding = bind(content, layout, kind)
-        protocol: Protocol = self.protocol
-        server = protocol.server(Session(1, number, kind, nodes, layout.size, 32, binding))
-        refusals: set[str] = set()
-        for stage in range(min(upto, len(protocol.stages))):
-            for node, request in sorted(server.outbound().items()):
-                if (stage, node) == (spoil, 1):
-                    damaged = bytes(request[:-1]) + bytes([request[-1] ^ 1])
-                    self.app(self._message(stage, number, node, damaged, content, layout, kind), self.contexts[node])
-                reply = self.app(
-                    self._message(stage, number, node, bytes(request), content, layout, kind), self.contexts[node]
-                )
-                if reply.has_error():
-                    refusals.add(str(reply.error.reason))
-                    continue
-                server.receive(node, reply.content.array_records[REPLY][BUFFER].data)
-            if refusals:
-                break
-            server.close()
-        return server, refusals
-
-    def _message(
-        self, stage: int, number: int, node: int, request: bytes, content: RecordDict, layout: Layout, kind: str
-    ) -> Message:
-        name = type(self.protocol).__name__
-        whole = RecordDict({SECURE + ".layout": layout.to_config()})
-        whole[SECURE + ".protocol"] = ConfigRecord(dict[str, ConfigValue](name=name, threshold=2))
-        with_input = stage == INPUT_STAGE[name]
-        header: dict[str, ConfigValue] = {
-            "number": number,
-            "stage": stage,
-            "binding": bind(content, layout, kind),
-            "input": with_input,
-            "arrays-key": "arrays",
-            "weight-key": "",
-        }
-        whole[SECURE] = ConfigRecord(header)
-        if with_input:
-            whole.update(content)
-        whole[REQUEST] = ArrayRecord({BUFFER: Array("uint8", (len(request),), "raw", memoryview(request))})
-        return Message(whole, node, kind, ttl=60.0, group_id="1")
+from privfed.protocols import SecAgg
+from privfed.protocols.session import Policy
+from privfed.record import ConfigRecord, RecordDict
+from privfed.ring import Layout, bind
+from proofs_tests.mods.federation import PROTOCOLS, Federation, model
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)

@@ -38,6 +38,8 @@ class LightSecAgg:
     privacy: int | None = None
 
     def __post_init__(self) -> None:
+        if self.threshold is not None and not isinstance(self.threshold, int | float):
+            raise ValueError(f"threshold must be a count, a share or None, got {self.threshold!r}")
         if isinstance(self.threshold, float) and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold as a share must be in (0, 1], got {self.threshold}")
         if isinstance(self.threshold, int) and self.threshold < 2:

@@ -177,6 +177,8 @@ def _stages(mode: str) -> tuple[str, ...]:
 def _check(threshold: Threshold, mode: str, corrupt: float, dropout: float) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if threshold is not None and not isinstance(threshold, int | float):
+        raise ValueError(f"threshold must be a count, a share or None, got {threshold!r}")
     if isinstance(threshold, float) and not 0 < threshold <= 1:
         raise ValueError(f"threshold as a share must be in (0, 1], got {threshold}")
     if isinstance(threshold, int) and threshold < 2:

@@ -1,0 +1,399 @@
+"""Every check of the mod that masks: what a server may say instead, and the refusal that meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privfed import mods
+from privfed.apps import ClientApp
+from privfed.array import Array
+from privfed.context import Context
+from privfed.message import Error, ErrorCode, Message
+from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
+from privfed.protocols.errors import DecodeError
+from privfed.protocols.session import FACTS, Policy
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from privfed.ring import BUFFER, DEMANDS, NOISED, REQUEST, SECURE, VECTOR, Layout
+from privfed.update import PLAN, UPDATE
+from proofs_tests.mods.federation import INPUT_STAGE, PROTOCOLS, RUN, Change, Federation, identity_of, model
+
+KINDS = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+OTHER: dict[str, Any] = {"run": 2, "round": 9, "action": "evaluate", "bits": 16, "dimension": 5}
+
+
+def only_at(stage: int, change: Change) -> Callable[[int], Change | None]:
+    return lambda at: change if at == stage else None
+
+
+# --- the session against the message, the run and the model
+
+
+@KINDS
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_session_of_other_facts_than_the_messages_is_refused(protocol: Any, fact: str) -> None:
+    lab = Federation(protocol)
+    server, refusals = lab.session(1, told={fact: OTHER[fact]})
+    assert refusals == {"RemoteError"}
+    assert server.result is None
+    assert lab.trained == 0
+    assert lab.session(1)[0].result is not None, "nothing was kept of it"
+
+
+@KINDS
+def test_a_session_of_one_run_is_none_of_another(protocol: Any) -> None:
+    """Under a second run id the marks are others: a contribution or a mask must not be valid there."""
+    lab = Federation(protocol)
+    assert lab.session(1)[0].result is not None
+    for context in lab.contexts.values():
+        context.run_id, context.mod_states = RUN + 1, {}
+    assert lab.session(2)[1] == {"RemoteError"}
+    assert lab.session(3, told={"run": RUN + 1})[0].result is not None
+
+
+@KINDS
+def test_the_kind_of_message_is_the_same_at_every_stage(protocol: Any) -> None:
+    """Opened as an evaluation, it may not end as training: the marks go by the kind."""
+    for turn in range(1, len(protocol.stages)):
+        lab = Federation(protocol)
+        server, refusals = lab.session(1, kind_at=lambda stage, turn=turn: "train" if stage < turn else "evaluate")  # type: ignore[misc]
+        assert server.result is None
+        assert refusals <= {"SessionOutOfOrder", "BindingMismatch"}
+        assert refusals
+
+
+@KINDS
+@pytest.mark.parametrize("dimension", [3, 5, 400])
+def test_a_layout_for_another_model_is_refused_before_the_app_runs(protocol: Any, dimension: int) -> None:
+    lab = Federation(protocol)
+    server, refusals = lab.session(1, layout=Layout(32, 3, dimension, 8.0, None, ()))
+    assert refusals == {"LayoutMismatch"}
+    assert server.result is None
+    assert lab.trained == 0
+
+
+def test_a_layout_without_an_update_fits_every_model() -> None:
+    lab = Federation(SecAgg(threshold=2))
+    metrics = Layout(32, 3, 0, 1.0, 8.0, ())
+    assert lab.session(1, kind="evaluate", layout=metrics)[1] == {"RingOverflow"}, "the app gives no weight"
+    assert lab.trained == 3
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_what_the_nodes_own_policy_knows_holds_as_well(fact: str) -> None:
+    right: dict[str, Any] = {"run": RUN, "round": 1, "action": "train", "bits": 32, "dimension": 4}
+    assert Federation(SecAgg(threshold=2), Policy(**{fact: right[fact]})).session(1)[0].result is not None
+    assert Federation(SecAgg(threshold=2), Policy(**{fact: OTHER[fact]})).session(1)[1] == {"Refused"}
+
+
+def test_the_layouts_least_survivors_hold() -> None:
+    plain = Layout(32, 3, 4, 8.0, None, ())
+    lab = Federation(SecAgg(threshold=2))
+    assert lab.session(1, layout=replace(plain, min_survivors=3))[0].result is not None
+    for least, policy in ((4, Policy()), (2, Policy(min_survivors=4))):
+        lab = Federation(SecAgg(threshold=2), policy)
+        assert lab.session(1, layout=replace(plain, min_survivors=least))[1] == {"RemoteError"}
+
+
+# --- which protocol, with which parameters
+
+
+@KINDS
+def test_an_instance_pins_the_parameters(protocol: Any) -> None:
+    name = type(protocol).__name__
+    assert Federation(protocol, protocols={name: protocol}).session(1)[0].result is not None
+    pinned = {name: replace(protocol, threshold=3)}
+    lab = Federation(protocol, protocols=pinned)
+    assert lab.session(1)[1] == {"RemoteError"}
+    assert lab.trained == 0
+    # A class takes what the server says, and is held to the policy alone.
+    assert Federation(protocol, protocols={name: type(protocol)}).session(1)[0].result is not None
+
+
+def test_a_pinned_sparse_graph_is_kept() -> None:
+    pinned = {"SecAggPlus": SecAggPlus(neighbours=2, threshold=2)}
+    assert Federation(SecAggPlus(threshold=2), protocols=pinned).session(1)[0].result is not None
+    other = {"SecAggPlus": SecAggPlus(neighbours=2, threshold=3)}
+    assert Federation(SecAggPlus(threshold=2), protocols=other).session(1)[1] == {"RemoteError"}
+
+
+@pytest.mark.parametrize("name", ["SecureSum", "secure_sum", "Toy", "__getattr__"])
+def test_only_protocols_are_protocols(name: str) -> None:
+    """The name comes from the server: it must not pick any other object of the package."""
+    lab = Federation(SecAgg(threshold=2))
+
+    def rename(content: RecordDict) -> None:
+        content.config_records[SECURE + ".protocol"]["name"] = name
+
+    assert lab.session(1, change=only_at(0, rename))[1] == {"Refused"}
+    assert Federation(SecAgg(threshold=2), protocols={"OneShot": OneShot}).session(1)[1] == {"Refused"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("threshold", 1), ("threshold", "many"), ("no-such-parameter", 1), ("threads", 1)]
+)
+def test_parameters_that_no_protocol_has_are_refused(name: str, value: Any) -> None:
+    def set_parameter(content: RecordDict) -> None:
+        content.config_records[SECURE + ".protocol"][name] = value
+
+    lab = Federation(SecAgg(threshold=2))
+    assert lab.session(1, change=only_at(0, set_parameter))[1] == {"Refused"}
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4), st.binary(max_size=4),
+    st.lists(st.integers(-1, 9), max_size=4), st.lists(st.text(max_size=2), max_size=2),
+)  # fmt: skip
+FIELDS = sorted({field.name for one in (SecAgg, SecAggPlus, LightSecAgg, OneShot) for field in fields(one)})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(PROTOCOLS), st.sampled_from(FIELDS), VALUES)
+def test_whatever_parameters_a_server_names_nothing_breaks(protocol: Any, name: str, value: Any) -> None:
+    """A node joins or refuses; what is not as the session's request says is no other error than a refusal."""
+
+    def set_parameter(content: RecordDict) -> None:
+        if value is not None:
+            content.config_records[SECURE + ".protocol"][name] = value
+
+    lab = Federation(protocol)
+    assert lab.session(1, upto=1, change=only_at(0, set_parameter))[1] <= {"Refused", "RemoteError", "LocalError"}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("weaken", ["parameter", "layout", "arrays-key", "weight-key", "binding", "number", "name"])
+def test_nothing_changes_from_stage_to_stage(stage: int, weaken: str) -> None:
+    def change(content: RecordDict) -> None:
+        header = content.config_records[SECURE]
+        if weaken == "parameter":
+            content.config_records[SECURE + ".protocol"]["threshold"] = 3
+        elif weaken == "name":
+            content.config_records[SECURE + ".protocol"]["name"] = "SecAggPlus"
+        elif weaken == "layout":
+            content.config_records[SECURE + ".layout"]["max-value"] = 4.0
+        elif weaken == "binding":
+            header["binding"] = bytes(32)
+        elif weaken == "number":
+            header["number"] = 2
+        else:
+            header[weaken] = "other"
+
+    lab = Federation(SecAgg(threshold=2))
+    assert lab.session(1, change=only_at(stage, change))[1] == {"SessionOutOfOrder"}
+    assert lab.trained == (3 if stage == 3 else 0)
+
+
+# --- instructions that are none
+
+
+@pytest.mark.parametrize("what", ["request", "dtype", "layout", "protocol", "binding", "number"])
+def test_a_malformed_instruction_is_refused(what: str) -> None:
+    def spoil(content: RecordDict) -> None:
+        if what == "request":
+            del content[REQUEST]
+        elif what == "dtype":
+            content[REQUEST] = ArrayRecord({BUFFER: Array(np.zeros(5, np.int8))})
+        elif what in ("layout", "protocol"):
+            del content[SECURE + "." + what]
+        else:
+            content.config_records[SECURE][what] = "nine"
+
+    assert Federation(SecAgg(threshold=2)).session(1, change=only_at(0, spoil))[1] == {"Refused"}
+
+
+@KINDS
+def test_a_stage_that_gives_the_input_must_bring_the_instructions(protocol: Any) -> None:
+    def hide(content: RecordDict) -> None:
+        content.config_records[SECURE]["input"] = False
+
+    lab = Federation(protocol)
+    stage = INPUT_STAGE[type(protocol).__name__]
+    assert lab.session(1, change=only_at(stage, hide))[1] == {"SessionOutOfOrder"}
+    assert lab.trained == 0
+
+
+@KINDS
+def test_another_model_or_configuration_at_the_input_is_refused(protocol: Any) -> None:
+    stage = INPUT_STAGE[type(protocol).__name__]
+    for name, record in (("arrays", model(1.0)), ("config", ConfigRecord({"x": 1})), ("more", ConfigRecord({}))):
+        lab = Federation(protocol)
+
+        def other(content: RecordDict, name: str = name, record: Any = record) -> None:
+            content[name] = record
+
+        assert lab.session(1, change=only_at(stage, other))[1] == {"BindingMismatch"}
+        assert lab.trained == 0
+
+
+@dataclass(frozen=True)
+class Rude:
+    """A protocol whose client lets an error of decoding through, as one that is not ours may."""
+
+    threshold: int = 2
+    stages: tuple[str, ...] = ("mask",)
+
+    def client(self, node: int, **arguments: Any) -> Any:
+        class Client:
+            def step(self, kept: bytes, request: Any, source: Any) -> Any:
+                raise DecodeError("no message")
+
+        return Client()
+
+
+def test_a_request_that_does_not_decode_is_refused() -> None:
+    lab = Federation(SecAgg(threshold=2), protocols={"SecAgg": Rude()})
+    assert lab.session(1)[1] == {"Refused"}
+
+
+# --- what the app answers
+
+
+def answering(reply: Callable[[Message], Message], policy: Policy = Policy()) -> Federation:
+    lab = Federation(SecAgg(threshold=2), policy)
+    lab.app = ClientApp(mods=[mods.secure_aggregation(policy, identity=identity_of)])
+    lab.app.train()(lambda message, context: reply(message))
+    return lab
+
+
+def moved(by: float, message: Message, **records: Any) -> Message:
+    arrays = message.content.array_records["arrays"].map(lambda values: values + values.dtype.type(by))
+    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({}), **records}), reply_to=message)
+
+
+def test_an_error_of_the_app_passes_as_it_is() -> None:
+    def fail(message: Message) -> Message:
+        return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "Tired"), reply_to=message)
+
+    assert answering(fail).session(1)[1] == {"Tired"}
+
+
+@pytest.mark.parametrize("clip", [1.0, 2.0 * (1 - 2.0**-20), float("nan")])
+def test_an_update_beyond_the_plans_clip_stays(clip: float) -> None:
+    """The update is 1 in four elements: its norm is 2."""
+    for limit, refusal in ((clip, {"UpdateNotClipped"}), (2.0, set()), ("wide", {"Refused"}), (None, {"Refused"})):
+        lab = Federation(SecAgg(threshold=2))
+        plan = ConfigRecord({} if limit is None else {"clip": limit})
+        assert lab.session(1, more={PLAN: plan})[1] == refusal
+
+
+def test_an_update_is_checked_like_full_weights() -> None:
+    flag = ConfigRecord({})
+    for key, shape, refusal in (("w", 4, set()), ("v", 4, {"UpdateError"}), ("w", 3, {"UpdateError"})):
+        update = ArrayRecord({key: Array(np.ones(shape, np.float32))})
+        lab = answering(lambda message, update=update: moved(0, message, arrays=update, **{UPDATE: flag}))  # type: ignore[misc]
+        assert lab.session(1)[1] == refusal
+
+
+@pytest.mark.parametrize("missing", [NOISED, DEMANDS, "", "bits", "min-survivors", "shape"])
+def test_a_sum_of_noised_vectors_takes_nothing_else(missing: str) -> None:
+    layout = Layout(32, 3, 8, 1.0, None, (), min_survivors=3, integers=True)
+
+    def reply(message: Message) -> Message:
+        size = 7 if missing == "shape" else 8
+        records: dict[str, Any] = {
+            NOISED: ArrayRecord({VECTOR: Array(np.ones(size, np.uint32))}),
+            DEMANDS: ConfigRecord({"bits": 31 if missing == "bits" else 32, "min-survivors": 3}),
+        }
+        if missing == "min-survivors":
+            records[DEMANDS] = ConfigRecord({"bits": 32, "min-survivors": 4})
+        records.pop(missing, None)
+        return moved(1, message, **records)
+
+    refusals = {"": set(), NOISED: {"NoiseMissing"}, DEMANDS: {"NoiseMissing"}, "shape": {"RingOverflow"}}
+    assert answering(reply).session(1, layout=layout)[1] == refusals.get(missing, {"WeakSession"})
+
+
+# --- messages it has nothing to do with, and mods around mods
+
+
+def plain(kind: str) -> Message:
+    return Message(RecordDict({"arrays": model(0.0)}), 1, kind)
+
+
+def test_kinds_are_kinds() -> None:
+    with pytest.raises(ValueError, match="kinds must be among train, evaluate, query, got fit"):
+        mods.secure_aggregation(kinds=("train", "fit"))
+    mod = mods.secure_aggregation(kinds=("train",))
+    for kind, passes in (("train", False), ("train.warm_up", False), ("evaluate", True), ("query.mean", True)):
+        reply = mod(plain(kind), Context(node_id=1), lambda message, context: moved(1, message))
+        assert reply.has_content() == passes
+        assert passes or reply.error == Error(ErrorCode.POLICY_REFUSED, "SecureAggregationRequired")
+
+
+STRICTER: list[Policy] = [
+    Policy(min_cohort=3),
+    Policy(min_survivors=3),
+    Policy(min_threshold=3),
+    Policy(min_neighbours=2),
+    Policy(min_bits=9),
+    Policy(require_active=True),
+    Policy(min_round=1),
+    Policy(corrupt=0.1),
+    Policy(max_dimension=9),
+    Policy(binding=bytes(32)),
+    Policy(run=1),
+    Policy(round=1),
+    Policy(action="train"),
+    Policy(bits=32),
+    Policy(dimension=4),
+]
+
+
+@pytest.mark.parametrize("inner", STRICTER, ids=repr)
+def test_inside_a_weaker_mod_it_refuses_and_inside_as_strict_a_one_it_stands_aside(inner: Policy) -> None:
+    def ask(outer: Policy, **arguments: Any) -> Message:
+        context = Context(node_id=1, masked=outer)
+        mod = mods.secure_aggregation(inner, **arguments)
+        return mod(plain("train"), context, lambda message, context: moved(1, message))
+
+    assert ask(Policy()).error == Error(ErrorCode.POLICY_REFUSED, "NodePolicyTooWeak")
+    assert ask(inner).has_content()
+    # What the outer one does with an identity or a protocol of its own, it cannot know.
+    assert ask(inner, identity=identity_of(Context(node_id=1))).error.reason == "NodePolicyTooWeak"
+    assert ask(inner, protocols={"LightSecAgg": LightSecAgg}).error.reason == "NodePolicyTooWeak"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_what_it_calls_knows_that_it_is_masked_and_what_follows_does_not(breaks: bool) -> None:
+    seen: list[Policy | None] = []
+    policy = Policy(min_cohort=3)
+    lab = Federation(SecAgg(threshold=2), policy)
+
+    def inner(message: Message, context: Context, call_next: Any) -> Message:
+        seen.append(context.masked)
+        if breaks:
+            raise KeyError("inner")
+        return call_next(message, context)  # type: ignore[no-any-return]
+
+    lab.app = ClientApp(mods=[mods.secure_aggregation(policy, identity=identity_of), inner])
+    lab.app.train()(lambda message, context: moved(1, message))
+    if breaks:
+        with pytest.raises(KeyError):
+            lab.session(1)
+    else:
+        assert lab.session(1)[0].result is not None
+    assert set(seen) == {policy}
+    assert all(context.masked is None for context in lab.contexts.values())
+
+
+def test_identity_comes_from_the_runtime_unless_it_is_given() -> None:
+    """OneShot needs one: without any the node refuses, and a foreign one is no node's own."""
+    for own, runtime, refusal in (
+        (identity_of, None, set()),
+        (None, identity_of, set()),
+        (None, None, {"LocalError"}),
+        (identity_of(Context(node_id=2)), identity_of, {"LocalError"}),
+    ):
+        lab = Federation(OneShot(threshold=2))
+        lab.app = ClientApp(mods=[mods.secure_aggregation(identity=own)])
+        lab.app.train()(lambda message, context: moved(1, message))
+        for context in lab.contexts.values():
+            if runtime is not None:
+                context.identify = lambda context=context, runtime=runtime: runtime(context)
+        assert lab.session(1)[1] == refusal
