@@ -94,6 +94,7 @@ class AppFolder:
     def _import(self, key: str, reference: str, kind: type[T]) -> T:
         where = f"{self.path / 'pyproject.toml'}: {key} = {reference!r}"
         module_name, _, attribute = reference.partition(":")
+        self._check_modules()
         if str(self.path) not in sys.path:
             sys.path.insert(0, str(self.path))
         try:
@@ -108,6 +109,18 @@ class AppFolder:
             near = nearest(attribute, (name for name, item in vars(module).items() if isinstance(item, kind)))
             raise AppError(f"{where}: module {module_name!r} has no {attribute!r}{near}")
         raise AppError(f"{where} is a {type(value).__name__}, not a {kind.__name__}")
+
+    def _check_modules(self) -> None:
+        """Raise AppError when a module of this app's would be another one's: a name is imported once a process."""
+        for path in self.path.iterdir():
+            loaded = sys.modules.get(path.stem if path.suffix == ".py" else path.name)
+            places = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())] if loaded else []
+            files = [Path(place) for place in places if place]
+            if files and not any(self.path in (file, *file.parents) for file in files):
+                raise AppError(
+                    f"{path} cannot be imported: this process has a module of that name from {files[0]}; run apps in "
+                    "processes of their own (--isolation subprocess), or rename it"
+                )
 
     def with_config(self, overrides: Mapping[str, str]) -> UserConfig:
         """Return the configuration with `-c key=value` settings applied, each parsed as its default's type."""
