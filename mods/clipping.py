@@ -11,6 +11,7 @@ from privfed.apps import CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
+from privfed.plan import BIT, CENTRAL, tracked
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.update import (
     PLAN,
@@ -37,6 +38,8 @@ def clip(max_norm: float | None = None) -> Mod:
     float64 and holds for what is sent, after rounding to each array's dtype. Replies that hold NaN or infinity, or do
     not fit the arrays received, become errors (UpdateError). Other messages pass.
 
+    Where the plan's clip adapts, the update gets one more element, which says whether it was within the plan's clip.
+
     Guarantees: the norm of an update that leaves is at most the bound, and its direction is that of the update.
     Raises ValueError for a max_norm that is not finite and > 0.
     """
@@ -48,8 +51,7 @@ def clip(max_norm: float | None = None) -> Mod:
         if message.metadata.message_type.partition(".")[0] != "train" or reply.has_error():
             return reply
         try:
-            bound = _bound(message.content, max_norm)
-            return reply.with_content(_clipped(message.content, reply.content, bound))
+            return reply.with_content(_clipped(message.content, reply.content, max_norm))
         except UpdateError as cause:
             log.warning("node %d: the update was not sent: %s", context.node_id, cause)
             return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "UpdateError"), reply_to=message)
@@ -57,29 +59,41 @@ def clip(max_norm: float | None = None) -> Mod:
     return clip_update
 
 
-def _bound(content: RecordDict, max_norm: float | None) -> float:
+def _bounds(content: RecordDict, max_norm: float | None) -> tuple[float, float, float]:
+    """Return the bound to clip to, the plan's own (infinity without a plan) and the weight of its bit."""
     plan = content.get(PLAN)
-    asked = plan.get("clip") if isinstance(plan, ConfigRecord) else None
-    bounds = [max_norm] if max_norm is not None else []
-    if asked is not None:
-        if not isinstance(asked, int | float) or not (math.isfinite(asked) and asked > 0):
-            raise UpdateError(f"the plan's clip is {asked!r}, not a finite number > 0")
-        bounds.append(float(asked))
+    given = plan if isinstance(plan, ConfigRecord) else ConfigRecord()
+    asked, weight = given.get("clip", math.inf), given.get("bit-weight", 0.0)
+    if PLAN in content and not (isinstance(asked, int | float) and 0 < asked < math.inf):
+        raise UpdateError(f"the plan's clip is {asked!r}, not a finite number > 0")
+    if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+        raise UpdateError(f"the plan's bit-weight is {weight!r}, not a finite number >= 0")
+    if weight and given.get("mechanism", CENTRAL) != CENTRAL:
+        raise UpdateError(
+            "under this plan mods.distributed_dp() clips, and must see how long updates are: remove clip()"
+        )
+    bounds = [float(str(asked))] if PLAN in content else []
+    bounds += [max_norm] if max_norm is not None else []
     if not bounds:
         raise UpdateError("clip() has no max_norm and the run has no privacy plan: there is nothing to clip to")
-    return min(bounds)
+    return min(bounds), float(str(asked)), float(weight)
 
 
-def _clipped(request: RecordDict, reply: RecordDict, bound: float) -> RecordDict:
+def _clipped(request: RecordDict, reply: RecordDict, max_norm: float | None) -> RecordDict:
+    bound, asked, weight = _bounds(request, max_norm)
     received, name = arrays_of(request), arrays_name(reply)
     arrays = reply.array_records[name]
+    bit = arrays.get(BIT) if weight else None  # a mod inside has clipped already
     if is_update(reply):
-        check_arrays(received, arrays, update=True)
-        update = arrays
+        check_arrays(received if bit is None else tracked(received, weight), arrays, update=True)
+        update = ArrayRecord({key: array for key, array in arrays.items() if key != BIT}) if bit else arrays
     else:
         update = subtract(arrays, received)
     content = RecordDict(dict(reply))
     content[name] = clip_record(update, bound)
+    if weight:
+        sent = bit if bit is not None else Array(np.array(weight / 2 if norm(update) <= asked else -weight / 2))
+        content[name] = ArrayRecord({**content.array_records[name], BIT: sent})
     content[UPDATE] = mark_update()
     return content
 

@@ -22,6 +22,7 @@ from privfed.update import (
     dimension,
     flatten,
     is_update,
+    norm,
     subtract,
 )
 
@@ -64,7 +65,8 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
                 context.mod_state(STATE)["spent"] = ConfigRecord(spending)
                 return reply
             update = _update(message.content, reply.content)
-            vector = instruction.parameters.encode(flatten(update), instruction.seed, random)
+            values = instruction.prepare(flatten(update), norm(update))
+            vector = instruction.parameters.encode(values, instruction.seed, random)
             context.mod_state(STATE)["spent"] = ConfigRecord(spending)
         except PlanRefused as cause:
             log.warning("node %d refuses: %s", context.node_id, cause)
@@ -91,8 +93,9 @@ def _instruction(message: Message) -> Instruction:
         size = dimension(arrays_of(message.content))
     except UpdateError as cause:
         raise PlanRefused(f"the plan has no one model to be about: {cause}") from cause
-    if size != instruction.parameters.dimension:
-        raise PlanRefused(f"the model has {size} elements, the plan is for {instruction.parameters.dimension}")
+    planned = instruction.parameters.dimension - bool(instruction.bit_weight)
+    if size != planned:
+        raise PlanRefused(f"the model has {size} elements, the plan is for {planned}")
     return instruction
 
 

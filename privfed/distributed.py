@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privfed.errors import PlanRefused
-from privfed.plan import SKELLAM
+from privfed.plan import SKELLAM, joint_clip
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.distributed import SkellamParameters
 from privfed.privacy.events import event_from_json
@@ -29,7 +32,8 @@ _TEXTS = ("unit", "relation", "observer")
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One round's distributed noise. seed: 32 public bytes that rotate the update. insecure: the run's noise is a
-    test's, worth nothing.
+    test's, worth nothing. clip: L2 bound on an update. bit_weight: above 0 under adaptive clipping; the parameters are
+    then for the update with its bit, divided by `joint`.
     """
 
     parameters: SkellamParameters
@@ -38,12 +42,42 @@ class Instruction:
     relation: str = "zero_out"
     observer: str = "server"
     insecure: bool = False
+    clip: float = 0.0
+    bit_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.clip:
+            object.__setattr__(self, "clip", self.parameters.clip)
+        if not (math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.bit_weight) and self.bit_weight >= 0):
+            raise ValueError(
+                f"clip and bit_weight must be finite, above 0 and at least 0: {self.clip}, {self.bit_weight}"
+            )
+        if self.parameters.clip != (1.0 if self.bit_weight else self.clip):
+            raise ValueError(f"clip: {self.clip} is not that of the parameters, {self.parameters.clip}")
+
+    @property
+    def joint(self) -> float:
+        """The L2 bound on an update and its bit together."""
+        return joint_clip(self.clip, self.bit_weight)
+
+    def prepare(self, update: NDArray[np.float64], length: float) -> NDArray[np.float64]:
+        """Return what is encoded of an update of norm `length`: itself, or with its bit and over the joint bound."""
+        if not self.bit_weight:
+            return update
+        within = length <= self.clip
+        vector = np.empty(update.size + 1)
+        np.multiply(update, (1.0 if within else self.clip / length) / self.joint, out=vector[:-1])
+        vector[-1] = self.bit_weight / self.joint * (0.5 if within else -0.5)
+        return vector
 
     def to_config(self) -> ConfigRecord:
         """Return the instruction as a record."""
         values: dict[str, ConfigValue] = {"mechanism": SKELLAM, "seed": self.seed, "insecure": self.insecure}
         values |= {name: float(getattr(self.parameters, field)) for name, field in _FLOATS.items()}
         values |= {name: int(getattr(self.parameters, field)) for name, field in _COUNTS.items()}
+        values["clip"] = self.clip
+        if self.bit_weight:
+            values["bit-weight"] = self.bit_weight
         return ConfigRecord(values | {name: str(getattr(self, name)) for name in _TEXTS})
 
     @classmethod
@@ -64,8 +98,12 @@ class Instruction:
             texts = {name: config[name] for name in _TEXTS}
             if any(not isinstance(text, str) for text in texts.values()):
                 raise TypeError("unit, relation and observer are texts")
-            parameters = SkellamParameters(**numbers)  # type: ignore[arg-type]  # types were checked above
-            return cls(parameters, seed, **{name: str(text) for name, text in texts.items()}, insecure=insecure)
+            clip, weight = float(str(numbers["clip"])), config.get("bit-weight", 0.0)
+            if not isinstance(weight, float):
+                raise TypeError("the bit's weight is no float")
+            parameters = SkellamParameters(**{**numbers, "clip": 1.0 if weight else clip})  # type: ignore[arg-type]  # types were checked above
+            terms = {name: str(text) for name, text in texts.items()}
+            return cls(parameters, seed, **terms, insecure=insecure, clip=clip, bit_weight=weight)
         except (KeyError, TypeError, ValueError) as cause:
             raise PlanRefused(f"the plan in the message is malformed: {cause}") from cause
 
@@ -109,8 +147,8 @@ class PlanLimits:
             raise PlanRefused(
                 f"noise multiplier {asked.noise_multiplier:g} is below this node's least, {self.min_noise_multiplier:g}"
             )
-        if asked.clip > self.max_clip:
-            raise PlanRefused(f"clip {asked.clip:g} is above this node's largest, {self.max_clip:g}")
+        if instruction.clip > self.max_clip:
+            raise PlanRefused(f"clip {instruction.clip:g} is above this node's largest, {self.max_clip:g}")
         if asked.nodes < self.min_nodes:
             raise PlanRefused(f"a cohort of {asked.nodes} nodes is below this node's least, {self.min_nodes}")
         colluding = math.ceil(self.corrupt * asked.nodes * (1 - 2.0**-40))

@@ -6,15 +6,76 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from privfed.array import Array
 from privfed.errors import PlanRefused
+from privfed.record import ArrayRecord
 
 if TYPE_CHECKING:
     from privfed.privacy.distributed import SkellamParameters
     from privfed.privacy.events import Event
     from privfed.privacy.sampling import Sampler
 
+_MOST_CLIP = 2.0**40
 CENTRAL, SKELLAM = "gaussian", "skellam"
 MECHANISMS = (CENTRAL, SKELLAM)
+BIT = "privfed.clip-bit"
+"""In an update under adaptive clipping: one more element, plus or minus half the plan's "bit-weight"."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveClip:
+    """Let the clip follow a quantile of the norms of the nodes' updates [ATMR21].
+
+    Beside its update every node sends one noised bit: whether its norm is within the clip. After each round the clip is
+    multiplied by exp(-learning_rate * (share within - quantile)). bits_stddev: standard deviation of the noise on the
+    sum of bits, which are +-1/2; None: a twentieth of the cohort, or the noise multiplier if that is more. The budget
+    pays for both together: they are one vector with one L2 bound, so that a round costs the same whatever the clip.
+    """
+
+    quantile: float = 0.5
+    learning_rate: float = 0.2
+    bits_stddev: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must be in (0, 1), got {self.quantile}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
+        if self.bits_stddev is not None and not (math.isfinite(self.bits_stddev) and self.bits_stddev > 0):
+            raise ValueError(f"bits_stddev must be finite and > 0, or None, got {self.bits_stddev}")
+
+    def bit_weight(self, noise_multiplier: float, cohort: float) -> float:
+        """Return the bit's weight over the clip, so that noise for the joint bound is `bits_stddev` on the bits.
+
+        Raises PlanRefused when the bits alone would spend more than `noise_multiplier` allows.
+        """
+        from privfed.privacy.adaptive import delta_multiplier
+
+        given = self.bits_stddev
+        stddev = given if given is not None else max(cohort / 20, noise_multiplier)
+        try:
+            return delta_multiplier(noise_multiplier, stddev) / stddev
+        except ValueError as cause:
+            raise PlanRefused(f"adaptive: {cause}; use more noise on the bits, or leave bits_stddev out") from cause
+
+    def moved(self, clip: float, within: float) -> float:
+        """Return the next clip from this one and the noised share of norms within it."""
+        step = self.learning_rate * (min(1.0, max(0.0, within)) - self.quantile)
+        return min(_MOST_CLIP, max(1 / _MOST_CLIP, clip * math.exp(-step)))
+
+
+def joint_clip(clip: float, bit_weight: float) -> float:
+    """Return the L2 bound on an update and its bit together."""
+    return math.hypot(clip, bit_weight / 2) if bit_weight else clip
+
+
+def tracked(model: ArrayRecord, bit_weight: float) -> ArrayRecord:
+    """Return the model as updates look like it: with one more element where they carry a bit."""
+    if not bit_weight:
+        return model
+    return ArrayRecord({**model, BIT: Array(np.zeros(()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +98,8 @@ class PrivacyPlan:
       their noise; the noise of the others is the planned one. bits: the sum is taken modulo 2^bits, and wraps in a
       round with at most `wrap_probability`.
 
+    adaptive: None, or how the clip changes from round to round; `clip` is then that of the first.
+
     Raises ValueError naming the argument, PlanRefused for a claim that the mechanism cannot support.
     """
 
@@ -55,6 +118,7 @@ class PrivacyPlan:
     max_colluding: int | float = 0
     bits: int = 20
     wrap_probability: float = 1e-6
+    adaptive: AdaptiveClip | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -163,16 +227,17 @@ class PrivacyPlan:
     def parameters(self, nodes: int, dimension: int, num_rounds: int) -> SkellamParameters:
         """Return what a round of `nodes` nodes agrees on under distributed noise.
 
-        dimension: elements of an update. No amplification by sampling is claimed: the server knows the cohort, and
-        against others nothing is proved for this noise. Raises PlanRefused, with numbers and what would do, for a cohort, a ring or a
-        budget that cannot be served.
+        dimension: elements of an update, its bit not counted. Under adaptive clipping all of it is for vectors divided
+        by the round's joint bound, so their clip is 1. No amplification by sampling is claimed: the server knows the
+        cohort, and against others nothing is proved for this noise. Raises PlanRefused, with numbers and what would
+        do, for a cohort, a ring or a budget that cannot be served.
         """
         from privfed.privacy import distributed
 
         shared: dict[str, Any] = {
-            "clip": self.clip,
+            "clip": self.clip if self.adaptive is None else 1.0,
             "nodes": nodes,
-            "dimension": dimension,
+            "dimension": dimension + (self.adaptive is not None),
             "bits": self.bits,
             "max_dropped": _share(self.max_dropped, nodes),
             "max_colluding": _share(self.max_colluding, nodes),
