@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations_with_replacement, product
+from typing import Any
 
 import numpy as np
 
 from privfed.audit.rehearsal import Rehearsal, Role, Stage
 from privfed.protocols.errors import DecodeError, LocalError, ProtocolError, RemoteError, TooFewSurvivors
-from privfed.protocols.session import Policy, Protocol
+from privfed.protocols.session import FACTS, Policy, Protocol
 
 Problems = Iterator[str]
 
@@ -308,6 +309,7 @@ def _policy(lab: Rehearsal, exhaustive: bool) -> Problems:
     floors = {
         "min_cohort": Policy(min_cohort=len(lab.nodes) + 1),
         "min_threshold": Policy(min_threshold=len(lab.nodes) + 1),
+        "min_survivors": Policy(min_survivors=len(lab.nodes) + 1),
         "min_bits": Policy(min_bits=lab.bits + 1),
         "min_round": Policy(min_round=10**6),
     }
@@ -319,6 +321,29 @@ def _policy(lab: Rehearsal, exhaustive: bool) -> Problems:
         except (RemoteError, LocalError):
             continue
         yield f"the node's policy {name} was not obeyed"
+
+
+def _facts(lab: Rehearsal, exhaustive: bool) -> Problems:
+    """A node joins the session it knows of and no other, whatever the server opens: `Policy.check_facts`."""
+    session = lab.session()
+    known = replace(Policy(binding=session.binding), **{name: getattr(session, name) for name in FACTS})
+    if not _obeys(replace(lab, policy=known)):
+        yield "a session of the very facts that the node knows was refused"
+    others: dict[str, Any] = {
+        "run": session.run + 1,
+        "round": session.round + 1,
+        "action": session.action + ".other",
+        "bits": session.bits + 1,
+        "dimension": session.dimension + 1,
+        "max_dimension": session.dimension - 1,
+        "binding": bytes(32),
+    }
+    for name, value in others.items():
+        try:
+            replace(lab, policy=replace(Policy(), **{name: value})).run()
+        except RemoteError:
+            continue
+        yield f"a session of another {name} than the node's policy knows was joined"
 
 
 def _bad_inputs(lab: Rehearsal, exhaustive: bool) -> Problems:
@@ -374,6 +399,7 @@ CHECKS: dict[Callable[[Rehearsal, bool], Problems], str] = {
     _strange_replies: "strange-replies",
     _foreign_cohort: "foreign-cohort",
     _policy: "policy",
+    _facts: "facts",
     _bad_inputs: "bad-inputs",
     _impostor: "impostor",
 }

@@ -14,13 +14,24 @@ from privfed.audit import CheckFailed, check_protocol
 from privfed.protocols import LightSecAgg
 from privfed.protocols.errors import LocalError, RemoteError, TooFewSurvivors
 from privfed.protocols.lightsecagg.client import LightSecAggClient
-from privfed.protocols.session import Buffer, Client, Identity, Policy, Random, RingSum, Server, Session, Source
+from privfed.protocols.session import (
+    FACTS,
+    Buffer,
+    Client,
+    Identity,
+    Policy,
+    Random,
+    RingSum,
+    Server,
+    Session,
+    Source,
+)
 
 
 @pytest.mark.parametrize("protocol", [LightSecAgg(), LightSecAgg(0.9, privacy=1)])
 def test_what_keeps_the_contract_passes(protocol: LightSecAgg) -> None:
     report = check_protocol(protocol)
-    assert report.passed and report.sessions > 300 and len(report.checks) == 14
+    assert report.passed and report.sessions > 300 and len(report.checks) == 15
 
 
 @dataclass
@@ -161,7 +172,15 @@ def same_each_time(client: LightSecAggClient) -> LightSecAggClient:
 
 
 def without_floors(policy: Policy) -> Policy:
-    return replace(policy, min_cohort=2, min_threshold=2, min_bits=8, min_round=0, require_active=False)
+    return Policy(binding=policy.binding, max_dimension=policy.max_dimension, **facts_of(policy))
+
+
+def facts_of(policy: Policy) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in FACTS}
+
+
+def without(name: str) -> Callable[[Policy], Policy]:
+    return lambda policy: replace(policy, **{name: getattr(Policy(), name)})
 
 
 @pytest.mark.parametrize(
@@ -179,6 +198,8 @@ def without_floors(policy: Policy) -> Policy:
         (Spoiled(client_part=AsksTwice), {"sums"}),
         (Spoiled(loosen=without_floors), {"policy"}),
         (Spoiled(loosen=without_floors, forget_identity=True), {"policy", "impostor"}),
+        *((Spoiled(loosen=without(name)), {"facts"}) for name in (*FACTS, "binding", "max_dimension")),
+        (Spoiled(loosen=without("min_survivors")), {"policy"}),
         (Spoiled(random=os.urandom), {"determinism"}),
         (Spoiled(client_part=same_each_time), {"determinism"}),
     ],
@@ -249,7 +270,7 @@ def test_no_security_at_all_is_noticed() -> None:
     named = {check for check, _ in report.problems}
     assert named == {
         "hidden-input", "determinism", "repeated-requests", "strange-replies", "foreign-cohort", "policy",
-        "bad-inputs", "impostor",
+        "facts", "bad-inputs", "impostor",
     }  # fmt: skip
 
 
