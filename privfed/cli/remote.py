@@ -59,20 +59,21 @@ def submit(superlink: str, keys: Path | None, submission: Submission, detach: bo
 def resume(superlink: str, keys: Path | None, name: str, detach: bool, form: str) -> None:
     """Go on with a run there."""
     with connect(superlink, keys) as control:
+        shown = [piece.offset for piece in control.follow(name, "events", until_end=False)]
         row = control.resume(name)
         if detach:
             click.echo(json.dumps({"run": row.name}) if form == "json" else row.name)
             return
-        attend(control, row, form)
+        attend(control, row, form, shown[-1])
 
 
-def attend(control: ControlClient, row: RunRow, form: str) -> None:
+def attend(control: ControlClient, row: RunRow, form: str, offset: int = 0) -> None:
     """Show a run until it ends; Ctrl-C leaves it alone. Raises RunFailed when it fails."""
     from privfed.cli.display import display
 
     print(f"run {row.name} on {control.address}; Ctrl-C detaches, the run goes on", file=sys.stderr)
     try:
-        state, reason = _follow(control, row.name, display(form))
+        state, reason = follow(control, row.name, display(form), offset)
     except KeyboardInterrupt:
         print(
             f"\ndetached: the run goes on. `privfed log -f {row.name} --superlink {control.address}` shows it, "
@@ -86,11 +87,11 @@ def attend(control: ControlClient, row: RunRow, form: str) -> None:
         print(f"stopped: {reason}", file=sys.stderr)
 
 
-def _follow(control: ControlClient, name: str, listener: Listener) -> tuple[str, str]:
+def follow(control: ControlClient, name: str, listener: Listener, offset: int = 0) -> tuple[str, str]:
     """Pass events on as they come, over restarts of the SuperLink; return how the run ended and why."""
     from privfed.runtime.handshake import NetworkError, Refused
 
-    offset, told = 0, ""
+    told = ""
     away: float | None = None
     while True:
         try:

@@ -200,8 +200,9 @@ class ControlClient:
         call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Follow")
         stream = call(pack(Follow(name=name, what=what, offset=offset, follow=until_end)), metadata=greeting())
         try:
-            agree(stream.initial_metadata(), self.address)
-            for data in stream:
+            for number, data in enumerate(stream):
+                if not number:
+                    agree(stream.initial_metadata(), self.address)
                 yield unpack(data, Piece)
         except grpc.RpcError as fault:
             raise explain(fault, self.address) from None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -240,6 +240,8 @@ class FleetClient:
             except (NetworkError, WireError, ValueError) as fault:
                 self._tell(str(fault))
             except grpc.RpcError as fault:
+                if self._closing.is_set():
+                    return
                 told = explain(fault, self.address)
                 self._tell(str(told))
                 if isinstance(told, Refused):
@@ -249,8 +251,8 @@ class FleetClient:
             pause = _FIRST_PAUSE if served else min(MAX_PAUSE, 2 * pause)
             self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
 
-    def _open(self) -> Any:
-        """Open the session and introduce the node; what comes back is what the SuperLink pushes."""
+    def _open(self) -> Iterator[bytes]:
+        """Open the session and introduce the node; yield what the SuperLink pushes."""
         over = threading.Event()
         call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_SERVICE + "Session")
 
@@ -266,8 +268,10 @@ class FleetClient:
         self._hangup = stream.cancel
         if self._closing.is_set():
             stream.cancel()
-        agree(stream.initial_metadata(), self.address)
-        return stream
+        for number, data in enumerate(stream):
+            if not number:  # there is metadata now; while nobody is there, there is none
+                agree(stream.initial_metadata(), self.address)
+            yield data
 
     def _take(self, frame: Down) -> bool:
         """Act on what the SuperLink pushed; return whether it serves us."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from privfed.context import Context
+from privfed.grid import Grid
 from privfed.runtime.control import ControlClient, Piece, Submission
 from privfed.runtime.credentials import Credentials
 from privfed.runtime.federation import open_app
@@ -17,19 +19,34 @@ from privfed.runtime.fleet_service import FleetLimits
 from privfed.runtime.launcher import InlineLauncher
 from privfed.runtime.run_folder import RunFolder
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
-from proofs_tests.deployment.small_node import SmallNode
+from proofs_tests.deployment.small_node import SmallNode, fresh
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class FreshLauncher(InlineLauncher):
+    """Runs server apps in this process, each copy anew."""
+
+    def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
+        del log
+        return fresh(app_dir)[0](grid, context)
 
 
 class LocalLink:
     """A context: the SuperLink runs inside it."""
 
-    def __init__(self, home: Path, credentials: Credentials | None = None, limits: FleetLimits | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        credentials: Credentials | None = None,
+        fleet: str = "127.0.0.1:0",
+        control: str = "127.0.0.1:0",
+        limits: FleetLimits | None = None,
+    ) -> None:
         self.options = SuperLinkOptions(
             home=home,
-            fleet="127.0.0.1:0",
-            control="127.0.0.1:0",
+            fleet=fleet,
+            control=control,
             monitor="127.0.0.1:0",
             credentials=credentials,
             limits=limits or FleetLimits(nodes=100),
@@ -45,11 +62,11 @@ class LocalLink:
         self.loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
         try:
-            self.link = SuperLink(self.options, InlineLauncher())
+            self.link = SuperLink(self.options, FreshLauncher())
             await self.link.start()
-        except BaseException as fault:
+        except BaseException as fault:  # noqa: BLE001 - raised again by the test that waits
             self.fault = fault
-            raise
+            return
         finally:
             self._ready.set()
         await self._end.wait()
@@ -65,9 +82,14 @@ class LocalLink:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.end()
+
+    def end(self) -> None:
+        """End in good order."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._end.set)
+            self._thread.join(20)
+            assert not self._thread.is_alive()
 
     @property
     def fleet(self) -> str:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from privfed.apps import ClientApp
+from privfed.apps import ClientApp, ServerApp
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.bundle import open_bundle
 from privfed.runtime.engine import Assignment, execute
 from privfed.runtime.fleet import FleetClient, FleetOptions, Task
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.store import Lease, NodeState
+
+_IMPORTS = threading.Lock()
+
+
+def fresh(folder: Path) -> tuple[ServerApp, ClientApp]:
+    """Load an app's components although this process may have loaded another copy of it."""
+    with _IMPORTS:
+        path = list(sys.path)
+        try:
+            for file in folder.glob("*.py"):
+                sys.modules.pop(file.stem, None)
+            return AppFolder.open(folder).load()
+        finally:
+            sys.path[:] = path
+            for file in folder.glob("*.py"):
+                sys.modules.pop(file.stem, None)
 
 
 class SmallNode:
@@ -32,7 +49,7 @@ class SmallNode:
     def app(self, run_id: int) -> ClientApp:
         if run_id not in self._apps:
             bundle = open_bundle(self.client.bundle(self.client.run(run_id).bundle))
-            self._apps[run_id] = AppFolder.open(bundle.unpack(Path(self._folder.name))).load()[1]
+            self._apps[run_id] = fresh(bundle.unpack(Path(self._folder.name)))[1]
         return self._apps[run_id]
 
     def serve(self, task: Task) -> None:

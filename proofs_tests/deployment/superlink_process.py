@@ -1,0 +1,64 @@
+"""A SuperLink as a process of its own, that can be killed and started again at the same addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class SuperLinkProcess:
+    """`privfed superlink --insecure` in a home folder."""
+
+    def __init__(self, home: Path, isolation: str = "inline") -> None:
+        self.home = home
+        self._isolation = isolation
+        self._process: subprocess.Popen[bytes] | None = None
+        self.fleet = self.control = "127.0.0.1:0"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "privfed.cli.main", "superlink", "--insecure", "--home", str(self.home)]
+        command += ["--fleet", self.fleet, "--control", self.control, "--isolation", self._isolation]
+        (self.home / "addresses.json").unlink(missing_ok=True)
+        self.home.mkdir(exist_ok=True)
+        with (self.home / "output.txt").open("ab") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        deadline = time.monotonic() + 30
+        while not (self.home / "addresses.json").exists():
+            assert self._process.poll() is None and time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+        found = json.loads((self.home / "addresses.json").read_text())
+        self.fleet, self.control = found["fleet"], found["control"]
+
+    @property
+    def output(self) -> str:
+        return (self.home / "output.txt").read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """kill -9, as the kernel or a person with a grudge would."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end(self) -> int:
+        """Ask it to end; return its exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(20)
+
+    def __enter__(self) -> SuperLinkProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
