@@ -6,21 +6,23 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from privfed.context import derived_rng
+from privfed.distributed import Instruction
 from privfed.errors import PlanRefused, RunFailed
 from privfed.grid import Grid
-from privfed.plan import PrivacyPlan
+from privfed.plan import PrivacyPlan, joint_clip, tracked
 from privfed.privacy.events import Event
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Ledger, LedgerError, Terms
 from privfed.privacy.mechanisms import LatticeSum
 from privfed.privacy.sampling import AvailabilitySampler, Sampler
 from privfed.record import ArrayRecord, ConfigRecord
-from privfed.strategies.exchange import SharedNoise
+from privfed.strategies.exchange import Exchange, SharedNoise
 from privfed.strategies.view import Float64s, RandomBytes, Sum, Unreleased, Updates
 from privfed.update import dimension
 
@@ -44,6 +46,7 @@ class Release(ABC):
     event: Event
     noise_multiplier: float
     sampler: Sampler
+    _noised: Float64s | None = None
 
     def __init__(self, plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int) -> None:
         self.size = dimension(model)
@@ -55,6 +58,9 @@ class Release(ABC):
         if not self.denominator > 0:
             raise PlanRefused("sampler: its expected cohort is empty, so the sum has no denominator")
         self.resolve(num_rounds)
+        adaptive, self.clip = plan.adaptive, plan.clip
+        # Over the clip, and so the same in every round: with it, a round is one event whatever the clip.
+        self._relative_weight = adaptive.bit_weight(self.noise_multiplier, self.denominator) if adaptive else 0.0
         self.run = str(grid.run_id)
         self.seed = grid.recorder.insecure_test_randomness
         self._ledger = None if self.seed is not None else self._open(grid)
@@ -68,16 +74,43 @@ class Release(ABC):
         """Return what the nodes are told of the plan."""
 
     @abstractmethod
-    def shared(self, server_round: int) -> SharedNoise | None:
-        """Return what the stage must know where the nodes add the noise."""
+    def prepare(self, exchange: Exchange) -> Exchange:
+        """Return the exchange with what the stage must know of the plan."""
 
     @abstractmethod
     def charge(self, server_round: int, view: Seen) -> dict[str, object]:
         """See that the round is charged, and only then noised; return what may be said. view None: nobody was asked."""
 
-    @abstractmethod
     def view(self) -> Sum:
         """Return the released mean: the noised sum over the public cohort size."""
+        if self._noised is None:
+            raise RuntimeError("nothing has been charged in this round")
+        mean, self._noised = self._noised, None
+        return Sum(mean, self.denominator)
+
+    @property
+    def bit_weight(self) -> float:
+        """Weight of the bit beside an update; 0 unless the clip adapts."""
+        return self._relative_weight * self.clip
+
+    def state(self) -> ConfigRecord:
+        """Return what a resumed run must know."""
+        return ConfigRecord({"population": self.population, "clip": float(self.clip)})
+
+    def restore(self, state: ConfigRecord) -> None:
+        """Take up the clip where a run was interrupted."""
+        self.clip = float(str(state.get("clip", self.clip)))
+
+    def _keep(self, mean: Float64s) -> dict[str, object]:
+        """Keep the noised mean; where the clip adapts, take the bits off and let it follow them."""
+        said: dict[str, object] = {"clip": self.clip}
+        adaptive = self.plan.adaptive
+        if adaptive is not None:
+            mean, bits = mean[:-1], float(mean[-1]) / self.bit_weight
+            said["within-clip"] = bits + 0.5
+            self.clip = adaptive.moved(self.clip, bits + 0.5)
+        self._noised = mean
+        return said
 
     def _open(self, grid: Grid) -> Ledger:
         plan, path = self.plan, grid.recorder.ledger_path
@@ -128,7 +161,6 @@ class Release(ABC):
             "epsilon": epsilon,
             "delta": self.plan.delta,
             **self.plan.terms,
-            "clip": self.plan.clip,
             "noise-multiplier": self.noise_multiplier,
             "cohort": self.denominator,
             "budget": self.plan.epsilon if self.plan.epsilon is not None else "none",
@@ -144,47 +176,40 @@ class Release(ABC):
 class CentralRelease(Release):
     """The server adds the noise."""
 
-    _noised: Float64s | None = None
-
     def resolve(self, num_rounds: int) -> None:
         self.noise_multiplier = self.plan.resolve(num_rounds)
         self.event, self.sampler = self.plan.event(self.noise_multiplier), self.plan.cohorts
 
     def instruction(self, server_round: int) -> ConfigRecord:
         instruction = ConfigRecord({"mechanism": self.plan.mechanism})
-        instruction["clip"] = float(self.plan.clip)
-        instruction["event"] = self.event.to_json()  # what a round costs, for nodes that keep a ledger of their own
-        instruction["insecure"] = self.seed is not None
+        instruction["clip"] = float(self.clip)
+        if self.bit_weight:
+            instruction["bit-weight"] = self.bit_weight
         instruction.update(self.plan.terms)
         return instruction
 
-    def shared(self, server_round: int) -> None:
-        return None
+    def prepare(self, exchange: Exchange) -> Exchange:
+        model = tracked(exchange.model, self.bit_weight)
+        return replace(exchange, model=model, clip=joint_clip(self.clip, self.bit_weight))
 
     def charge(self, server_round: int, view: Seen) -> dict[str, object]:
         transcript = hashlib.sha256(f"{self.run}:{server_round}:".encode() + os.urandom(32)).hexdigest()
         epsilon = self.pay(server_round, transcript)
         random = self.random("noise", server_round)
         if isinstance(view, Unreleased):
-            self._noised = view.release(self.noise_multiplier, random)
+            noised = view.release(self.noise_multiplier, random)
         else:
-            nobody = LatticeSum(self.size, sensitivity=self.plan.clip)
-            self._noised = nobody.release(noise_multiplier=self.noise_multiplier, random=random)[0]
-        return self.said(epsilon)
-
-    def view(self) -> Sum:
-        if self._noised is None:
-            raise RuntimeError("nothing has been charged in this round")
-        mean, self._noised = self._noised, None
-        return Sum(np.asarray(mean / self.denominator), self.denominator)
+            size = self.size + (self.plan.adaptive is not None)
+            nobody = LatticeSum(size, sensitivity=joint_clip(self.clip, self.bit_weight))
+            noised = nobody.release(noise_multiplier=self.noise_multiplier, random=random)[0]
+        return self.said(epsilon) | self._keep(np.asarray(noised / self.denominator))
 
 
 class SharedRelease(Release):
     """The nodes add the noise; the round is charged before the sum is unmasked."""
 
     _paid: tuple[int, float] | None = None
-    _seeded: tuple[int, bytes] | None = None
-    _mean: Sum | None = None
+    _seed: bytes = b""
 
     def resolve(self, num_rounds: int) -> None:
         sampler, nodes = self.plan.cohorts, round(self.denominator)
@@ -205,18 +230,20 @@ class SharedRelease(Release):
         return cohort
 
     def instruction(self, server_round: int) -> ConfigRecord:
-        from privfed.distributed import Instruction
-
         # Fresh in every attempt: whether a coordinate wraps is a matter of chance only if updates do not depend on it.
-        seed = self.random("rotation", server_round)(32)
-        self._seeded = server_round, seed
-        return Instruction(self.parameters, seed, **self.plan.terms, insecure=self.seed is not None).to_config()
+        self._seed = self.random("rotation", server_round)(32)
+        return Instruction(
+            self.parameters,
+            self._seed,
+            **self.plan.terms,
+            insecure=self.seed is not None,
+            clip=self.clip,
+            bit_weight=self.bit_weight,
+        ).to_config()
 
-    def shared(self, server_round: int) -> SharedNoise:
-        if self._seeded is None or self._seeded[0] != server_round:
-            raise RuntimeError("the nodes were not told of this round")
-        pay = partial(self._pay, server_round)
-        return SharedNoise(self.parameters, self._seeded[1], self.denominator, pay)
+    def prepare(self, exchange: Exchange) -> Exchange:
+        noise = SharedNoise(self.parameters, self._seed, self.denominator, partial(self._pay, exchange.round))
+        return replace(exchange, noise=noise, clip=self.clip)
 
     def _pay(self, server_round: int, session: bytes) -> None:
         transcript = hashlib.sha256(f"{self.run}:{server_round}:".encode() + session).hexdigest()
@@ -225,18 +252,15 @@ class SharedRelease(Release):
     def charge(self, server_round: int, view: Seen) -> dict[str, object]:
         if self._paid is None or self._paid[0] != server_round or not isinstance(view, Sum):
             raise RuntimeError(f"round {server_round}: the stage opened no sum that was charged before")
-        self._mean = view
-        asked = self.parameters
-        return self.said(self._paid[1]) | {
+        asked, mean = self.parameters, view.mean
+        if self.bit_weight:
+            mean *= joint_clip(self.clip, self.bit_weight)  # what nodes sent is over the joint bound
+        return {
+            **self.said(self._paid[1]),
+            **self._keep(mean),
             "mechanism": self.plan.mechanism,
             "max-dropped": asked.max_dropped,
             "max-colluding": asked.max_colluding,
             "bits": asked.bits,
             "wrap-probability": asked.wrap_probability,
         }
-
-    def view(self) -> Sum:
-        if self._mean is None:
-            raise RuntimeError("nothing has been charged in this round")
-        mean, self._mean = self._mean, None
-        return mean

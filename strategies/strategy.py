@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -217,7 +217,10 @@ class Strategy:
             population = int(str(kept["population"]))
         else:
             population = len(wait_for_nodes(grid, self.min_available_nodes, timeout))
-        return open_release(self.privacy, grid, model, population, num_rounds)
+        release = open_release(self.privacy, grid, model, population, num_rounds)
+        if isinstance(kept, ConfigRecord):
+            release.restore(kept)
+        return release
 
     def _restore(self, run: _Run) -> int:
         """Take up the last committed round; return the number of the next."""
@@ -256,7 +259,7 @@ class Strategy:
         if run.initial is not None:
             state[_ROUND_0] = run.initial
         if run.release is not None:
-            state[PLAN] = ConfigRecord({"population": run.release.population})
+            state[PLAN] = run.release.state()
         return state
 
     def _run_round(self, run: _Run, server_round: int) -> None:
@@ -283,9 +286,7 @@ class Strategy:
             run.release.authorise(server_round)
             cohort = run.release.draw(nodes, server_round)
             content[PLAN] = run.release.instruction(server_round)
-            exchange = replace(
-                self._exchange(run, server_round, "train", content, cohort), noise=run.release.shared(server_round)
-            )
+            exchange = run.release.prepare(self._exchange(run, server_round, "train", content, cohort))
             self._run_privately(run, self.pace.applied(exchange, len(cohort)), metrics)
             return self._applied(run, server_round, run.release.view())
         size = cohort_size(len(nodes), self.fraction_train, self.min_train_nodes)
@@ -342,7 +343,6 @@ class Strategy:
             weight_key=None if self.privacy is not None else self.weighted_by_key,
             metrics_function=self.train_metrics_aggr_fn if train else self.evaluate_metrics_aggr_fn,
             need=self.needs,
-            clip=self.privacy.clip if train and self.privacy is not None else None,
             content_for=(lambda node: self.configure_node(server_round, node, content)) if apart else None,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,10 @@ def update_of(node: int, size: int, length: float) -> np.ndarray:
     return np.asarray(values * (length / np.linalg.norm(values)))
 
 
-def app_of(length: float = 1.0, inner: list[Mod] | None = None, outer: Mod | None = None) -> ClientApp:
-    """Nodes whose updates are `update_of`; they report metrics and weights that must not leave."""
+def app_of(
+    length: float | Callable[[int], float] = 1.0, inner: list[Mod] | None = None, outer: Mod | None = None
+) -> ClientApp:
+    """Nodes whose updates are `update_of`, of that length or the node's; they report what must not leave."""
     chain = inner if inner is not None else [mods.distributed_dp()]
     app = ClientApp(mods=[outer if outer is not None else mods.secure_aggregation(), *chain])
 
@@ -41,7 +44,7 @@ def app_of(length: float = 1.0, inner: list[Mod] | None = None, outer: Mod | Non
     def train(message: Message, context: Context) -> Message:
         received = message.content.array_records["arrays"]
         size = sum(array.numpy().size for array in received.values())
-        change = update_of(context.node_id, size, length)
+        change = update_of(context.node_id, size, length(context.node_id) if callable(length) else length)
         moved = ArrayRecord(
             {"w": Array(received["w"].numpy() + change[:-1]), "b": Array(np.array(received["b"].numpy() + change[-1]))}
         )
