@@ -14,6 +14,7 @@ help:
 	@echo "make demo       train one model over twenty private clients (installs what it needs)"
 	@echo "make test       run the tests"
 	@echo "make test-long  run the long sweeps too"
+	@echo "make test-postgres  run the tests that need PostgreSQL"
 	@echo "make check      lint, types, floors"
 	@echo "make bench      measure speed and memory"
 	@echo "make clean      remove the virtual environment and caches"
@@ -45,6 +46,11 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -n $(WORKERS) -m "not torch and not postgres"
+
+test-postgres: $(VENV)/.dev
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
+	  echo "make: PostgreSQL is not installed. Install it, e.g. 'apt-get install postgresql'." >&2; exit 1; }
+	$(PYTEST) -m "postgres and not long"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from privfed.runtime.disk import write_atomically
 
 Buffer = bytes | memoryview
+MARKER = "marker"
 
 
 class ArrayFolder:
@@ -20,6 +22,20 @@ class ArrayFolder:
     def _file(self, digest: bytes) -> Path:
         name = digest.hex()
         return self.path / name[:2] / name[2:]
+
+    @property
+    def marker(self) -> str | None:
+        """What tells this folder from another; None before it was marked."""
+        try:
+            return (self.path / MARKER).read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            return None
+
+    def mark(self) -> str:
+        """Give the folder a marker of its own; durable when this returns."""
+        marker = secrets.token_hex(16)
+        write_atomically(self.path / MARKER, f"{marker}\n".encode())
+        return marker
 
     def __contains__(self, digest: bytes) -> bool:
         return self._file(digest).exists()
@@ -40,7 +56,7 @@ class ArrayFolder:
         self._file(digest).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[bytes]:
-        for folder in sorted(self.path.iterdir()):
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
             for file in sorted(folder.iterdir()):
                 if not file.name.startswith("."):
                     yield bytes.fromhex(folder.name + file.name)

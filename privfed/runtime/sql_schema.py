@@ -1,9 +1,6 @@
-"""The tables of the durable store, and how SQLite is told to be one."""
+"""The tables of the durable store. A change here needs a migration in `migrations/versions`; a test compares both."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 from privfed.errors import AppError
 
@@ -12,11 +9,15 @@ try:
 except ImportError:  # pragma: no cover - the extra is installed wherever tests run
     raise AppError("the durable store needs SQLAlchemy: pip install 'privfed[link]'") from None
 
-__all__ = ["buffers", "counted", "holds", "nodes", "open_database", "runs", "sql", "states", "tasks"]
-
-BUSY_SECONDS = 30.0
+__all__ = ["buffers", "counted", "facts", "holds", "nodes", "runs", "sql", "states", "tables", "tasks"]
 
 tables = sql.MetaData()
+facts = sql.Table(  # what the database knows about itself: "arrays", the marker of the folder its buffers are in
+    "facts",
+    tables,
+    sql.Column("name", sql.String(40), primary_key=True),
+    sql.Column("value", sql.Text, nullable=False),
+)
 runs = sql.Table(
     "runs",
     tables,
@@ -33,7 +34,7 @@ nodes = sql.Table(
 tasks = sql.Table(
     "tasks",
     tables,
-    sql.Column("id", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("id", sql.BigInteger().with_variant(sql.Integer, "sqlite"), primary_key=True, autoincrement=True),
     sql.Column("run_id", sql.BigInteger, nullable=False),
     sql.Column("node_id", sql.BigInteger, nullable=False),
     sql.Column("message_id", sql.Text, nullable=False, index=True),
@@ -72,23 +73,3 @@ holds = sql.Table(  # who refers to which buffer
     sql.Column("holder", sql.Text, primary_key=True),
     sql.Column("digest", sql.LargeBinary(32), primary_key=True, index=True),
 )
-
-
-def open_database(path: Path) -> sql.Engine:
-    """Open or create a SQLite file: commits survive a power cut, transactions take the write lock first."""
-    engine = sql.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
-
-    @sql.event.listens_for(engine, "connect")
-    def prepare(connection: Any, record: object) -> None:
-        del record
-        connection.isolation_level = None  # SQLAlchemy begins transactions below, not the driver
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-
-    @sql.event.listens_for(engine, "begin")
-    def begin(connection: sql.Connection) -> None:
-        # A deferred transaction that reads first and then writes can fail with "database is locked".
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    tables.create_all(engine)
-    return engine

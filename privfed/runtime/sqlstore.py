@@ -1,8 +1,9 @@
-"""The durable store: SQLite for what is small, content-addressed files for large arrays.
+"""The durable store: SQLite or PostgreSQL for what is small, content-addressed files for large arrays.
 
-Every method is one transaction that takes the write lock first (BEGIN IMMEDIATE, WAL, synchronous=FULL). A buffer is
-written in the transaction that first refers to it, and its file is removed in a transaction after the one that dropped
-the last reference, so neither a crash nor a rolled-back transaction loses a buffer that is referred to.
+Every method is one transaction that takes the write lock first (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock),
+but for leases in PostgreSQL, which lock a node and skip those that others have locked. A buffer is written in the
+transaction that first refers to it, and its file is removed in a transaction after the one that dropped the last
+reference, so neither a crash nor a rolled-back transaction loses a buffer that is referred to.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from privfed.errors import WireError
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.array_folder import ArrayFolder, Buffer
-from privfed.runtime.sql_schema import buffers, counted, holds, nodes, open_database, runs, sql, states, tasks
+from privfed.runtime.database import DatabaseError, alone, describe, is_postgres, open_database
+from privfed.runtime.sql_schema import buffers, counted, facts, holds, nodes, runs, sql, states, tasks
 from privfed.runtime.store import (
     Holder,
     Lease,
@@ -39,22 +41,46 @@ LARGE = 1 << 16
 
 
 class SqlStore:
-    """A store in a folder: `link.db` and `arrays/`. Safe for threads and for several processes on one machine."""
+    """A store in a folder: `link.db` and `arrays/`. Safe for threads and for several processes.
 
-    def __init__(self, path: str | Path) -> None:
+    database: the URL of a PostgreSQL database to use instead of `link.db`; processes on several machines may share it
+    if they share the folder's `arrays/` too. The database knows the marker of its arrays: with another folder it is
+    refused. Raises DatabaseError.
+    """
+
+    def __init__(self, path: str | Path, database: str | None = None) -> None:
         path = Path(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._engine = open_database(path / "link.db")
+        self._engine = open_database(path / "link.db" if database is None else database)
         self._arrays = ArrayFolder(path / "arrays")
+        try:
+            self._know_arrays()
+        except BaseException:
+            self._engine.dispose()
+            raise
         self._doomed: set[bytes] = set(self._arrays)
 
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
 
+    def _know_arrays(self) -> None:
+        """Tie the database to its folder of arrays, or see that it is the one it was tied to."""
+        with alone(self._engine) as connection:
+            known = connection.execute(sql.select(facts.c.value).where(facts.c.name == "arrays")).scalar()
+            found = self._arrays.marker
+            if known is None and (found is None or not any(self._arrays)):
+                found = found or self._arrays.mark()
+                connection.execute(facts.insert().values(name="arrays", value=found))
+            elif found != known:
+                raise DatabaseError(
+                    f"{describe(self._engine)} keeps its arrays in a folder with marker {known}, and "
+                    f"{self._arrays.path} has {found}: give the folder that belongs to this database"
+                )
+
     @contextmanager
     def _transaction(self) -> Iterator[_Transaction]:
-        with self._engine.begin() as connection:
+        with alone(self._engine) as connection:
             transaction = _Transaction(connection, self._arrays)
             self._doomed -= transaction.sweep(self._doomed)
             yield transaction
@@ -117,13 +143,12 @@ class SqlStore:
             free &= tasks.c.run_id == run_id
         if nodes is not None:
             free &= tasks.c.node_id.in_(nodes)
+        if is_postgres(self._engine):
+            with self._engine.begin() as connection:
+                return _Transaction(connection, self._arrays).claim_locked(free, now + seconds)
         with self._transaction() as work:
             row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()
-            if row is None:
-                return None
-            token = secrets.token_hex(16)
-            work.change_task(row.id, token=token, lease_until=now + seconds)
-            return Lease(token, work.message(row.envelope), work.state(row.run_id, row.node_id), now + seconds)
+            return None if row is None else work.hand_out(row, now + seconds)
 
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
         with self._transaction() as work:
@@ -171,7 +196,7 @@ class SqlStore:
             work.known(run_id)
             for message_id in message_ids:
                 mine = (tasks.c.run_id == run_id) & (tasks.c.message_id == message_id)
-                for row in work.do(sql.select(tasks.c.id, tasks.c.token).where(mine)).all():
+                for row in work.do(sql.select(tasks.c.id, tasks.c.token).where(mine).with_for_update()).all():
                     if row.token is None:
                         work.drop_tasks([row.id])
                     else:  # its node stays taken until the worker is done
@@ -251,6 +276,27 @@ class _Transaction:
         task = int(inserted.inserted_primary_key[0])
         self._hold(f"task {task}", parts)
         return task
+
+    def hand_out(self, row: Any, until: float) -> Lease:
+        token = secrets.token_hex(16)
+        self.change_task(row.id, token=token, lease_until=until)
+        return Lease(token, self.message(row.envelope), self.state(row.run_id, row.node_id), until)
+
+    def claim_locked(self, free: sql.ColumnElement[bool], until: float) -> Lease | None:
+        """Hand out a task in PostgreSQL: lock a node nobody else is looking at, then see again what is free."""
+        here = (nodes.c.run_id == tasks.c.run_id) & (nodes.c.node_id == tasks.c.node_id)
+        place = sql.select(tasks.c.run_id, tasks.c.node_id).join(nodes, here).where(free).order_by(tasks.c.id).limit(1)
+        while True:
+            node = self.do(place.with_for_update(of=nodes, skip_locked=True)).first()
+            if node is None:
+                return None
+            # The search may have begun before somebody else's claim of this node ended; this statement begins now, and
+            # no other claim of the node can.
+            mine = (tasks.c.run_id == node.run_id) & (tasks.c.node_id == node.node_id)
+            first = sql.select(tasks).where(free & mine).order_by(tasks.c.id).limit(1).with_for_update(of=tasks)
+            row = self.do(first).first()
+            if row is not None:
+                return self.hand_out(row, until)
 
     def change_task(self, task: int, **values: object) -> None:
         self.do(tasks.update().where(tasks.c.id == task).values(**values))

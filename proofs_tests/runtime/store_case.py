@@ -1,4 +1,4 @@
-"""Both stores, and small messages, for tests."""
+"""Every store, and small messages, for tests."""
 
 from __future__ import annotations
 
@@ -6,15 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from privfed import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from privfed.runtime.memory_store import MemoryStore
 from privfed.runtime.sqlstore import SqlStore
 from privfed.runtime.store import NodeState, Store
 
-STORES: dict[str, Callable[[Path], Store]] = {"memory": lambda path: MemoryStore(), "sqlite": SqlStore}
+
+def postgres_store(path: Path) -> Store:
+    from proofs_tests.runtime.postgres import server
+
+    return SqlStore(path, server().database())
+
+
+STORES: dict[str, Callable[[Path], Store]] = {
+    "memory": lambda path: MemoryStore(),
+    "sqlite": SqlStore,
+    "postgres": postgres_store,
+}
+NAMES = ["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 EPOCH = 1_000.0
 RUN = 5
+
+
+def close(store: Store) -> None:
+    if isinstance(store, SqlStore):
+        store.close()
 
 
 def instruction(node: int, *, ttl: float = 100.0, at: float = EPOCH, mark: int = 0) -> Message:

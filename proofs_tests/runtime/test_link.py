@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,18 @@ from privfed.runtime.link import Link, LinkGrid
 from privfed.runtime.run_folder import RunFolder
 from privfed.runtime.store import Lease, NodeState, StoreError
 from privfed.runtime.transport import MemoryTransport
-from proofs_tests.runtime.store_case import EPOCH, RUN, STORES, ids, instruction
+from proofs_tests.runtime.store_case import EPOCH, NAMES, RUN, STORES, close, ids, instruction
 
 
-@pytest.fixture(params=sorted(STORES))
-def link(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
+@pytest.fixture(params=NAMES)
+def link(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
     # Whoever is not woken sleeps longer than any test waits.
     monkeypatch.setattr(link_module, "MAX_WAIT", 1e4)
     found = Link(STORES[request.param](tmp_path))
     found.create_run(RUN, range(1, 5))
     found.set_run_state(RUN, "running")
-    return found
+    yield found
+    close(found.store)
 
 
 def now(node: int, **options: float) -> Message:
@@ -139,7 +141,7 @@ def test_a_wait_wakes_when_its_message_expires(link: Link) -> None:
     assert link.pull(RUN, ids(message))[0].has_error()
 
 
-@pytest.mark.parametrize("name", sorted(STORES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_reply_past_its_time_does_not_count_even_when_nobody_has_looked(name: str, tmp_path: Path) -> None:
     clock = [EPOCH]
     link = Link(STORES[name](tmp_path), clock=lambda: clock[0])
@@ -152,6 +154,7 @@ def test_a_reply_past_its_time_does_not_count_even_when_nobody_has_looked(name: 
     clock[0] += 10
     assert not link.complete(lease, Message(RecordDict(), reply_to=message), NodeState())
     assert link.pull(RUN, ids(message))[0].error.code == ErrorCode.MESSAGE_UNAVAILABLE
+    close(link.store)
 
 
 def test_workers_that_vanish_or_dawdle_lose_nothing_and_double_nothing(tmp_path: Path) -> None:

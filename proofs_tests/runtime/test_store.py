@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 from privfed import Array, ArrayRecord, ErrorCode, Message, RecordDict
 from privfed.runtime.sqlstore import LARGE, SqlStore
 from privfed.runtime.store import Lease, NodeState, Store, StoreError
-from proofs_tests.runtime.store_case import EPOCH, RUN, STORES, ids, instruction, running, state
+from proofs_tests.runtime.store_case import EPOCH, NAMES, RUN, STORES, close, ids, instruction, running, state
 
 
-@pytest.fixture(params=sorted(STORES))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return running(STORES[request.param](tmp_path))
+@pytest.fixture(params=NAMES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    found = running(STORES[request.param](tmp_path))
+    yield found
+    close(found)
 
 
 def leased(store: Store, now: float = EPOCH, seconds: float = 50.0) -> Lease:
@@ -263,7 +266,7 @@ def weights(mark: int, size: int = LARGE // 4) -> ArrayRecord:
 
 
 def files(path: Path) -> list[Path]:
-    return sorted(one for one in (path / "arrays").rglob("*") if one.is_file())
+    return sorted(one for one in (path / "arrays").rglob("*") if one.is_file() and one.name != "marker")
 
 
 def test_sqlite_keeps_everything_across_a_restart(tmp_path: Path) -> None:

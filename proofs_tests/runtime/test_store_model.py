@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from privfed import Message, RecordDict
 from privfed.runtime.sqlstore import SqlStore
 from privfed.runtime.store import NodeState, Store
-from proofs_tests.runtime.store_case import EPOCH, RUN, STORES, instruction, running, state
+from proofs_tests.runtime.store_case import EPOCH, NAMES, RUN, STORES, instruction, running, state
 
 NODES = 3
 
@@ -152,7 +152,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.states(RUN) == self.model.states
 
 
-@pytest.mark.parametrize("name", sorted(STORES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_store_behaves_like_the_model(name: str) -> None:
     machine = type(f"{name}Machine", (StoreMachine,), {"make": staticmethod(STORES[name])})
     examples = 150 if name == "memory" else 25

@@ -1,0 +1,1 @@
+"""Migrations of the durable store, run by `privfed.runtime.database` whenever a database is opened."""

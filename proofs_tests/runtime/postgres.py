@@ -1,0 +1,106 @@
+"""A PostgreSQL server of the tests' own: a fresh cluster on a free port, gone when the process ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import sqlalchemy as sql
+
+PLACES = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt")
+
+
+def binary(name: str) -> str:
+    """Return the path of a PostgreSQL program; the newest version wins."""
+    found = [path for place in PLACES for path in sorted(Path(place).glob(f"*/bin/{name}"))]
+    found += [Path(path) for path in [shutil.which(name)] if path is not None]
+    if not found:
+        raise RuntimeError(f"no {name} here: install PostgreSQL, e.g. 'apt-get install postgresql'")
+    return str(found[0] if len(found) == 1 else max(found[:-1] or found, key=str))
+
+
+class Postgres:
+    """A running server; it keeps PostgreSQL's own durable settings."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="privfed-pg-"))
+        self._as: list[str] = []
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            user = pwd.getpwnam("postgres")
+            os.chown(self.folder, user.pw_uid, user.pw_gid)
+            self._as = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._run(binary("initdb"), "-D", f"{self.folder}/data", "-U", "privfed", "-A", "trust", "--no-sync")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+        atexit.register(self.remove)
+
+    def _run(self, *command: str) -> None:
+        done = subprocess.run([*self._as, *command], cwd=self.folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def url(self, name: str) -> str:
+        return f"postgresql+psycopg://privfed@127.0.0.1:{self.port}/{name}"
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        command = [binary("postgres"), "-D", f"{self.folder}/data", "-p", str(self.port), "-k", str(self.folder)]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._as, *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        engine = sql.create_engine(self.url("postgres"))
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with engine.connect():
+                    break
+            except sql.exc.OperationalError:
+                assert time.monotonic() < deadline, (self.folder / "log").read_text()
+                time.sleep(0.05)
+        engine.dispose()
+
+    def kill(self) -> None:
+        """Kill the postmaster; its backends notice and go."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        # A new postmaster does not start while a backend of the old one holds the shared memory.
+        deadline = time.monotonic() + 30
+        while subprocess.run(["pgrep", "-g", str(self._process.pid)], capture_output=True, check=False).returncode == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def database(self) -> str:
+        """Make an empty database; return its URL."""
+        name = f"d{secrets.token_hex(6)}"
+        engine = sql.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sql.text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        return self.url(name)
+
+    def remove(self) -> None:
+        """Stop the server and drop its files."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(30)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@cache
+def server() -> Postgres:
+    """Return this process's server."""
+    return Postgres()
