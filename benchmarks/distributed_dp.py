@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 
 from privfed.privacy import rotation
-from privfed.privacy.distributed import solve_skellam
+from privfed.privacy.distributed import solve_noise
 from privfed.privacy.noise import skellam
 
 BAR = 60.0
@@ -40,7 +40,7 @@ def best(work: Callable[[], object], repeats: int = 5) -> float:
 
 def measure(nodes: int, bits: int, dimension: int, dtype: str) -> dict[str, object]:
     """Return one row: nanoseconds a coordinate of the update, by step."""
-    plan = solve_skellam(
+    plan = solve_noise(
         clip=1.0, noise_multiplier=1.0, nodes=nodes, dimension=dimension, bits=bits, max_dropped=nodes // 5
     )
     seed = os.urandom(32)

@@ -10,14 +10,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import PlanRefused
-from privfed.plan import SKELLAM, joint_clip
+from privfed.plan import SHARED, joint_clip
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.distributed import SkellamParameters
+from privfed.privacy.distributed import NoiseParameters
 from privfed.privacy.events import event_from_json
 from privfed.record import ConfigRecord, ConfigValue
 
@@ -36,7 +37,7 @@ class Instruction:
     then for the update with its bit, divided by `joint`.
     """
 
-    parameters: SkellamParameters
+    parameters: NoiseParameters
     seed: bytes
     unit: str = "client"
     relation: str = "zero_out"
@@ -72,7 +73,11 @@ class Instruction:
 
     def to_config(self) -> ConfigRecord:
         """Return the instruction as a record."""
-        values: dict[str, ConfigValue] = {"mechanism": SKELLAM, "seed": self.seed, "insecure": self.insecure}
+        values: dict[str, ConfigValue] = {
+            "mechanism": self.parameters.mechanism,
+            "seed": self.seed,
+            "insecure": self.insecure,
+        }
         values |= {name: float(getattr(self.parameters, field)) for name, field in _FLOATS.items()}
         values |= {name: int(getattr(self.parameters, field)) for name, field in _COUNTS.items()}
         values["clip"] = self.clip
@@ -84,8 +89,8 @@ class Instruction:
     def from_config(cls, config: ConfigRecord) -> Instruction:
         """Read what `to_config` wrote. Raises PlanRefused for anything else, central noise included."""
         mechanism = config.get("mechanism")
-        if mechanism != SKELLAM:
-            raise PlanRefused(f"mechanism {mechanism!r}: this node adds its own noise, and knows {SKELLAM!r}")
+        if mechanism not in SHARED:
+            raise PlanRefused(f"mechanism {mechanism!r}: this node adds its own noise, {' or '.join(SHARED)}")
         try:
             numbers = {field: config[name] for name, field in (*_FLOATS.items(), *_COUNTS.items())}
             if any(type(numbers[field]) is not float for field in _FLOATS.values()):
@@ -101,7 +106,9 @@ class Instruction:
             clip, weight = float(str(numbers["clip"])), config.get("bit-weight", 0.0)
             if not isinstance(weight, float):
                 raise TypeError("the bit's weight is no float")
-            parameters = SkellamParameters(**{**numbers, "clip": 1.0 if weight else clip})  # type: ignore[arg-type]  # types were checked above
+            chosen: dict[str, Any] = {**numbers, "clip": 1.0 if weight else clip, "mechanism": mechanism}
+            parameters = NoiseParameters(**chosen)
+            parameters.check()
             terms = {name: str(text) for name, text in texts.items()}
             return cls(parameters, seed, **terms, insecure=insecure, clip=clip, bit_weight=weight)
         except (KeyError, TypeError, ValueError) as cause:

@@ -13,13 +13,14 @@ from privfed.errors import PlanRefused
 from privfed.record import ArrayRecord
 
 if TYPE_CHECKING:
-    from privfed.privacy.distributed import SkellamParameters
+    from privfed.privacy.distributed import NoiseParameters
     from privfed.privacy.events import Event
     from privfed.privacy.sampling import Sampler
 
 _MOST_CLIP = 2.0**40
-CENTRAL, SKELLAM = "gaussian", "skellam"
-MECHANISMS = (CENTRAL, SKELLAM)
+CENTRAL, SKELLAM, DISCRETE_GAUSSIAN = "gaussian", "skellam", "discrete_gaussian"
+SHARED = (SKELLAM, DISCRETE_GAUSSIAN)
+"""Mechanisms in which every node adds a share of the noise; in the central one the server adds it."""
 BIT = "privfed.clip-bit"
 """In an update under adaptive clipping: one more element, plus or minus half the plan's "bit-weight"."""
 
@@ -92,11 +93,11 @@ class PrivacyPlan:
 
     - "gaussian": the server, which sees the sum without it. So observer must be "output" (the default): the guarantee
       is about what is released, the models and the metrics. relation: "add_remove" unless said otherwise.
-    - "skellam": every node adds a share before its update is masked, under a SecureStage; observer is "server" unless
-      said otherwise, and relation "zero_out", because a node that is not there adds no noise either. max_dropped,
-      max_colluding: nodes of a cohort, counts or shares of it, that may be missing from the sum, or tell the observer
-      their noise; the noise of the others is the planned one. bits: the sum is taken modulo 2^bits, and wraps in a
-      round with at most `wrap_probability`.
+    - "skellam" or "discrete_gaussian": every node adds a share before its update is masked, under a SecureStage.
+      observer is "server" unless said otherwise, and relation "zero_out", because a node that is not there adds no
+      noise either. max_dropped, max_colluding: nodes of a cohort, counts or shares of it, that may be missing from the
+      sum, or tell the observer their noise; the noise of the others is the planned one. bits: the sum is taken modulo
+      2^bits, and wraps in a round with at most `wrap_probability`.
 
     adaptive: None, or how the clip changes from round to round; `clip` is then that of the first.
 
@@ -122,8 +123,8 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"mechanism must be {' or '.join(MECHANISMS)}, got {self.mechanism!r}")
+        if self.mechanism not in (CENTRAL, *SHARED):
+            raise ValueError(f"mechanism must be {CENTRAL}, {' or '.join(SHARED)}, got {self.mechanism!r}")
         for name, default in (
             ("relation", "zero_out" if self.distributed else "add_remove"),
             ("observer", "server" if self.distributed else "output"),
@@ -224,7 +225,7 @@ class PrivacyPlan:
         count = self._count(num_rounds)
         return float(calibrate(self.event, count=count, epsilon=self.epsilon, delta=self.delta, **terms))
 
-    def parameters(self, nodes: int, dimension: int, num_rounds: int) -> SkellamParameters:
+    def parameters(self, nodes: int, dimension: int, num_rounds: int) -> NoiseParameters:
         """Return what a round of `nodes` nodes agrees on under distributed noise.
 
         dimension: elements of an update, its bit not counted. Under adaptive clipping all of it is for vectors divided
@@ -242,12 +243,13 @@ class PrivacyPlan:
             "max_dropped": _share(self.max_dropped, nodes),
             "max_colluding": _share(self.max_colluding, nodes),
             "wrap_probability": self.wrap_probability,
+            "mechanism": self.mechanism,
         }
         try:
             if self.noise_multiplier is not None:
-                return distributed.solve_skellam(noise_multiplier=self.noise_multiplier, **shared)
+                return distributed.solve_noise(noise_multiplier=self.noise_multiplier, **shared)
             shared |= {"epsilon": self.epsilon, "delta": self.delta, "rounds": self._count(num_rounds), **self.terms}
-            return distributed.calibrate_skellam(**shared)
+            return distributed.calibrate_noise(**shared)
         except ValueError as cause:
             raise PlanRefused(f"the plan does not suit {nodes} nodes and {dimension} elements: {cause}") from cause
 

@@ -14,7 +14,7 @@ from privfed.strategies.metric import MetricsFunction
 from privfed.strategies.view import Sum, View
 
 if TYPE_CHECKING:
-    from privfed.privacy.distributed import SkellamParameters
+    from privfed.privacy.distributed import NoiseParameters
 
 MESSAGE_BUDGET = 64 << 20
 """Bytes of replies that may be in flight at once when a round is streamed."""
@@ -42,7 +42,7 @@ class SharedNoise:
     Whoever drives the session calls it before the stage that opens the sum. seed: rotates the vectors; public.
     """
 
-    parameters: SkellamParameters
+    parameters: NoiseParameters
     seed: bytes
     denominator: float
     charge: Callable[[bytes], None] = field(repr=False)

@@ -19,7 +19,7 @@ from privfed.distributed import PlanLimits
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.mods import clip, distributed_dp, local_dp, privacy_budget, secure_aggregation
-from privfed.plan import CENTRAL, SKELLAM
+from privfed.plan import CENTRAL, SHARED
 from privfed.privacy.events import Gaussian
 from privfed.privacy.ledger import Entry
 from privfed.protocols.session import Policy
@@ -83,7 +83,7 @@ def kind_of_plan(message: Message) -> str:
     if plan is None:
         return "none"
     mechanism = plan.get("mechanism") if isinstance(plan, ConfigRecord) else None
-    if mechanism not in (CENTRAL, SKELLAM):
+    if mechanism not in (CENTRAL, *SHARED):
         raise PlanRefused(f"mechanism {mechanism!r} is unknown to this node")
     return "central" if mechanism == CENTRAL else "distributed"
 

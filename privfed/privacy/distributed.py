@@ -1,262 +1,44 @@
-"""Distributed differential privacy: every node adds a share of the noise, and only the sum of all shares protects.
+"""Distributed differential privacy: parameters for noise of which every node adds a share [AKL21, KLS21].
 
-A node clips its update, rotates it, scales it to a lattice, rounds it at random until the result is short enough, adds
-Skellam noise and reduces modulo 2^bits [AKL21, KLS21]. The sum, taken under any masking protocol, then carries noise
-from the start: the server never sees it without, so the guarantee holds against the server too. `solve_skellam`
-chooses the lattice.
-
-What each promise rests on:
-
-- Sensitivity. What is compared with the bound is the rounded integer vector itself, so no float rounding
-  before it matters.
-- Noise. The planned noise is that of the honest survivors: nodes less max_dropped less max_colluding. Skellam noise is
-  closed under sums, so more survivors only add noise.
-- Wrap-around costs accuracy, never privacy: reducing modulo 2^bits is post-processing of the noised sum.
+`solve_noise` and `calibrate_noise` choose the lattice on which the nodes of a round encode their updates; what is done
+with it is in `privfed.privacy.share`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from privfed.privacy import rotation
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.events import DistributedSkellam, Event
-from privfed.privacy.inversion import Float64s, Int64s
-from privfed.privacy.keystream import Keystream, RandomBytes
-from privfed.privacy.noise import skellam
-from privfed.privacy.rdp import rounded_norm
+from privfed.privacy.events import Event
+from privfed.privacy.share import (
+    BETA,
+    LARGEST_NORM,
+    LARGEST_VARIANCE,
+    MAX_BITS,
+    MECHANISMS,
+    SKELLAM,
+    UP,
+    NoiseParameters,
+    above_zero,
+    whole,
+    wrap_bound,
+)
 
-BETA = math.exp(-0.5)
-MIN_BITS, MAX_BITS = 8, 62
+__all__ = ["MECHANISMS", "NoiseParameters", "calibrate_noise", "solve_noise", "wrap_bound"]
+
 LARGEST_GROWTH = 2.0
 """Largest factor by which rounding may lengthen an update before a setting is refused."""
-_LARGEST_VARIANCE = 2.0**41  # of one node's noise, in squared steps: what the sampler takes
-_LARGEST_NORM = 2.0**40  # of an update in steps: integers of that size are exact in float64
-_UP = 1 + 2.0**-40  # outward slack of the float arithmetic on parameters
-_ATTEMPTS = 1000
 _LEAST_NOISE, _MOST_NOISE = 2.0**-10, 2.0**20
 _PRECISION = 1e-5  # relative, of a calibrated noise multiplier
 
 
-def wrap_bound(reach: float, norm: float, variance: float, dimension: int) -> float:
-    """Bound the probability that any coordinate of a rotated, noised sum leaves [-reach, reach].
-
-    norm: of the sum of all updates, in steps. variance: of all Skellam noise together, in squared steps. dimension:
-    of the rotated vector. A coordinate of the rotated sum is a Rademacher sum of variance norm^2 / dimension; the
-    Chernoff bound is taken for it and the noise together, then summed over both signs and all coordinates. It holds
-    for sums that do not depend on the rotation's signs.
-    """
-    if reach <= 0:
-        return 1.0
-    spread = norm * norm / dimension
-
-    def slope(rate: float) -> float:
-        return rate * spread + variance * math.sinh(rate) - reach
-
-    low, high = 0.0, 1.0
-    while slope(high) < 0 and high < 512:
-        low, high = high, 2 * high
-    for _ in range(60):
-        rate = (low + high) / 2
-        low, high = (rate, high) if slope(rate) < 0 else (low, rate)
-    # Any rate gives a bound; the root of the slope gives the best.
-    exponent = -low * reach + low * low * spread / 2 + 2 * variance * math.sinh(low / 2) ** 2
-    return min(1.0, 2 * dimension * math.exp(min(0.0, exponent)) * _UP)
-
-
-def _count(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: must be a whole number of at least {low}, not {value!r}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: must be finite and above 0, not {value!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class SkellamParameters:
-    """Everything that the nodes and the server of a distributed Skellam round must agree on; all of it is public.
-
-    clip: the L2 bound C on an update. noise_multiplier: standard deviation of the honest survivors' noise over C.
-    nodes: how many may be in the sum. dimension: of an update. bits: the ring is Z_2^bits. scale: lattice steps per
-    unit (1 / gamma). max_dropped: nodes that may be missing from the sum. max_colluding: nodes whose noise the observer
-    may know. beta: share of roundings that may be refused [KLS21, Prop 22]; 0 for the unconditional bound.
-
-    Make it with `solve_skellam` or `calibrate_skellam`. Raises ValueError naming the argument.
-    """
-
-    clip: float
-    noise_multiplier: float
-    nodes: int
-    dimension: int
-    bits: int
-    scale: float
-    max_dropped: int = 0
-    max_colluding: int = 0
-    beta: float = BETA
-
-    def __post_init__(self) -> None:
-        for name in ("clip", "noise_multiplier", "scale"):
-            _above_zero(name, getattr(self, name))
-        for name, low in (("nodes", 1), ("dimension", 1), ("bits", MIN_BITS), ("max_dropped", 0), ("max_colluding", 0)):
-            _count(name, getattr(self, name), low)
-        if self.bits > MAX_BITS:
-            raise ValueError(f"bits: must be at most {MAX_BITS}, not {self.bits}")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta: must be in [0, 1), not {self.beta}")
-        if self.honest < 1:
-            raise ValueError(
-                f"max_dropped: {self.nodes} nodes less {self.max_dropped} dropped less {self.max_colluding} colluding "
-                "leave nobody whose noise protects; allow fewer or ask more nodes"
-            )
-        if not self.clip * self.scale <= _LARGEST_NORM:
-            raise ValueError(f"scale: the clip is {self.clip * self.scale:g} steps, more than 2^40; use fewer bits")
-        if not self.local_variance <= _LARGEST_VARIANCE:
-            raise ValueError(f"scale: the local variance is {self.local_variance:g} squared steps, more than 2^41")
-
-    @property
-    def honest(self) -> int:
-        """Survivors whose noise the observer does not know, at the least."""
-        return self.nodes - self.max_dropped - self.max_colluding
-
-    @property
-    def least_survivors(self) -> int:
-        """Nodes that must be in the sum, colluding ones included: the least threshold of the masking protocol."""
-        return self.nodes - self.max_dropped
-
-    @property
-    def padded(self) -> int:
-        """Entries of an encoded vector: the dimension, rounded up to a power of two."""
-        return rotation.padded(self.dimension)
-
-    @property
-    def local_stddev(self) -> float:
-        """Standard deviation of one node's noise, in units of the update."""
-        return self.noise_multiplier * self.clip / math.sqrt(self.honest) * _UP
-
-    @property
-    def local_variance(self) -> float:
-        """Variance of one node's noise in squared steps, rounded up: never below what `event` charges for."""
-        return (self.local_stddev * self.scale) ** 2 * _UP
-
-    @property
-    def norm_bound(self) -> float:
-        """Largest L2 norm of a rounded update, in steps."""
-        return rounded_norm(self.clip * self.scale, self.padded, self.beta)
-
-    @property
-    def growth(self) -> float:
-        """Factor by which rounding lengthens the longest update."""
-        return self.norm_bound / (self.clip * self.scale)
-
-    @property
-    def wrap_probability(self) -> float:
-        """Bound on the probability that any coordinate of a round's sum wraps, with all nodes in it."""
-        # Rounding moves each entry of each node by less than one step.
-        reach = 2.0 ** (self.bits - 1) - self.nodes - 1
-        return wrap_bound(reach, self.nodes * self.clip * self.scale, self.nodes * self.local_variance, self.padded)
-
-    @property
-    def event(self) -> DistributedSkellam:
-        """What one round costs, to be charged before the sum is unmasked."""
-        return DistributedSkellam(
-            local_stddev=self.local_stddev,
-            clip=self.clip,
-            scale=self.scale,
-            dimension=self.padded,
-            survivors=self.honest,
-            modulus=1 << self.bits,
-            beta=self.beta,
-        )
-
-    def encode_integers(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> Int64s:
-        """Return a node's noised integers before the modulus, int64[padded].
-
-        update: float[dimension], clipped here when it is longer than `clip`; float32 is rotated in float32. seed: the
-        round's 32 public bytes. random: where rounding and noise come from; only tests pass another.
-        Raises ValueError for another shape, NaN or infinity.
-
-        Guarantees: before the noise, the L2 norm of the integers is at most `norm_bound`.
-        """
-        noise = skellam(self.padded, self.local_variance, random)  # drawn before it meets the data
-        noise += self.round_update(update, seed, random)
-        return noise
-
-    def encode(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> npt.NDArray[Any]:
-        """Return a node's ring vector: uint32[padded] for up to 32 bits, else uint64. See `encode_integers`."""
-        residues = self.encode_integers(update, seed, random).view(np.uint64)
-        if self.bits <= 32:
-            narrow = residues.astype(np.uint32)
-            return narrow if self.bits == 32 else np.bitwise_and(narrow, np.uint32((1 << self.bits) - 1), out=narrow)
-        return np.bitwise_and(residues, np.uint64((1 << self.bits) - 1), out=residues)
-
-    def round_update(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> Int64s:
-        """Return the clipped, rotated, scaled and rounded update without noise, int64[padded]: a secret of the node."""
-        rotated = rotation.rotate(self._clipped(update), seed, self.scale).astype(np.float64, copy=False)
-        stream = Keystream(random)
-        # Every term of the dot product is exact or rounded by 2^-53; all are positive, so the sum is as well.
-        limit = self.norm_bound**2 * (1 - 2.0**-45) / (1 + (self.padded + 4) * 2.0**-52)
-        steps = np.empty_like(rotated)
-        for _ in range(_ATTEMPTS):
-            np.multiply(stream.uint32(rotated.size), 2.0**-32, out=steps)
-            steps += rotated
-            np.floor(steps, out=steps)
-            if float(np.dot(steps, steps)) <= limit:
-                return steps.astype(np.int64)
-        raise RuntimeError(f"none of {_ATTEMPTS} roundings was short enough; nothing was released")
-
-    def _clipped(self, update: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Return the update within the clip, less what float arithmetic may add to its norm before the integers are."""
-        values = np.asarray(update)
-        values = values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
-        if values.shape != (self.dimension,):
-            raise ValueError(f"update: must have the shape ({self.dimension},), not {values.shape}; flatten it first")
-        slack = 2.0**-44 + (self.padded + 8) * 2.0**-51 + (2.0**-18 if values.dtype == np.float32 else 0.0)
-        bound, wide = self.clip * (1 - slack), values.astype(np.float64, copy=False)
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            squared = float(np.dot(wide, wide))
-            if not 1e-200 < squared < 1e200:
-                largest = float(np.abs(wide).max())
-                if not math.isfinite(largest):
-                    raise ValueError("update: contains NaN or infinity")
-                if largest == 0:
-                    return values
-                wide = wide / largest
-                length = math.sqrt(float(np.dot(wide, wide)))
-                return values if length <= bound / largest else np.asarray(wide * (bound / length), values.dtype)
-        length = math.sqrt(squared)
-        return values if length <= bound else np.asarray(wide * (bound / length), values.dtype)
-
-    def decode(self, total: npt.NDArray[Any], seed: bytes, survivors: int, denominator: float = 1.0) -> Float64s:
-        """Return the noised sum of updates over a public denominator, float64[dimension].
-
-        total: the sum modulo 2^bits, unsigned [padded]. survivors: nodes in it. Raises ValueError when they are fewer
-        than `least_survivors` (their noise is less than planned) or more than `nodes`, and for another shape or seed.
-        """
-        if not self.least_survivors <= survivors <= self.nodes:
-            raise ValueError(
-                f"survivors: {survivors} nodes are in the sum, the plan is for {self.least_survivors} to {self.nodes}"
-            )
-        _above_zero("denominator", denominator)
-        if total.shape != (self.padded,) or total.dtype.kind != "u":
-            raise ValueError(f"total: must be unsigned [{self.padded}], not {total.dtype}{list(total.shape)}")
-        shift = np.uint64(64 - self.bits)
-        signed = (total.astype(np.uint64, copy=False) << shift).view(np.int64) >> np.int64(64 - self.bits)
-        return rotation.unrotate(signed.astype(np.float64), seed, self.dimension, 1 / (self.scale * denominator))
-
-
-def _fitted(draft: SkellamParameters, wrap_probability: float) -> SkellamParameters:
+def _fitted(draft: NoiseParameters, wrap_probability: float) -> NoiseParameters:
     """Return the draft with the finest scale that keeps the wrap probability and the sampler's range."""
     spread = draft.noise_multiplier * draft.clip / math.sqrt(draft.honest)
-    top = min(_LARGEST_NORM / draft.clip, math.sqrt(_LARGEST_VARIANCE) / spread) / _UP**4
+    top = min(LARGEST_NORM / draft.clip, math.sqrt(LARGEST_VARIANCE) / spread) / UP**4
     fits = replace(draft, scale=top)
     if fits.wrap_probability <= wrap_probability:
         return fits
@@ -268,25 +50,26 @@ def _fitted(draft: SkellamParameters, wrap_probability: float) -> SkellamParamet
     return replace(draft, scale=math.exp(low))
 
 
-def _draft(wrap_probability: float, arguments: dict[str, Any]) -> Callable[[float, int], SkellamParameters]:
+def _draft(wrap_probability: float, arguments: dict[str, Any]) -> Callable[[float, int], NoiseParameters]:
     """Return a function from noise multiplier and bits to fitted parameters, however coarse their lattice."""
     if not 0 < wrap_probability < 1:
         raise ValueError(f"wrap_probability: must be in (0, 1), not {wrap_probability}")
 
-    def fitted(noise_multiplier: float, bits: int) -> SkellamParameters:
+    def fitted(noise_multiplier: float, bits: int) -> NoiseParameters:
         # The smallest scale that is valid whatever the clip; it is replaced at once.
-        _above_zero("clip", arguments["clip"])
-        _above_zero("noise_multiplier", noise_multiplier)
+        above_zero("clip", arguments["clip"])
+        above_zero("noise_multiplier", noise_multiplier)
         tiny = 2.0**-40 / max(arguments["clip"], noise_multiplier * arguments["clip"])
-        draft = SkellamParameters(noise_multiplier=noise_multiplier, bits=bits, scale=tiny, **arguments)
+        draft = NoiseParameters(noise_multiplier=noise_multiplier, bits=bits, scale=tiny, **arguments)
         return _fitted(draft, wrap_probability)
 
     return fitted
 
 
-def _refuse_coarse(found: SkellamParameters, fitted: Callable[[float, int], SkellamParameters]) -> SkellamParameters:
+def _refuse_coarse(found: NoiseParameters, fitted: Callable[[float, int], NoiseParameters]) -> NoiseParameters:
     """Return the parameters, or refuse a lattice so coarse that rounding outweighs the update."""
     if found.growth <= LARGEST_GROWTH:
+        found.check()
         return found
     enough = next(
         (b for b in range(found.bits + 1, MAX_BITS + 1) if fitted(found.noise_multiplier, b).growth <= LARGEST_GROWTH),
@@ -300,7 +83,7 @@ def _refuse_coarse(found: SkellamParameters, fitted: Callable[[float, int], Skel
     )
 
 
-def solve_skellam(
+def solve_noise(
     *,
     clip: float,
     noise_multiplier: float,
@@ -311,21 +94,22 @@ def solve_skellam(
     max_colluding: int = 0,
     wrap_probability: float = 1e-6,
     beta: float = BETA,
-) -> SkellamParameters:
+    mechanism: str = SKELLAM,
+) -> NoiseParameters:
     """Choose the finest lattice at which a round's sum wraps with at most `wrap_probability`.
 
-    Raises ValueError, with the numbers and the bits that would do, when nobody honest is left or when rounding to the
-    lattice would more than double the sensitivity.
+    Raises ValueError, with the numbers and the bits that would do, when nobody honest is left, when rounding to the
+    lattice would more than double the sensitivity, or when `NoiseParameters.check` does.
     """
     arguments = {
         "clip": clip, "nodes": nodes, "dimension": dimension, "max_dropped": max_dropped,
-        "max_colluding": max_colluding, "beta": beta,
+        "max_colluding": max_colluding, "beta": beta, "mechanism": mechanism,
     }  # fmt: skip
     fitted = _draft(wrap_probability, arguments)
     return _refuse_coarse(fitted(noise_multiplier, bits), fitted)
 
 
-def calibrate_skellam(
+def calibrate_noise(
     *,
     epsilon: float,
     delta: float,
@@ -342,7 +126,8 @@ def calibrate_skellam(
     relation: str = "add_remove",
     observer: str = "server",
     sampled: Callable[[Event], Event] | None = None,
-) -> SkellamParameters:
+    mechanism: str = SKELLAM,
+) -> NoiseParameters:
     """Choose the least noise, and its lattice, with which `rounds` rounds are certified to cost at most `epsilon`.
 
     sampled: a sampler's `event`; it saves something against observer "output" only. Raises ValueError, with numbers,
@@ -350,11 +135,11 @@ def calibrate_skellam(
     """
     arguments = {
         "clip": clip, "nodes": nodes, "dimension": dimension, "max_dropped": max_dropped,
-        "max_colluding": max_colluding, "beta": beta,
+        "max_colluding": max_colluding, "beta": beta, "mechanism": mechanism,
     }  # fmt: skip
     fitted = _draft(wrap_probability, arguments)
-    _above_zero("epsilon", epsilon)
-    _count("rounds", rounds, 1)
+    above_zero("epsilon", epsilon)
+    whole("rounds", rounds, 1)
     if not 0 < delta < 1:
         raise ValueError(f"delta: must be in (0, 1), not {delta}")
 

@@ -23,7 +23,7 @@ from privfed.message import Message
 from privfed.plan import BIT, AdaptiveClip, PrivacyPlan, joint_clip, tracked
 from privfed.privacy import Accountant, Gaussian
 from privfed.privacy.adaptive import delta_multiplier
-from privfed.privacy.distributed import solve_skellam
+from privfed.privacy.distributed import solve_noise
 from privfed.protocols import SecAgg
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.strategies import FedAvg, GroupedStage, SecureStage, Strategy
@@ -163,7 +163,7 @@ def test_update_and_bit_keep_one_bound(length: float, clip: float, z: float, coh
     values *= length / np.linalg.norm(values)
     joint, size = joint_clip(clip, weight), float(np.linalg.norm(values))
     # On a node with its own noise: everything over the joint bound.
-    parameters = solve_skellam(clip=1.0, noise_multiplier=z, nodes=10, dimension=8)
+    parameters = solve_noise(clip=1.0, noise_multiplier=z, nodes=10, dimension=8)
     vector = Instruction(parameters, bytes(32), clip=clip, bit_weight=weight).prepare(values, size)
     assert np.linalg.norm(vector) <= 1 + 1e-12
     assert math.copysign(1, vector[-1]) == (1 if size <= clip else -1)

@@ -19,7 +19,7 @@ from privfed.errors import QuorumError
 from privfed.message import Error, ErrorCode, Message
 from privfed.plan import PrivacyPlan
 from privfed.privacy import Accountant
-from privfed.privacy.distributed import SkellamParameters, solve_skellam
+from privfed.privacy.distributed import NoiseParameters, solve_noise
 from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus, keys
 from privfed.protocols.errors import RemoteError
 from privfed.protocols.session import Identity, Policy, Session
@@ -31,7 +31,7 @@ from privfed.update import PLAN
 from proofs_tests.plan.network import NONE, Network, app_of, model
 
 SIZE = 30
-PARAMETERS = solve_skellam(
+PARAMETERS = solve_noise(
     clip=1.0, noise_multiplier=2.0, nodes=10, dimension=SIZE, max_dropped=2, max_colluding=1, bits=20
 )
 INSTRUCTION = Instruction(PARAMETERS, bytes(range(32)))
@@ -75,12 +75,12 @@ def refusal(reply: Message) -> str:
 def test_an_instruction_is_what_was_written(
     clip: float, noise: float, nodes: int, size: int, insecure: bool, seed: bytes
 ) -> None:
-    parameters = solve_skellam(
+    parameters = solve_noise(
         clip=clip, noise_multiplier=noise, nodes=nodes, dimension=size, bits=32, max_dropped=nodes // 4, max_colluding=1
     )
     instruction = Instruction(parameters, seed, relation="replace_one", observer="output", insecure=insecure)
     assert Instruction.from_config(instruction.to_config()) == instruction
-    assert {field.name for field in fields(SkellamParameters)} | {"mechanism", "seed", "insecure"} == {
+    assert {field.name for field in fields(NoiseParameters)} | {"mechanism", "seed", "insecure"} == {
         name.replace("-", "_") for name in instruction.to_config()
     } - {"unit", "relation", "observer"}
 

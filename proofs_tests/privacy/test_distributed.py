@@ -26,7 +26,7 @@ from scipy import linalg, stats
 
 from privfed.privacy import rotation
 from privfed.privacy.accountant import Accountant
-from privfed.privacy.distributed import SkellamParameters, calibrate_skellam, solve_skellam, wrap_bound
+from privfed.privacy.distributed import NoiseParameters, calibrate_noise, solve_noise, wrap_bound
 from privfed.privacy.events import PoissonSampled
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Ledger, Terms
@@ -45,9 +45,9 @@ def stream(label: str) -> Callable[[int], bytes]:
     return lambda size: hashlib.shake_256(f"{label} {next(calls)}".encode()).digest(size)
 
 
-def parameters(**changes: Any) -> SkellamParameters:
+def parameters(**changes: Any) -> NoiseParameters:
     given_values = {"clip": 1.0, "noise_multiplier": 1.0, "nodes": 10, "dimension": 100, "bits": 20, "scale": 50.0}
-    return SkellamParameters(**{**given_values, **changes})
+    return NoiseParameters(**{**given_values, **changes})
 
 
 def unit(label: int, size: int, length: float = 1.0) -> np.ndarray:
@@ -124,7 +124,7 @@ def test_rotation_flattens_the_spikes() -> None:
 
 
 @st.composite
-def settings_and_updates(draw: st.DrawFn) -> tuple[SkellamParameters, np.ndarray]:
+def settings_and_updates(draw: st.DrawFn) -> tuple[NoiseParameters, np.ndarray]:
     size = draw(st.integers(1, 200))
     beta = draw(st.sampled_from([0.0, math.exp(-0.5), 0.9, 0.999]))
     scale = 2.0 ** draw(st.floats(-3, 38))
@@ -140,7 +140,7 @@ def settings_and_updates(draw: st.DrawFn) -> tuple[SkellamParameters, np.ndarray
 
 @given(settings_and_updates(), st.sampled_from([np.float64, np.float32]))
 @settings(max_examples=300, deadline=None)
-def test_the_rounded_integers_keep_to_the_bound_exactly(pair: tuple[SkellamParameters, np.ndarray], dtype: Any) -> None:
+def test_the_rounded_integers_keep_to_the_bound_exactly(pair: tuple[NoiseParameters, np.ndarray], dtype: Any) -> None:
     found, values = pair
     if dtype == np.float32:
         values = np.clip(values, -1e38, 1e38)
@@ -218,7 +218,7 @@ def test_honest_survivors_have_at_least_the_planned_noise(
 
 
 def masked_sum(
-    found: SkellamParameters, updates: dict[int, np.ndarray], dropped: set[int], protocol: Any, label: str
+    found: NoiseParameters, updates: dict[int, np.ndarray], dropped: set[int], protocol: Any, label: str
 ) -> tuple[np.ndarray, frozenset[int]]:
     """Run the protocol on encoded vectors; the dropped nodes vanish before they send theirs."""
     session = Session(1, 1, "train", tuple(updates), found.padded, found.bits)
@@ -261,7 +261,7 @@ def test_the_sum_of_zeros_is_skellam_noise_of_the_survivors(dropped: int, protoc
 
 @pytest.mark.parametrize(("dropped", "protocol"), DROPS, ids=["0 %", "10 %", "30 %"])
 def test_the_decoded_sum_is_the_plain_sum_plus_the_planned_noise(dropped: int, protocol: Any) -> None:
-    found = solve_skellam(
+    found = solve_noise(
         clip=2.0, noise_multiplier=0.7, nodes=20, dimension=5000, bits=18, max_dropped=6, max_colluding=2
     )
     updates = {node: unit(node, 5000, node / 5) for node in range(1, 21)}  # half of them longer than the clip
@@ -280,7 +280,7 @@ def test_the_decoded_sum_is_the_plain_sum_plus_the_planned_noise(dropped: int, p
 
 
 def test_without_noise_only_rounding_separates_the_decoded_sum_from_the_plain_one() -> None:
-    found = solve_skellam(clip=1.0, noise_multiplier=0.5, nodes=30, dimension=777, bits=20)
+    found = solve_noise(clip=1.0, noise_multiplier=0.5, nodes=30, dimension=777, bits=20)
     updates = [unit(node, 777, 0.9) for node in range(30)]
     steps = np.sum([found.round_update(values, SEED) for values in updates], axis=0)
     decoded = found.decode(steps.view(np.uint64) & np.uint64(2**20 - 1), SEED, 30)
@@ -329,7 +329,7 @@ def test_the_wrap_bound_is_above_the_exact_tail_of_signs() -> None:
     assert wrap_bound(-5.0, 1.0, 1.0, 4) == 1.0
 
 
-def wraps(found: SkellamParameters, rounds: int) -> int:
+def wraps(found: NoiseParameters, rounds: int) -> int:
     """Count rounds of worst-case updates, all the same and as long as the clip, in which some coordinate wraps."""
     wrapped = 0
     update, half = unit(5, found.dimension), 1 << (found.bits - 1)
@@ -349,7 +349,7 @@ def wraps(found: SkellamParameters, rounds: int) -> int:
 @pytest.mark.parametrize("noise_multiplier", [1.0, 0.01], ids=["mostly noise", "mostly updates"])
 def test_sums_wrap_no_more_often_than_planned(noise_multiplier: float) -> None:
     planned, rounds = 0.02, 300
-    found = solve_skellam(
+    found = solve_noise(
         clip=1.0, noise_multiplier=noise_multiplier, nodes=8, dimension=256, bits=12, wrap_probability=planned
     )
     assert found.wrap_probability <= planned
@@ -366,7 +366,7 @@ def test_sums_wrap_no_more_often_than_planned(noise_multiplier: float) -> None:
 @pytest.mark.parametrize("bits", [14, 20, 24])
 @pytest.mark.parametrize("wrap_probability", [1e-3, 1e-9])
 def test_the_lattice_is_the_finest_that_fits(dimension: int, bits: int, wrap_probability: float) -> None:
-    found = solve_skellam(
+    found = solve_noise(
         clip=3.0, noise_multiplier=1.0, nodes=50, dimension=dimension, bits=bits, wrap_probability=wrap_probability
     )
     assert found.wrap_probability <= wrap_probability
@@ -377,12 +377,12 @@ def test_the_lattice_is_the_finest_that_fits(dimension: int, bits: int, wrap_pro
 
 
 def test_a_wide_ring_is_used_up_to_what_the_sampler_takes() -> None:
-    found = solve_skellam(clip=3.0, noise_multiplier=1.0, nodes=50, dimension=650, bits=40)
+    found = solve_noise(clip=3.0, noise_multiplier=1.0, nodes=50, dimension=650, bits=40)
     assert 2.0**41 * (1 - 1e-9) < found.local_variance <= 2.0**41
     assert found.wrap_probability < 1e-30
     vector = found.encode(unit(1, 650, 3.0), SEED, stream("wide"))
     assert np.abs(found.decode(vector, SEED, 50)).max() < 7 * found.local_stddev + 3.0
-    quiet = solve_skellam(clip=3.0, noise_multiplier=1e-6, nodes=50, dimension=650, bits=60)
+    quiet = solve_noise(clip=3.0, noise_multiplier=1e-6, nodes=50, dimension=650, bits=60)
     assert quiet.clip * quiet.scale == pytest.approx(2.0**40, rel=1e-9)
     assert sum(int(k) ** 2 for k in quiet.round_update(unit(1, 650, 9.0), SEED)) <= Fraction(quiet.norm_bound) ** 2
 
@@ -390,12 +390,12 @@ def test_a_wide_ring_is_used_up_to_what_the_sampler_takes() -> None:
 def test_a_ring_that_is_too_small_is_refused_with_the_bits_that_do() -> None:
     arguments: dict[str, Any] = {"clip": 1.0, "noise_multiplier": 1.0, "nodes": 100, "dimension": 10**6}
     with pytest.raises(ValueError, match=r"bits: in a ring of 10 bits .* 13 bits suffice"):
-        solve_skellam(**arguments, bits=10)
-    assert solve_skellam(**arguments, bits=13).growth <= 2
+        solve_noise(**arguments, bits=10)
+    assert solve_noise(**arguments, bits=13).growth <= 2
     with pytest.raises(ValueError, match="13 bits suffice"):
-        solve_skellam(**arguments, bits=12)
+        solve_noise(**arguments, bits=12)
     with pytest.raises(ValueError, match=r"in a ring of 8 bits"):  # 300 roundings alone fill it
-        solve_skellam(clip=1.0, noise_multiplier=1.0, nodes=300, dimension=10, bits=8)
+        solve_noise(clip=1.0, noise_multiplier=1.0, nodes=300, dimension=10, bits=8)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_nonsense_is_refused_by_name(changes: dict[str, Any], name: str) -> None
 @pytest.mark.parametrize("probability", [0.0, 1.0, math.nan])
 def test_a_wrap_probability_that_is_none_is_refused(probability: float) -> None:
     with pytest.raises(ValueError, match="wrap_probability"):
-        solve_skellam(clip=1.0, noise_multiplier=1.0, nodes=5, dimension=5, wrap_probability=probability)
+        solve_noise(clip=1.0, noise_multiplier=1.0, nodes=5, dimension=5, wrap_probability=probability)
 
 
 def test_a_sum_of_too_few_or_too_many_is_not_decoded() -> None:
@@ -458,7 +458,7 @@ def test_the_pages_examples_run(block: str) -> None:
 # --- accounting -------------------------------------------------------------------------------------------------
 
 
-def epsilon_by_hand(found: SkellamParameters, rounds: int, delta: float, sensitivity: float = 1.0) -> float:
+def epsilon_by_hand(found: NoiseParameters, rounds: int, delta: float, sensitivity: float = 1.0) -> float:
     """The Renyi bound of [AKL21] and the conversion of [BBG+20], written out again from the parameters."""
     squared, size = (found.clip * found.scale) ** 2, 2 ** math.ceil(math.log2(found.dimension))
     length = found.clip * found.scale
@@ -483,7 +483,7 @@ def epsilon_by_hand(found: SkellamParameters, rounds: int, delta: float, sensiti
 @pytest.mark.parametrize("bits", [14, 20])
 @pytest.mark.parametrize(("relation", "sensitivity"), [("add_remove", 1), ("zero_out", 1), ("replace_one", 2)])
 def test_epsilon_is_what_the_parameters_say(bits: int, relation: str, sensitivity: int) -> None:
-    found = solve_skellam(
+    found = solve_noise(
         clip=0.5, noise_multiplier=3.0, nodes=200, dimension=650, bits=bits, max_dropped=60, max_colluding=20
     )
     accountant = Accountant(unit="client", relation=relation, observer="server").step(found.event, 10)
@@ -493,7 +493,7 @@ def test_epsilon_is_what_the_parameters_say(bits: int, relation: str, sensitivit
 
 
 def test_sampling_saves_nothing_against_the_server() -> None:
-    event = solve_skellam(clip=1.0, noise_multiplier=2.0, nodes=100, dimension=650).event
+    event = solve_noise(clip=1.0, noise_multiplier=2.0, nodes=100, dimension=650).event
     spent = {
         (observer, sampled): Accountant(observer=observer)
         .step(PoissonSampled(0.1, event) if sampled else event, 10)
@@ -508,13 +508,13 @@ def test_sampling_saves_nothing_against_the_server() -> None:
 
 @pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
 def test_calibrated_noise_is_certified_and_not_much_more_than_needed(relation: str) -> None:
-    found = calibrate_skellam(
+    found = calibrate_noise(
         epsilon=8.0, delta=1e-5, rounds=10, clip=1.0, nodes=200, dimension=650, max_dropped=60, relation=relation
     )
     spent = Accountant(relation=relation, observer="server").step(found.event, 10).epsilon(1e-5)
     assert 8.0 * (1 - 1e-3) < spent.upper <= 8.0
     assert found.wrap_probability <= 1e-6
-    with_colluders = calibrate_skellam(
+    with_colluders = calibrate_noise(
         epsilon=8.0, delta=1e-5, rounds=10, clip=1.0, nodes=200, dimension=650, max_dropped=60, max_colluding=40,
         relation=relation,
     )  # fmt: skip
@@ -524,7 +524,7 @@ def test_calibrated_noise_is_certified_and_not_much_more_than_needed(relation: s
 
 def test_calibration_counts_a_sampler_only_for_the_output() -> None:
     def noise(observer: str) -> float:
-        return calibrate_skellam(
+        return calibrate_noise(
             epsilon=4.0, delta=1e-5, rounds=20, clip=1.0, nodes=100, dimension=650, observer=observer,
             sampled=lambda event: PoissonSampled(0.1, event),
         ).noise_multiplier  # fmt: skip
@@ -546,11 +546,11 @@ def test_calibration_counts_a_sampler_only_for_the_output() -> None:
 def test_a_budget_out_of_reach_is_refused_with_numbers(changes: dict[str, Any], text: str) -> None:
     arguments: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "nodes": 20, "dimension": 10**5}
     with pytest.raises(ValueError, match=f"^{text}"):
-        calibrate_skellam(**{**arguments, **changes})
+        calibrate_noise(**{**arguments, **changes})
 
 
 def test_a_ledger_charges_the_event_and_refuses_what_the_budget_does_not_cover() -> None:
-    found = calibrate_skellam(epsilon=4.0, delta=1e-5, rounds=3, clip=1.0, nodes=40, dimension=100)
+    found = calibrate_noise(epsilon=4.0, delta=1e-5, rounds=3, clip=1.0, nodes=40, dimension=100)
     ledger = Ledger.create(None, Terms("run", Budget(4.0, 1e-5), observer="server"))
     for number in range(3):
         ledger.charge(found.event, run="1", round=number, transcript=hashlib.sha256(b"%d" % number).hexdigest())
