@@ -12,12 +12,12 @@ from types import TracebackType
 
 from privfed.context import Context
 from privfed.grid import Grid
-from privfed.runtime.control import ControlClient, Piece, Submission
+from privfed.runtime.control import ControlClient, RunRow, Submission
 from privfed.runtime.credentials import Credentials
 from privfed.runtime.federation import open_app
 from privfed.runtime.fleet_service import FleetLimits
 from privfed.runtime.launcher import InlineLauncher
-from privfed.runtime.run_folder import RunFolder
+from privfed.runtime.run_folder import ENDED, RunFolder
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
 from proofs_tests.deployment.small_node import SmallNode, fresh
 
@@ -104,9 +104,11 @@ class LocalLink:
             texts = {name.replace("_", "-"): str(value) for name, value in settings.items()}
             return control.submit(Submission(open_app(app), texts, seed=seed, nodes=nodes)).name
 
-    def wait(self, name: str) -> Piece:
+    def wait(self, name: str, seconds: float = 30.0) -> RunRow:
+        """Wait until a run has ended."""
         with ControlClient(self.control) as control:
-            return list(control.follow(name, "events"))[-1]
+            eventually(lambda: control.show(name).state in ENDED, seconds)
+            return control.show(name)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder.open(self.options.home / "runs" / name)
