@@ -205,9 +205,13 @@ class Joined:
 
 @dataclass(frozen=True)
 class Tagged:
-    """Branches drawn with known probabilities and shown to the observer: (probability, pair)."""
+    """Branches drawn with known probabilities and shown to the observer: (probability, pair).
+
+    rounding: relative error of the probabilities.
+    """
 
     branches: tuple[tuple[float, Pair], ...]
+    rounding: float = 0.0
 
     @property
     def certain(self) -> float:
@@ -219,7 +223,8 @@ class Tagged:
         parts = [(share, pair.masses(edges)) for share, pair in self.branches]
         total: list[Floats] = [np.sum([share * part[i] for share, part in parts], axis=0) for i in range(4)]
         p, q, p_error, q_error = total
-        return Masses(p, q, p_error + 64 * ULP * p, q_error + 64 * ULP * q)
+        wrong = self.rounding + 8 * ULP
+        return Masses(p, q, p_error + wrong * p, q_error + wrong * q)
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
         """Return all nodes, weighted."""

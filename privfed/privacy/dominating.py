@@ -15,7 +15,7 @@ import numpy as np
 
 from privfed.privacy import events as ev
 from privfed.privacy.atoms import Atoms, Joined, Swapped, Tagged, randomized_response, sampled
-from privfed.privacy.pair import LaplacePair, NormalPair, Pair
+from privfed.privacy.pair import ULP, LaplacePair, NormalPair, Pair
 
 Relation = Literal["add_remove", "replace_one", "zero_out"]
 Observer = Literal["output", "server"]
@@ -246,11 +246,7 @@ def _truncated(event: ev.TruncatedPoisson, relation: str) -> tuple[Pair, Pair] |
     """
     if silent(event.inner):
         return None
-    from scipy import special
-
-    others = event.population - 1
-    crowded = float(special.bdtrc(event.cap - 1, others, event.rate)) if others >= event.cap else 0.0
-    crowded *= 1 + 1e-9
+    free, crowded, wrong = crowding(event.population - 1, event.rate, event.cap)
     plain = _poisson(event.rate, event.inner, relation)
     if plain is None or crowded == 0:
         return plain
@@ -258,7 +254,28 @@ def _truncated(event: ev.TruncatedPoisson, relation: str) -> tuple[Pair, Pair] |
     if displaced is None:
         raise ValueError(f"event: no dominating pair is known for truncated sampling of {type(event.inner).__name__}")
     if relation == "replace_one":
-        both = Tagged(((1 - crowded, plain[0]), (crowded, Joined(displaced))))
+        both = Tagged(((free, plain[0]), (crowded, Joined(displaced))), wrong)
         return both, both
-    remove = Tagged(((1 - crowded, plain[0]), (crowded, displaced)))
-    return remove, Tagged(((1 - crowded, plain[1]), (crowded, Swapped(displaced))))
+    remove = Tagged(((free, plain[0]), (crowded, displaced)), wrong)
+    return remove, Tagged(((free, plain[1]), (crowded, Swapped(displaced))), wrong)
+
+
+def crowding(others: int, rate: float, cap: int) -> tuple[float, float, float]:
+    """Return P(X < cap) and P(X >= cap) for a binomial X, and a bound on the relative error of both.
+
+    Masses relative to the largest one are products of ratios; 40 standard deviations out, the rest is below 1e-30.
+    """
+    if cap > others or rate == 0:
+        return 1.0, 0.0, 0.0
+    if rate == 1:
+        return 0.0, 1.0, 0.0
+    mode = min(others, int((others + 1) * rate))
+    reach = int(40 * math.sqrt(others * rate * (1 - rate))) + 60
+    first, last = max(0, min(mode, cap) - reach), min(others, max(mode, cap) + reach)
+    k = np.arange(first, last, dtype=float)
+    ratio = (others - k) / (k + 1) * (rate / (1 - rate))
+    up = np.cumprod(ratio[mode - first :])
+    down = np.cumprod(1 / ratio[: mode - first][::-1])[::-1]
+    mass = np.concatenate((down, [1.0], up))
+    below, above = float(mass[: cap - first].sum()), float(mass[cap - first :].sum())
+    return below / (below + above), above / (below + above), 8 * ULP * (last - first + 8)

@@ -19,6 +19,7 @@ import numpy as np
 from privfed.privacy.lattice import Lattice
 from privfed.privacy.pair import ULP, Floats
 
+_CERTAIN = 1e-11  # relative error of the probability of what only P has
 _CLEARANCE = 6.0  # in units of 1 / order: bounds are read only this far below the end of the window
 
 
@@ -61,8 +62,7 @@ class Composition:
             self._adding(p[k : k + 1])[0]
         )
         value = scale * (max(0.0, main) + sign * slack)
-        spare = (1 - self.certain) if not upper else 1.0
-        return min(1.0, max(0.0, value * spare + self.certain))
+        return min(1.0, max(0.0, value + self.certain * (1 + sign * _CERTAIN)))
 
     def epsilon(self, log_delta: float, guess: float, upper: bool) -> float:
         """Return a certified bound on the epsilon at which the composition has this delta.
@@ -70,11 +70,10 @@ class Composition:
         At every lattice point the bound on delta is known; between two it is linear in exp(epsilon).
         """
         losses, p, q = self._sums(guess)
-        spare = 0.0 if upper else math.log1p(-min(self.certain, 0.5))
-        room = math.exp(log_delta) - self.certain if self.certain else math.exp(log_delta)
+        room = math.exp(log_delta) - self.certain * (1 + (_CERTAIN if upper else -_CERTAIN))
         if room <= 0:
             return math.inf
-        target = math.exp(min(700.0, math.log(room) - spare - self.log_moment + self.order * guess))
+        target = math.exp(min(700.0, math.log(room) - self.log_moment + self.order * guess))
         growth = np.exp(np.clip(losses - guess, -700, 600))
         main = np.maximum(p - growth * q, 0.0)
         slack = self.slack + (self.overflow if upper else 0.0)
