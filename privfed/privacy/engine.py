@@ -52,6 +52,11 @@ class Direction:
         """Return the same from below, for pairs that are known from two sides."""
         return _once(tuple((certain_of(getattr(pair, "below", pair)), count) for pair, count in self.parts))
 
+    def _above_certain(self, delta: float) -> float:
+        """Return epsilon where delta is at most the probability of what only P has: finite if it is that very number."""
+        whole = len(self.parts) == 1 and self.parts[0][1] == 1 and isinstance(self.parts[0][0], Atoms)
+        return self.ceiling if whole and self.certain == delta and not self.parts[0][0].endless else math.inf
+
     @cached_property
     def ceiling(self) -> float:
         """The largest finite loss of the sum, as far as floats can tell."""
@@ -78,7 +83,7 @@ class Direction:
     def estimate_epsilon(self, delta: float) -> tuple[float, bool]:
         """Return epsilon(delta), which may be negative, and whether the inversion resolved it."""
         if self.certain >= delta:
-            return math.inf, True
+            return self._above_certain(delta), True
         if self.single:
             return _profile_root(self.parts[0][0].profile, delta), True
         peak = self._peak(delta)
@@ -110,9 +115,11 @@ class Direction:
         """Bracket epsilon(delta); stop early when the upper bound is at most `enough`."""
         estimate, settled = self.estimate_epsilon(delta)
         if math.isinf(estimate):
-            lower = math.inf if self.surely >= delta else 0.0
+            lower = math.inf if self.surely * (1 - 1e-11) >= delta else 0.0
             return Bracket(lower, math.inf, math.inf, True)
         if self.single:
+            if self.certain == delta:  # above every loss, where no rounding of the profile matters
+                return Bracket(estimate * (1 - 1e-12), estimate, estimate * (1 + 1e-12), True)
             return _single_epsilon(self.parts[0][0], delta, estimate)
         peak = self._peak(delta)
         if peak is not None and _close(peak.lower, peak.upper, tol / 10, 1e-3):
@@ -348,7 +355,7 @@ def _profile_error(pair: Pair, epsilon: float) -> float:
     growth = math.exp(min(epsilon, 700.0))
     p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon])))
     reach = 4 * ULP * (1 + abs(epsilon))
-    return p_error + growth * q_error + reach * (p + growth * q) + reach * certain_of(pair) + 1e-290
+    return p_error + growth * q_error + reach * (p + growth * q) + 1e-12 * certain_of(pair) + 1e-290
 
 
 def _single_epsilon(pair: Pair, delta: float, estimate: float) -> Bracket:
