@@ -114,6 +114,13 @@ def test_a_message_without_such_a_plan_is_refused() -> None:
     assert calls == []
 
 
+def test_discrete_gaussian_noise_too_small_for_its_sum_is_refused() -> None:
+    small = replace(PARAMETERS, mechanism="discrete_gaussian", scale=1.0)
+    assert refusal(ask(mods.distributed_dp(), replace(INSTRUCTION, parameters=small))) == "PlanRefused"
+    fine = replace(PARAMETERS, mechanism="discrete_gaussian")
+    assert not ask(mods.distributed_dp(), replace(INSTRUCTION, parameters=fine)).has_error()
+
+
 def test_only_a_noised_vector_leaves() -> None:
     reply = ask(mods.distributed_dp())
     assert set(reply.content) == {NOISED, DEMANDS}

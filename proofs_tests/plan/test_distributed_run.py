@@ -49,10 +49,15 @@ def gone(count: int, stage: int = MASK) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("dropped", [0, 2, 6])
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
-def test_the_sum_carries_the_planned_noise_whoever_drops(protocol: Any, dropped: int) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "mechanism"),
+    [*((protocol, "skellam") for protocol in PROTOCOLS), (PROTOCOLS[0], "discrete_gaussian")],
+    ids=["SecAgg", "SecAggPlus", "LightSecAgg", "discrete Gaussian"],
+)
+def test_the_sum_carries_the_planned_noise_whoever_drops(protocol: Any, mechanism: str, dropped: int) -> None:
     grid = Network(app_of(length=1.5), NODES, gone(dropped))
-    result = secure(protocol).start(grid, model(SIZE), 1, timeout=60)
+    result = secure(protocol, mechanism=mechanism).start(grid, model(SIZE), 1, timeout=60)
+    assert result.rounds[0]["privacy"]["mechanism"] == mechanism
     there = [node for node in range(1, NODES + 1) if node not in gone(dropped)]
     clipped = sum(update_of(node, SIZE, 1.0) for node in there)
     noise = flat(result.arrays) * NODES - clipped
