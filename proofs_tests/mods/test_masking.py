@@ -147,14 +147,15 @@ def test_parameters_that_no_protocol_has_are_refused(name: str, value: Any) -> N
 
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4), st.binary(max_size=4),
-    st.lists(st.integers(-1, 9), max_size=4), st.lists(st.text(max_size=2), max_size=2),
+    st.none(), st.booleans(), st.integers(-3, 5), st.integers(-3, 2**70), st.sampled_from([0.0, 1.0, 2.0, 0.67]),
+    st.floats(), st.text(max_size=4), st.binary(max_size=4), st.lists(st.integers(-1, 9), max_size=4),
+    st.lists(st.text(max_size=2), max_size=2), st.lists(st.sampled_from([1.0, 2.0, 3.0]), max_size=3),
 )  # fmt: skip
 FIELDS = sorted({field.name for one in (SecAgg, SecAggPlus, LightSecAgg, OneShot) for field in fields(one)})
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(PROTOCOLS), st.sampled_from(FIELDS), VALUES)
+@given(st.sampled_from([*PROTOCOLS, SecAggPlus(threshold=2)]), st.sampled_from(FIELDS), VALUES)
 def test_whatever_parameters_a_server_names_nothing_breaks(protocol: Any, name: str, value: Any) -> None:
     """A node joins or refuses; what is not as the session's request says is no other error than a refusal."""
 

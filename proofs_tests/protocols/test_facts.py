@@ -215,6 +215,26 @@ def test_every_protocol_compares_the_threshold_with_its_own(protocol: Any) -> No
     assert refusal(protocol, asked(other, SESSION), KNOWN) == "parameters-differ"
 
 
+@pytest.mark.parametrize(
+    ("maker", "parameters"),
+    [
+        (SecAgg, {"threshold": "5"}),
+        (SecAggPlus, {"threshold": b"5"}),
+        (SecAggPlus, {"neighbours": 4.0}),
+        (LightSecAgg, {"threshold": "5"}),
+        (LightSecAgg, {"privacy": 1.0}),
+        (OneShot, {"corrupt": 0.0}),
+        (OneShot, {"slots": 1.0}),
+        (OneShot, {"bounded": 0}),
+        (OneShot, {"committee": (1.0, 2.0)}),
+    ],
+)
+def test_a_parameter_of_another_type_is_none(maker: Any, parameters: dict[str, Any]) -> None:
+    """They come from the server: 0.0 equals 0, and would pass every comparison until it has to be encoded."""
+    with pytest.raises(ValueError, match=next(iter(parameters))):
+        maker(**parameters)
+
+
 # --- terms that are no session's
 
 

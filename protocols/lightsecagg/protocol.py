@@ -44,8 +44,8 @@ class LightSecAgg:
             raise ValueError(f"threshold as a share must be in (0, 1], got {self.threshold}")
         if isinstance(self.threshold, int) and self.threshold < 2:
             raise ValueError(f"threshold must be at least 2 nodes, got {self.threshold}")
-        if self.privacy is not None and self.privacy < 0:
-            raise ValueError(f"privacy must be a number of nodes, got {self.privacy}")
+        if self.privacy is not None and (not isinstance(self.privacy, int) or self.privacy < 0):
+            raise ValueError(f"privacy must be a number of nodes, got {self.privacy!r}")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -52,12 +52,16 @@ class OneShot:
         if self.committee is not None:
             ids = tuple(self.committee)
             object.__setattr__(self, "committee", ids)  # a list is welcome; equal parameters must be equal
-            if any(low >= high for low, high in zip((0, *ids), ids, strict=False)):
+            if not all(isinstance(node, int) for node in ids) or any(
+                low >= high for low, high in zip((0, *ids), ids, strict=False)
+            ):
                 raise ValueError("committee must hold ascending distinct ids > 0")
-        if self.corrupt < 0:
-            raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
-        if self.slots not in (None, 1, 2, 3):
-            raise ValueError(f"slots must be 1, 2, 3 or None, got {self.slots}")
+        if not isinstance(self.corrupt, int) or self.corrupt < 0:
+            raise ValueError(f"corrupt must be a number of nodes, at least 0, got {self.corrupt!r}")
+        if self.slots is not None and (not isinstance(self.slots, int) or not 1 <= self.slots <= 3):
+            raise ValueError(f"slots must be 1, 2, 3 or None, got {self.slots!r}")
+        if not isinstance(self.bounded, bool):
+            raise ValueError(f"bounded must be True or False, got {self.bounded!r}")
 
     @property
     def stages(self) -> tuple[str, ...]:

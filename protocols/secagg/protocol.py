@@ -105,8 +105,9 @@ class SecAggPlus:
 
     def __post_init__(self) -> None:
         _check(self.threshold, self.mode, self.corrupt, self.dropout)
-        if self.neighbours is not None and (self.neighbours < 2 or self.neighbours % 2):
-            raise ValueError(f"neighbours must be even and >= 2, got {self.neighbours}")
+        whole = self.neighbours is None or isinstance(self.neighbours, int)
+        if not whole or (self.neighbours is not None and (self.neighbours < 2 or self.neighbours % 2)):
+            raise ValueError(f"neighbours must be even and >= 2, got {self.neighbours!r}")
 
     @property
     def stages(self) -> tuple[str, ...]:
