@@ -114,11 +114,11 @@ class AppFolder:
         """Raise AppError when a module of this app's would be another one's: a name is imported once a process."""
         for path in self.path.iterdir():
             loaded = sys.modules.get(path.stem if path.suffix == ".py" else path.name)
-            places = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())] if loaded else []
-            files = [Path(place) for place in places if place]
-            if files and not any(self.path in (file, *file.parents) for file in files):
+            places = [*getattr(loaded, "__path__", ()), getattr(loaded, "__file__", None)] if loaded else []
+            there = next((Path(place) for place in places if place), path)
+            if self.path not in (there, *there.parents) and _code(there) != _code(path):
                 raise AppError(
-                    f"{path} cannot be imported: this process has a module of that name from {files[0]}; run apps in "
+                    f"{path} cannot be imported: this process has another of that name from {there}; run apps in "
                     "processes of their own (--isolation subprocess), or rename it"
                 )
 
@@ -133,6 +133,12 @@ class AppFolder:
                 )
             config[key] = _parse(key, text, config[key])
         return config
+
+
+def _code(path: Path) -> dict[str, bytes]:
+    """Return the source of a module or a package, by path inside it."""
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 MANIFEST = """
 [project]
 name = "odd"
 [tool.privfed.app.components]
-serverapp = "odd_server:app"
-clientapp = "odd_client:app"
+serverapp = "NAME_server:app"
+clientapp = "NAME_client:app"
 [tool.privfed.app.config]
 rounds = 1
 """
@@ -221,10 +222,11 @@ def facts(grid, context):
 '''
 
 
-def write(folder: Path, *, client: str = CLIENT, server: str = SERVER) -> Path:
-    """Write the app into a new folder and return it."""
+def write(folder: Path, *, client: str = CLIENT, server: str = SERVER, name: str = "") -> Path:
+    """Write the app into a new folder and return it. name: of its modules; by default other code has another."""
+    name = name or "odd_" + hashlib.sha256((client + server).encode()).hexdigest()[:8]
     folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(MANIFEST)
-    (folder / "odd_client.py").write_text(client)
-    (folder / "odd_server.py").write_text(server)
+    (folder / "pyproject.toml").write_text(MANIFEST.replace("NAME", name))
+    (folder / f"{name}_client.py").write_text(client)
+    (folder / f"{name}_server.py").write_text(server)
     return folder

@@ -37,15 +37,15 @@ class PaperLink:
         self.counted: dict[str, bool] = {}
         self.answers: list[tuple[str, Message]] = []
         self.lock = threading.Lock()
+        self.closed = threading.Event()
         threading.Thread(target=self._deal, daemon=True).start()
 
     def _deal(self) -> None:
-        while True:
+        while not self.closed.is_set():
             lease = self.link.lease(0.1)
             if lease is not None:
                 with self.lock:
                     self.leases[lease.token] = lease
-                # Through bytes, as over a network: what a node does to a message must not reach the server's.
                 task = Task(lease.token, lease.message, lease.expires_at)
                 self.inbox[lease.message.metadata.dst_node_id].put(task)
 
@@ -57,6 +57,7 @@ class PaperLink:
             return self.counted[token]
 
     def close(self) -> None:
+        self.closed.set()
         self.link.close()
 
 
@@ -66,6 +67,7 @@ class PaperFleet:
     def __init__(self, paper: PaperLink, node_id: int) -> None:
         self.paper = paper
         self.node_id = node_id
+        self.inbox = paper.inbox[node_id]
         self.offline = threading.Event()
         self.closed = threading.Event()
         self.over: list[int] = []
@@ -73,7 +75,7 @@ class PaperFleet:
 
     def receive(self, timeout: float | None = None) -> Task | None:
         try:
-            return self.paper.inbox[self.node_id].get(timeout=min(timeout or 1.0, 0.05))
+            return self.inbox.get(timeout=min(timeout or 1.0, 0.05))
         except queue.Empty:
             return None
 

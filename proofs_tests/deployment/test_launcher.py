@@ -163,11 +163,11 @@ def test_an_app_that_cannot_be_imported_is_a_load_error(processes: ProcessLaunch
         worker.close()
 
 
-def test_two_apps_with_a_module_of_one_name_do_not_run_in_one_process(app: Path, tmp_path: Path) -> None:
-    first = InlineLauncher().client(app, tmp_path)
-    assert first.execute(ask(), Context(node_id=1)).has_content()
-    other = InlineLauncher().client(odd_app.write(tmp_path / "other"), tmp_path)
-    reply = other.execute(ask(), Context(node_id=1))
+def test_two_apps_with_a_module_of_one_name_do_not_run_in_one_process(tmp_path: Path) -> None:
+    for at, code in enumerate([odd_app.CLIENT, odd_app.CLIENT, odd_app.CLIENT + "# another"]):
+        folder = odd_app.write(tmp_path / str(at), client=code, name="twice")
+        reply = InlineLauncher().client(folder, tmp_path).execute(ask(), Context(node_id=1))
+        assert reply.has_content() == (at < 2)
     assert (reply.error.code, reply.error.reason) == (1, "AppError")
 
 
