@@ -14,6 +14,7 @@ help:
 	@echo "make demo       train one model over twenty private clients (installs what it needs)"
 	@echo "make test       run the tests"
 	@echo "make test-long  run the long sweeps too"
+	@echo "make test-torch run the tests that need torch and Opacus"
 	@echo "make test-postgres  run the tests that need PostgreSQL"
 	@echo "make check      lint, types, floors"
 	@echo "make bench      measure speed and memory"
@@ -46,6 +47,15 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -n $(WORKERS) -m "not torch and not postgres"
+
+# torch first and by pip, so that what needs it resolves to the wheel that constraints.txt names.
+$(VENV)/.torch: $(VENV)/.dev
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet torch --constraint constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev,torch]' --constraint constraints.txt --config-settings editable_mode=compat
+	@touch $@
+
+test-torch: $(VENV)/.torch
+	$(PYTEST) -m "torch and not long"
 
 test-postgres: $(VENV)/.dev
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
