@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--home", type=click.Path(path_type=Path), help="Where everything is kept [default: $PRIVFED_HOME/superlink]."
 )
+@click.option("--database", metavar="URL", help="A PostgreSQL database [default: the SQLite file link.db in --home].")
 @click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -41,6 +42,7 @@ def superlink(
     insecure: bool,
     force_insecure: bool,
     home: Path | None,
+    database: str | None,
     isolation: str,
     log_format: str,
     debug: bool,
@@ -64,6 +66,7 @@ def superlink(
         fleet=fleet,
         control=control,
         monitor=monitor,
+        database=database,
         credentials=Credentials.load(keys) if keys is not None else None,
         force_insecure=force_insecure,
     )

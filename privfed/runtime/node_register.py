@@ -68,7 +68,8 @@ class NodeRegister:
                     return "too many nodes wait for approval: ask the operator to look at `privfed node ls`"
                 default = "approved" if self._trust is None or node in self._rostered() else "waiting"
                 entry = self._entries[node] = Entry(node, peer.name, default)
-                self._save()
+                if default == "waiting":  # what the roster says need not be kept: it says so again
+                    self._save()
             entry.seen = time.time()
             if entry.state == "waiting" and node in self._rostered():
                 entry.state = "approved"

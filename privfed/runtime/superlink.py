@@ -49,6 +49,7 @@ class SuperLinkError(PrivfedError):
 class SuperLinkOptions:
     """Where a SuperLink listens and keeps things. Addresses are "host:port"; port 0 lets the system choose.
 
+    database: the URL of a PostgreSQL database instead of the file `link.db` in home.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
     """
 
@@ -56,6 +57,7 @@ class SuperLinkOptions:
     fleet: str = "127.0.0.1:7810"
     control: str = "127.0.0.1:7811"
     monitor: str | None = None
+    database: str | None = None
     credentials: Credentials | None = None
     force_insecure: bool = False
     limits: FleetLimits = field(default_factory=FleetLimits)
@@ -78,7 +80,7 @@ class SuperLink:
         self._lock = _take_lock(home / "lock")
         self.name = options.credentials.peer.name if options.credentials is not None else "insecure"
         trust = options.credentials.trust if options.credentials is not None else None
-        self._store = SqlStore(home)
+        self._store = SqlStore(home, options.database)
         self.link = FederationLink(self._store)
         self.register = NodeRegister(home / "nodes.json", trust)
         self.federation = Federation(home, self.link, launcher, self.register.approved)
