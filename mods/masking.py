@@ -110,7 +110,7 @@ class _Stage:
         """Hash of what must not change from stage to stage: a weaker parameter later would be a weaker session."""
         parameters = sorted(self.parameters.items())
         keys = self.arrays_key, self.weight_key
-        what = (self.kind, self.protocol, parameters, self.number, self.binding, self.layout, keys)
+        what = (self.kind, self.protocol, parameters, self.binding, self.layout, keys)
         return hashlib.sha256(repr(what).encode()).digest()
 
     @classmethod

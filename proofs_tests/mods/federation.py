@@ -32,6 +32,12 @@ def model(value: float) -> ArrayRecord:
     return ArrayRecord({"w": Array(np.full(4, value, np.float32))})
 
 
+def moved(by: float, message: Message, **records: Any) -> Message:
+    """An app's answer: the model, moved."""
+    arrays = message.content.array_records["arrays"].map(lambda values: values + values.dtype.type(by))
+    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({}), **records}), reply_to=message)
+
+
 def identity_of(context: Context) -> Identity:
     return Identity(context.node_id, SIGNING[context.node_id], ROSTER)
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from privfed import mods
 from privfed.apps import ClientApp
 from privfed.array import Array
-from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
+from privfed.mods.masking import STATE
 from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
 from privfed.protocols.errors import DecodeError
 from privfed.protocols.session import FACTS, Policy
-from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.ring import BUFFER, DEMANDS, NOISED, REQUEST, SECURE, VECTOR, Layout
 from privfed.update import PLAN, UPDATE
-from proofs_tests.mods.federation import INPUT_STAGE, PROTOCOLS, RUN, Change, Federation, identity_of, model
+from proofs_tests.mods.federation import INPUT_STAGE, PROTOCOLS, RUN, Change, Federation, identity_of, model, moved
 
 KINDS = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
 OTHER: dict[str, Any] = {"run": 2, "round": 9, "action": "evaluate", "bits": 16, "dimension": 5}
@@ -99,6 +99,57 @@ def test_the_layouts_least_survivors_hold() -> None:
     for least, policy in ((4, Policy()), (2, Policy(min_survivors=4))):
         lab = Federation(SecAgg(threshold=2), policy)
         assert lab.session(1, layout=replace(plain, min_survivors=least))[1] == {"RemoteError"}
+
+
+@KINDS
+def test_a_session_bound_to_another_model_than_the_message_is_refused(protocol: Any) -> None:
+    lab = Federation(protocol)
+    assert lab.session(1, told={"binding": bytes(32)})[1] == {"RemoteError"}
+    assert lab.trained == 0
+
+
+# --- what a node remembers
+
+
+@KINDS
+def test_a_redelivery_gets_the_same_bytes_and_the_app_runs_once(protocol: Any) -> None:
+    lab = Federation(protocol)
+    first: dict[int, Message] = {}
+    original = lab.ask
+
+    def again(message: Message) -> Message:
+        reply = original(message)
+        first[message.metadata.dst_node_id] = reply
+        repeated = original(message)
+        assert repeated.content == reply.content
+        return repeated
+
+    lab.ask = again  # type: ignore[method-assign]
+    assert lab.session(1)[0].result is not None
+    assert lab.trained == len(first) == 3
+
+
+@KINDS
+def test_a_stage_of_a_session_that_was_not_joined_is_refused(protocol: Any) -> None:
+    """As after a restart that lost the node's memory: nothing of that session is answered any more."""
+    for lost in range(1, len(protocol.stages)):
+        lab = Federation(protocol)
+
+        def forget(content: RecordDict, lab: Federation = lab) -> None:
+            for context in lab.contexts.values():
+                context.mod_states = {}
+
+        server, refusals = lab.session(1, change=only_at(lost, forget))
+        assert refusals == {"SessionOutOfOrder"}
+        assert server.result is None
+
+
+@KINDS
+def test_after_the_last_stage_nothing_secret_is_kept(protocol: Any) -> None:
+    lab = Federation(protocol)
+    assert lab.session(1)[0].result is not None
+    for context in lab.contexts.values():
+        assert context.mod_state(STATE).config_records["session"]["kept"] == b""
 
 
 # --- which protocol, with which parameters
@@ -262,11 +313,6 @@ def answering(reply: Callable[[Message], Message], policy: Policy = Policy()) ->
     return lab
 
 
-def moved(by: float, message: Message, **records: Any) -> Message:
-    arrays = message.content.array_records["arrays"].map(lambda values: values + values.dtype.type(by))
-    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({}), **records}), reply_to=message)
-
-
 def test_an_error_of_the_app_passes_as_it_is() -> None:
     def fail(message: Message) -> Message:
         return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "Tired"), reply_to=message)
@@ -308,93 +354,3 @@ def test_a_sum_of_noised_vectors_takes_nothing_else(missing: str) -> None:
 
     refusals = {"": set(), NOISED: {"NoiseMissing"}, DEMANDS: {"NoiseMissing"}, "shape": {"RingOverflow"}}
     assert answering(reply).session(1, layout=layout)[1] == refusals.get(missing, {"WeakSession"})
-
-
-# --- messages it has nothing to do with, and mods around mods
-
-
-def plain(kind: str) -> Message:
-    return Message(RecordDict({"arrays": model(0.0)}), 1, kind)
-
-
-def test_kinds_are_kinds() -> None:
-    with pytest.raises(ValueError, match="kinds must be among train, evaluate, query, got fit"):
-        mods.secure_aggregation(kinds=("train", "fit"))
-    mod = mods.secure_aggregation(kinds=("train",))
-    for kind, passes in (("train", False), ("train.warm_up", False), ("evaluate", True), ("query.mean", True)):
-        reply = mod(plain(kind), Context(node_id=1), lambda message, context: moved(1, message))
-        assert reply.has_content() == passes
-        assert passes or reply.error == Error(ErrorCode.POLICY_REFUSED, "SecureAggregationRequired")
-
-
-STRICTER: list[Policy] = [
-    Policy(min_cohort=3),
-    Policy(min_survivors=3),
-    Policy(min_threshold=3),
-    Policy(min_neighbours=2),
-    Policy(min_bits=9),
-    Policy(require_active=True),
-    Policy(min_round=1),
-    Policy(corrupt=0.1),
-    Policy(max_dimension=9),
-    Policy(binding=bytes(32)),
-    Policy(run=1),
-    Policy(round=1),
-    Policy(action="train"),
-    Policy(bits=32),
-    Policy(dimension=4),
-]
-
-
-@pytest.mark.parametrize("inner", STRICTER, ids=repr)
-def test_inside_a_weaker_mod_it_refuses_and_inside_as_strict_a_one_it_stands_aside(inner: Policy) -> None:
-    def ask(outer: Policy, **arguments: Any) -> Message:
-        context = Context(node_id=1, masked=outer)
-        mod = mods.secure_aggregation(inner, **arguments)
-        return mod(plain("train"), context, lambda message, context: moved(1, message))
-
-    assert ask(Policy()).error == Error(ErrorCode.POLICY_REFUSED, "NodePolicyTooWeak")
-    assert ask(inner).has_content()
-    # What the outer one does with an identity or a protocol of its own, it cannot know.
-    assert ask(inner, identity=identity_of(Context(node_id=1))).error.reason == "NodePolicyTooWeak"
-    assert ask(inner, protocols={"LightSecAgg": LightSecAgg}).error.reason == "NodePolicyTooWeak"
-
-
-@pytest.mark.parametrize("breaks", [False, True])
-def test_what_it_calls_knows_that_it_is_masked_and_what_follows_does_not(breaks: bool) -> None:
-    seen: list[Policy | None] = []
-    policy = Policy(min_cohort=3)
-    lab = Federation(SecAgg(threshold=2), policy)
-
-    def inner(message: Message, context: Context, call_next: Any) -> Message:
-        seen.append(context.masked)
-        if breaks:
-            raise KeyError("inner")
-        return call_next(message, context)  # type: ignore[no-any-return]
-
-    lab.app = ClientApp(mods=[mods.secure_aggregation(policy, identity=identity_of), inner])
-    lab.app.train()(lambda message, context: moved(1, message))
-    if breaks:
-        with pytest.raises(KeyError):
-            lab.session(1)
-    else:
-        assert lab.session(1)[0].result is not None
-    assert set(seen) == {policy}
-    assert all(context.masked is None for context in lab.contexts.values())
-
-
-def test_identity_comes_from_the_runtime_unless_it_is_given() -> None:
-    """OneShot needs one: without any the node refuses, and a foreign one is no node's own."""
-    for own, runtime, refusal in (
-        (identity_of, None, set()),
-        (None, identity_of, set()),
-        (None, None, {"LocalError"}),
-        (identity_of(Context(node_id=2)), identity_of, {"LocalError"}),
-    ):
-        lab = Federation(OneShot(threshold=2))
-        lab.app = ClientApp(mods=[mods.secure_aggregation(identity=own)])
-        lab.app.train()(lambda message, context: moved(1, message))
-        for context in lab.contexts.values():
-            if runtime is not None:
-                context.identify = lambda context=context, runtime=runtime: runtime(context)
-        assert lab.session(1)[1] == refusal
