@@ -79,6 +79,11 @@ class InversionSampler:
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             self._table[divide_up(start, 1 << 112) : stop >> 112] = weights.first + index
 
+    @property
+    def support(self) -> tuple[int, int]:
+        """The first outcome that the first table knows, and how many; others have a mass below 2^-100 together."""
+        return self._first, len(self._starts)
+
     def sample(self, size: int, stream: Keystream) -> Int64s:
         """Draw `size` independent outcomes."""
         out = np.empty(size, np.int64)
