@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
     from privfed.runtime.policy import NodePolicy
 
+OWN_FOLDERS = ("state", "cache", "ledgers", "audit")
+"""Folders in DATA that no app may see."""
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -46,7 +49,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [DATA/exec.sock].")
 @click.option(
-    "--app-network", type=click.Choice(["off", "auto", "on"]), help="Whether apps may use the network [auto]."
+    "--app-network",
+    type=click.Choice(["off", "auto", "on"]),
+    help="The network of apps: refuse to start where it cannot be taken away, take it where it can, or leave it "
+    "[the policy's; auto without one].",
 )
 @click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Tasks at a time.")
 @click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
@@ -82,6 +88,7 @@ def supernode(
     from privfed.runtime.supernode import NodeOptions, SuperNode
 
     _log_to_stderr(debug)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
     credentials = _credentials(keys, insecure, node_id)
     policy = _policy(policy_file, insecure)
     limits = _limits(policy, app_network, data, keys)
@@ -191,7 +198,7 @@ def _value(text: str) -> bool | int | float | str:
 def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Path | None) -> Limits:
     from privfed.runtime.confinement import Limits
 
-    own = [data / "state", data / "cache", *([keys] if keys is not None else [])]
+    own = [*(data / name for name in OWN_FOLDERS), *([keys] if keys is not None else [])]
     for folder in own:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     hidden = tuple(str(folder.resolve()) for folder in own)
@@ -203,7 +210,7 @@ def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Pa
     return Limits(
         memory=asked.memory_mib * (1 << 20) if asked.memory_mib is not None else None,
         cpu=asked.cpu_seconds,
-        network=network or ("on" if asked.network else "auto"),
+        network=network or ("on" if asked.network else "off"),
         hidden=hidden,
     )
 
@@ -224,6 +231,9 @@ def _launcher(isolation: str, data: Path, socket: Path | None, limits: Limits) -
             f"waiting for: privfed superexec --connect unix:{host.path} --token-file {host.token_file}", err=True
         )
         return ProcessLauncher(data / "work", limits, host.spawn, host.close)
+    from privfed.runtime.confinement import probe
+
+    logging.getLogger("privfed.node").info("apps: %s", probe(limits))
     return ProcessLauncher(data / "work", limits)
 
 
@@ -268,5 +278,6 @@ def _audit(data: Path, keys: Path | None) -> AuditLog:
     from privfed.runtime.audit_log import AuditLog, own_key
 
     path = keys / "identity.key" if keys is not None else None
-    key = path.read_bytes() if path is not None and path.exists() else own_key(data / "audit.key")
-    return AuditLog(data / "audit.jsonl", key)
+    folder = data / "audit"
+    key = path.read_bytes() if path is not None and path.exists() else own_key(folder / "audit.key")
+    return AuditLog(folder / "audit.jsonl", key)

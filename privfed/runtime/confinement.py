@@ -7,9 +7,11 @@ what could not be had is said, never left out.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -97,7 +99,9 @@ def confine(limits: Limits) -> str:
     """
     apart = _go_apart(limits)
     if limits.network == "off" and apart:
-        raise AppError(f"the network cannot be taken from an app here: {apart}; network 'auto' would run all the same")
+        raise AppError(
+            f"the network cannot be taken from an app here: {apart}; --app-network auto runs apps with it all the same"
+        )
     network = "not isolated: allowed" if limits.network == "on" else f"not isolated: {apart}" if apart else "isolated"
     folders = f"not hidden: {apart}" if apart else "hidden"
     _lower(resource.RLIMIT_CORE, 0)
@@ -109,6 +113,15 @@ def confine(limits: Limits) -> str:
     os.umask(0o077)
     memory = "unlimited" if limits.memory is None else f"{limits.memory} bytes"
     return f"network: {network}; node's own folders: {folders}; memory: {memory}; open files: {limits.files}"
+
+
+def probe(limits: Limits) -> str:
+    """Return what `confine` achieves on this system, tried in a process that ends. Raises AppError as it does."""
+    command = [sys.executable, "-P", "-m", "privfed.runtime.confinement", json.dumps(limits.to_head())]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if tried.returncode:
+        raise AppError(tried.stderr.strip().splitlines()[-1].removeprefix("privfed.errors.AppError: "))
+    return tried.stdout.strip()
 
 
 def _lower(what: int, value: int) -> None:
@@ -148,3 +161,7 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 or libc.capset(header, bytes(24)) != 0:
         raise OSError(ctypes.get_errno(), "the privileges of the namespace cannot be dropped")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(confine(Limits.from_head(json.loads(sys.argv[1]))))

@@ -1,0 +1,93 @@
+"""`privfed supernode` as a process of its own, that can be killed and started again in the same folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class NodeProcess:
+    """A node over loopback without keys. options: more of the command line."""
+
+    def __init__(self, folder: Path, address: str, node_id: int, options: Sequence[str] = ()) -> None:
+        self.folder, self.options = folder, list(options)
+        self._command = [sys.executable, "-m", "privfed.cli.main", "supernode", "--superlink", address]
+        self._command += ["--insecure", "--node-id", str(node_id), "--data", str(folder)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *more: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "output.txt").open("ab") as output:
+            self._process = subprocess.Popen(
+                [*self._command, *self.options, *more], stdout=output, stderr=output, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        path = self.folder / "output.txt"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> int:
+        """Ask it to end; return its exit status."""
+        self.process.terminate()
+        return self.process.wait(40)
+
+    def resident_kib(self) -> int:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1])
+        raise AssertionError("the process is gone")
+
+    def workers(self) -> list[int]:
+        """Return the processes whose parent is this one."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == self.pid:
+                found.append(int(path.parent.name))
+        return found
+
+    def __enter__(self) -> NodeProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def eventually(check: object, seconds: float = 30.0) -> None:
+    """Wait until a function returns something true."""
+    deadline = time.monotonic() + seconds
+    while not check():  # type: ignore[operator]  # a function
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)

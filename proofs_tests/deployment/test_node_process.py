@@ -1,0 +1,167 @@
+"""Real processes: nodes that are killed, apps run by a superexec, and what a node costs while it waits."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from privfed.grid import Checkpoint
+from privfed.runtime.control import ControlClient, RunRow, Submission
+from privfed.runtime.federation import open_app
+from privfed.runtime.run_folder import ENDED, RunFolder
+from proofs_tests.deployment import odd_app
+from proofs_tests.deployment.node_process import NodeProcess, alive, eventually
+from proofs_tests.deployment.superlink_process import SuperLinkProcess
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def submit(link: SuperLinkProcess, app: Path, nodes: int, **settings: object) -> str:
+    with ControlClient(link.control) as control:
+        texts = {name.replace("_", "-"): str(value) for name, value in settings.items()}
+        return control.submit(Submission(open_app(app), texts, seed=1, nodes=nodes)).name
+
+
+def ended(link: SuperLinkProcess, name: str, seconds: float = 60) -> RunRow:
+    with ControlClient(link.control) as control:
+        eventually(lambda: control.show(name).state in ENDED, seconds)
+        return control.show(name)
+
+
+def outcome(link: SuperLinkProcess, name: str) -> Checkpoint:
+    found = RunFolder.open(link.home / "runs" / name).restore()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return odd_app.write(tmp_path_factory.mktemp("apps") / "odd")
+
+
+def journal_of(folder: Path) -> list[str]:
+    path = folder / "journal"
+    return path.read_text().split() if path.exists() else []
+
+
+def settings_of(folder: Path, seconds: float = 0.0) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return ["--node-config", f"journal={folder / 'journal'}", "--node-config", f"seconds={seconds}"]
+
+
+def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: Path, tmp_path: Path) -> None:
+    """kill -9 while the app runs: its process goes with it, the task is done again, and no count has a gap."""
+    with SuperLinkProcess(tmp_path / "link", "subprocess") as link:
+        first = NodeProcess(tmp_path / "1", link.fleet, 1, settings_of(tmp_path / "1", 0.8))
+        second = NodeProcess(tmp_path / "2", link.fleet, 2, settings_of(tmp_path / "2"))
+        with first, second:
+            name = submit(link, app, 2, rounds=3)
+            eventually(lambda: len(journal_of(first.folder)) == 2)
+            (worker,) = first.workers()
+            first.kill()
+            eventually(lambda: not alive(worker), 5)
+            first.start()
+            end = ended(link, name)
+            assert (end.state, end.round) == ("completed", 3), (end.reason, first.output, second.output)
+            # Each node counts its messages: 1 + 2 + 3, twice, in arrays of four.
+            assert float(outcome(link, name).arrays["0"].view().sum()) == 2 * 6 * 4
+            assert len(journal_of(first.folder)) == 4, "the task that was cut off, and no other, ran twice"
+            assert len(set(journal_of(first.folder))) == 3
+            eventually(lambda: not first.workers(), 10)
+            assert [first.end(), second.end(), link.end()] == [0, 0, 0]
+            assert "network: " in first.output
+
+
+def test_examples_run_unchanged_on_nodes_and_what_masks_stays_in_them(tmp_path: Path) -> None:
+    link = SuperLinkProcess(tmp_path / "link", "subprocess")
+    with (
+        link,
+        NodeProcess(tmp_path / "1", link.fleet, 1) as first,
+        NodeProcess(tmp_path / "2", link.fleet, 2) as second,
+    ):
+        name = submit(link, EXAMPLES / "quickstart", 2, num_rounds=2, local_steps=2, baselines="false")
+        end = ended(link, name)
+        assert (end.state, end.round) == ("completed", 2), (end.reason, first.output, second.output)
+        assert outcome(link, name).arrays["0"].view().any()
+
+
+def test_a_superexec_runs_the_apps_of_a_node(app: Path, tmp_path: Path) -> None:
+    with SuperLinkProcess(tmp_path / "link") as link:
+        node = NodeProcess(tmp_path / "1", link.fleet, 1, [*settings_of(tmp_path / "1"), "--isolation", "external"])
+        with node:
+            eventually((tmp_path / "1" / "exec.token").exists)
+            command = [sys.executable, "-m", "privfed.cli.main", "superexec"]
+            command += ["--connect", f"unix:{tmp_path / '1' / 'exec.sock'}"]
+            command += ["--token-file", str(tmp_path / "1" / "exec.token")]
+            with (tmp_path / "exec.txt").open("wb") as output:
+                executor = subprocess.Popen(command, stdout=output, stderr=output)
+            try:
+                name = submit(link, app, 1, rounds=2)
+                end = ended(link, name)
+                assert (end.state, end.round) == ("completed", 2), (end.reason, node.output)
+                assert node.workers() == []
+                assert node.end() == 0
+                eventually(lambda: "trying again" in (tmp_path / "exec.txt").read_text())
+            finally:
+                executor.send_signal(signal.SIGTERM)
+                executor.wait(10)
+
+
+def test_a_waiting_node_is_small_and_knows_no_database_server(tmp_path: Path) -> None:
+    with SuperLinkProcess(tmp_path / "link") as link, NodeProcess(tmp_path / "1", link.fleet, 1) as node:
+        eventually(lambda: "connected" in node.output)
+        assert node.resident_kib() <= 120 * 1024
+        assert node.end() == 0
+    code = (
+        "import sys; import privfed.cli.supernode, privfed.runtime.supernode, privfed.runtime.fleet, "
+        "privfed.runtime.superexec, privfed.cli.node_mod, privfed.runtime.node_store; "
+        "sys.exit(bool({'sqlalchemy', 'alembic'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
+    def say(*options: str) -> str:
+        command = [sys.executable, "-m", "privfed.cli.main", "supernode", "--superlink", "127.0.0.1:1", *options]
+        told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert told.returncode == 2
+        return told.stderr.splitlines()[-1]
+
+    assert "give the node's --keys" in say()
+    assert "needs --node-id" in say("--insecure")
+    assert "exclude each other" in say("--insecure", "--keys", "k", "--node-id", "1")
+    assert "goes with --isolation external" in say("--insecure", "--node-id", "1", "--exec-socket", "x")
+    assert "write --node-config key=value" in say("--insecure", "--node-id", "1", "--node-config", "x")
+
+
+@pytest.mark.long
+def test_many_kills_of_nodes_lose_nothing(app: Path, tmp_path: Path) -> None:
+    """Kills of either node at sampled moments; the sum is that of a run that nobody disturbed."""
+    chance, rounds = random.Random(5), 60
+    with SuperLinkProcess(tmp_path / "link", "subprocess") as link:
+        nodes = [NodeProcess(tmp_path / str(n), link.fleet, n, settings_of(tmp_path / str(n), 0.05)) for n in (1, 2)]
+        for node in nodes:
+            node.start()
+        name = submit(link, app, 2, rounds=rounds)
+        kills = 0
+        with ControlClient(link.control) as control:
+            while control.show(name).state not in ENDED and kills < 40:
+                before = control.show(name).round
+                with_time = 0.02 + chance.random() * 0.8
+                signal.sigtimedwait([], with_time)
+                victim = chance.choice(nodes)
+                victim.kill()
+                kills += 1
+                victim.start()
+                eventually(lambda before=before: control.show(name).round > before or control.show(name).state in ENDED)
+        end = ended(link, name, 120)
+        assert (end.state, end.round) == ("completed", rounds), end.reason
+        assert float(outcome(link, name).arrays["0"].view().sum()) == 2 * 4 * rounds * (rounds + 1) / 2
+        assert kills >= 20
+        for node in nodes:
+            assert node.end() == 0
