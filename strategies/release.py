@@ -183,6 +183,8 @@ class CentralRelease(Release):
     def instruction(self, server_round: int) -> ConfigRecord:
         instruction = ConfigRecord({"mechanism": self.plan.mechanism})
         instruction["clip"] = float(self.clip)
+        instruction["event"] = self.event.to_json()  # what a round costs, for nodes that keep a ledger of their own
+        instruction["insecure"] = self.seed is not None
         if self.bit_weight:
             instruction["bit-weight"] = self.bit_weight
         instruction.update(self.plan.terms)
