@@ -17,7 +17,21 @@ from privfed.apps import DEFAULT_ACTION, CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
+from privfed.mods.refusal import (
+    BindingMismatch,
+    LayoutMismatch,
+    NodePolicyTooWeak,
+    NoiseMissing,
+    NotGrouped,
+    Refused,
+    SecureAggregationRequired,
+    SessionOutOfOrder,
+    SumAlreadyOpened,
+    UpdateNotClipped,
+    WeakSession,
+)
 from privfed.plan import joint_clip, tracked
+from privfed.protocols.beacon import group_of
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import FACTS, Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
@@ -26,8 +40,8 @@ from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension
 
 log = logging.getLogger("privfed.mods")
 
-STATE = "secure_aggregation"
-KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot")
+STATE, BEACON = "secure_aggregation", "Beacon"
+KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot", BEACON)
 KINDS = ("train", "evaluate", "query")
 LOCAL = ("threads",)
 """Parameters that are each party's own business: no server names them."""
@@ -38,46 +52,6 @@ _ANY_LAYOUT = Layout(32, 2, 0, 1.0, None, ())
 
 Identities = Identity | Callable[[Context], Identity | None] | None
 Makers = Mapping[str, Protocol | Callable[..., Protocol]]
-
-
-class Refused(Exception):
-    """This node does not do what it was asked; the text stays in its log, the class name is what leaves."""
-
-
-class SecureAggregationRequired(Refused):
-    """The instruction asks for a reply in the clear."""
-
-
-class SessionOutOfOrder(Refused):
-    """Another request of a stage that was answered, a stage out of order, or a session that is not new."""
-
-
-class BindingMismatch(Refused):
-    """The model or configuration is not the one the session was opened for."""
-
-
-class SumAlreadyOpened(Refused):
-    """This node helped to open a sum over this very model and action: two sums differ by somebody's input."""
-
-
-class LayoutMismatch(Refused):
-    """The layout the session was opened with is not for the model that came."""
-
-
-class UpdateNotClipped(Refused):
-    """The update is longer than the privacy plan allows: put mods.clip() inside mods.secure_aggregation()."""
-
-
-class NodePolicyTooWeak(Refused):
-    """The node masks this reply itself, under a policy that is weaker than this mod's: raise the node's."""
-
-
-class NoiseMissing(Refused):
-    """The session sums vectors that carry their noise: put mods.distributed_dp() inside mods.secure_aggregation()."""
-
-
-class WeakSession(Refused):
-    """The session would sum this node's noised vector with fewer survivors, or in another ring, than its plan says."""
 
 
 class _Failed(Exception):
@@ -210,11 +184,12 @@ def _covers(outer: Policy, inner: Policy) -> bool:
         "min_neighbours",
         "min_bits",
         "require_active",
+        "grouped",
         "min_round",
         "corrupt",
     )
     higher = all(getattr(outer, name) >= getattr(inner, name) for name in floors)
-    known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in (*FACTS, "binding"))
+    known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in (*FACTS, "binding", "nodes"))
     return higher and known and outer.max_dimension <= inner.max_dimension
 
 
@@ -255,6 +230,9 @@ class _Session:
             raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
         if stage.stage == 0:
             policy = self._with_facts(policy)
+            kept = self._beacon()
+            if stage.protocol != BEACON:
+                policy, kept = _in_group(policy, kept), b""
         floor = max(policy.min_survivors, stage.layout.min_survivors)
         policy = replace(policy, min_survivors=floor)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
@@ -278,6 +256,8 @@ class _Session:
             "kept": b"" if over else bytes(after),
             "mark": self._mark,
         }
+        if stage.protocol == BEACON:  # a node's group outlives the session that drew it
+            self._state["beacon"] = ConfigRecord({"kept": bytes(after)})
         if over:
             self._state["opened"] = ConfigRecord({"marks": self._opened() + self._mark})
         self._state["session"] = ConfigRecord(remembered)
@@ -313,6 +293,13 @@ class _Session:
         kept = last["kept"]
         if not isinstance(kept, bytes) or not kept:
             raise SessionOutOfOrder(f"session {number} is over")
+        return kept
+
+    def _beacon(self) -> bytes:
+        """Return what this node kept of the run's beacons."""
+        record = self._state.get("beacon")
+        kept = record["kept"] if isinstance(record, ConfigRecord) else b""
+        assert isinstance(kept, bytes)
         return kept
 
     def _opened(self) -> bytes:
@@ -392,6 +379,14 @@ class _Session:
         return update
 
 
+def _in_group(policy: Policy, beacon: bytes) -> Policy:
+    """Return the policy with the group that a beacon gave this node as the only cohort it joins."""
+    group = group_of(beacon)
+    if group is None and policy.grouped:
+        raise NotGrouped("no beacon has drawn groups in this run")
+    return policy if group is None else replace(policy, nodes=group)
+
+
 def _clip_of(request: RecordDict) -> tuple[float, float]:
     """Return the plan's bound on an update, infinity without a plan, and the weight of its bit."""
     plan = request.get(PLAN)
@@ -418,7 +413,7 @@ def _numbers(content: RecordDict) -> dict[str, object]:
 def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers | None) -> Protocol:
     """Build the protocol a session names. Raises Refused when this node does not take part in it."""
     maker: Protocol | Callable[..., Protocol] | None
-    if protocols is not None:
+    if protocols is not None and (name in protocols or name != BEACON):  # a beacon opens nothing
         maker = protocols.get(name)
     else:
         maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None

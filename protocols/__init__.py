@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Beacon": "privfed.protocols.beacon",
     "LightSecAgg": "privfed.protocols.lightsecagg",
     "OneShot": "privfed.protocols.oneshot",
     "SecAgg": "privfed.protocols.secagg",
@@ -14,9 +15,10 @@ _HOMES = {
     "secure_sum": "privfed.protocols.loop",
 }
 
-__all__ = ["LightSecAgg", "OneShot", "SecAgg", "SecAggPlus", "SecureSum", "secure_sum"]
+__all__ = ["Beacon", "LightSecAgg", "OneShot", "SecAgg", "SecAggPlus", "SecureSum", "secure_sum"]
 
 if TYPE_CHECKING:
+    from privfed.protocols.beacon import Beacon
     from privfed.protocols.lightsecagg import LightSecAgg
     from privfed.protocols.loop import SecureSum, secure_sum
     from privfed.protocols.oneshot import OneShot

@@ -80,6 +80,9 @@ class Policy:
     binding, run, round, action, bits, dimension: the only `Session` it joins, as the node knows it itself: from the
     model and configuration it was given, its own run, the message that carries the request, the vector it will send.
     None: any. `check_facts` holds a session to them.
+
+    nodes: the only cohort it joins, its group when a beacon drew groups (`privfed.protocols.beacon`); None: any.
+    grouped: it joins no session before a beacon gave it a group.
     """
 
     min_cohort: int = 2
@@ -97,6 +100,8 @@ class Policy:
     action: str | None = None
     bits: int | None = None
     dimension: int | None = None
+    nodes: tuple[int, ...] | None = None
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:
@@ -108,7 +113,8 @@ class Policy:
         """Refuse a session that is not the one this node knows of.
 
         Every client calls it on the first request, before it computes or makes room for anything. Raises RemoteError:
-        wrong-run, wrong-round, wrong-action, wrong-bits, wrong-dimension, dimension-too-large, inconsistent-model.
+        wrong-run, wrong-round, wrong-action, wrong-bits, wrong-dimension, dimension-too-large, inconsistent-model,
+        wrong-group.
         """
         for name in FACTS:
             known, told = getattr(self, name), getattr(session, name)
@@ -122,6 +128,8 @@ class Policy:
         if self.binding not in (None, session.binding):
             detail = "the session is bound to another model or configuration"
             raise RemoteError("inconsistent-model", (SERVER,), detail)
+        if self.nodes not in (None, session.nodes):
+            raise RemoteError("wrong-group", (SERVER,), "the session is not over the group the beacon gave this node")
 
 
 @dataclass(frozen=True, slots=True)

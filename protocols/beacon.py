@@ -1,0 +1,302 @@
+"""A commit-reveal beacon that splits a public cohort into groups nobody chose, each of which its members can check.
+
+Every node commits to 32 random bytes, is shown all commitments, reveals, and computes seed and groups from what all
+revealed. A node accepts one list of commitments, before any of its own bytes are known, so the seed is uniform for it
+if it is honest itself, whatever everybody else does. A reveal that is missing ends the attempt, and a server that
+withholds one after it saw the seed could try again: so a node reveals in at most `ATTEMPTS` beacons of a run, and the
+bound on corrupt members of a group is paid for that many seeds (`anonymity`). Once settled, groups stay for the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import comb
+
+from privfed.protocols import codec, keys
+from privfed.protocols.codec import Reader
+from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError, TooFewSurvivors
+from privfed.protocols.graph import SIGMA, beacon_commitment, beacon_seed, count
+from privfed.protocols.session import Buffer, Identity, Policy, Random, RingSum, Session, Source, os_random
+
+STAGES = ("commit", "reveal", "settle")
+COMMIT, REVEAL, SETTLE = range(0x60, 0x63)
+COMMITTED, REVEALED, SETTLED = range(1, 4)
+ATTEMPTS = 4
+"""Beacons of a run in which a node reveals its bytes: the seeds a server can look at before it takes one."""
+
+_ROW = 32 + keys.SIGNATURE_BYTES
+Groups = tuple[tuple[int, ...], ...]
+
+
+def draw_groups(seed: bytes, nodes: tuple[int, ...], group_size: int) -> Groups:
+    """Split nodes into random groups of at least `group_size` (one smaller group if there are fewer nodes)."""
+    number = max(1, len(nodes) // group_size)
+    order = sorted(nodes, key=lambda node: hashlib.sha256(b"privfed groups v1\0" + seed + codec.u64(node)).digest())
+    return tuple(sorted(tuple(sorted(order[start::number])) for start in range(number)))
+
+
+def anonymity(nodes: int, size: int, corrupt: float) -> int:
+    """Return how many honest nodes a sum over `size` members of a group hides among, itself included; exact.
+
+    size - c, where c is the least number with P[a node's group has more than c corrupt members] <= 2^-40 over all
+    nodes and all `ATTEMPTS` seeds; a share `corrupt` of the nodes collude with the server. 0: no one is hidden.
+    """
+    marked = count(nodes, corrupt)
+    limit, total, above = comb(nodes, size), nodes * ATTEMPTS << SIGMA, 0
+    for bad in range(min(size, marked), -1, -1):
+        above += comb(marked, bad) * comb(nodes - marked, size - bad)
+        if above * total > limit:
+            return max(0, size - bad)
+    return size
+
+
+@lru_cache(maxsize=4)
+def _settled(context: bytes, commitments: bytes, rows: bytes, group_size: int) -> Groups:
+    """Open a transcript; all nodes of one process share the work. Raises RemoteError or DecodeError."""
+    opened = codec.decode(rows, lambda r: r.table(_ROW))
+    committed = codec.decode(commitments, lambda r: r.table(32))
+    seed = beacon_seed(
+        context,
+        {node: bytes(row) for node, row in committed.items()},
+        {node: bytes(row[:32]) for node, row in opened.items()},
+    )
+    return draw_groups(seed, tuple(committed), group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a node remembers of beacons: contribution before it is revealed, group once it is settled."""
+
+    phase: int = 0
+    attempts: int = 0
+    contribution: bytes = field(default=bytes(32), repr=False)
+    terms: bytes = b""
+    commitments: bytes = b""
+    group: tuple[int, ...] = ()
+
+    def encode(self) -> bytes:
+        head = codec.u8(self.phase) + codec.u8(self.attempts) + self.contribution
+        return head + codec.blob(self.terms) + codec.blob(self.commitments) + codec.node_list(self.group)
+
+    @classmethod
+    def decode(cls, kept: bytes) -> Kept:
+        def read(r: Reader) -> Kept:
+            phase, attempts, contribution = r.number(1), r.number(1), bytes(r.take(32))
+            return cls(phase, attempts, contribution, bytes(r.blob()), bytes(r.blob()), r.nodes())
+
+        return codec.decode(kept, read) if kept else cls()
+
+
+def group_of(kept: bytes) -> tuple[int, ...] | None:
+    """Return the settled group in what a node kept of its beacons, or None."""
+    state = Kept.decode(kept)
+    return state.group if state.phase == SETTLED else None
+
+
+def _terms(session: Session, group_size: int) -> bytes:
+    return codec.encode_session(session) + codec.u32(group_size)
+
+
+def _statement(context: bytes, commitments: bytes) -> tuple[bytes, bytes, bytes]:
+    return b"beacon view", context, commitments
+
+
+def _refuse(deviation: str, detail: str) -> RemoteError:
+    return RemoteError(deviation, (SERVER,), detail)
+
+
+@dataclass(frozen=True, slots=True)
+class BeaconClient:
+    """One node. What it kept of earlier beacons of the run goes in as `kept` at the first stage."""
+
+    node: int
+    identity: Identity | None = field(repr=False)
+    policy: Policy
+    random: Random = field(repr=False)
+
+    def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
+        """Answer one request. Raises RemoteError naming the deviation."""
+        del source
+        state, raw = Kept.decode(kept), bytes(request)
+        try:
+            kind = raw[0] if raw else 0
+            if kind == COMMIT:
+                after, reply = self._commit(state, raw[1:])
+            elif kind == REVEAL and state.phase == COMMITTED:
+                after, reply = self._reveal(state, raw[1:])
+            elif kind == SETTLE and state.phase == REVEALED:
+                after, reply = self._settle(state, raw[1:])
+            else:
+                raise _refuse("out-of-order", f"a beacon request of kind {kind:#x} in phase {state.phase}")
+        except DecodeError as fault:
+            raise _refuse("malformed", str(fault)) from None
+        return after.encode(), reply
+
+    def _commit(self, state: Kept, terms: bytes) -> tuple[Kept, bytes]:
+        session, size = codec.decode(terms, lambda r: (codec.read_session(r), r.number(4)))
+        if state.phase == SETTLED:  # groups stay for the run; a server that lost them may hear which they are
+            return state, codec.u8(SETTLED) + codec.node_list(state.group)
+        self.policy.check_facts(session)
+        if self.node not in session.nodes:
+            raise _refuse("foreign-session", f"node {self.node} is not in the cohort")
+        if min(size, len(session.nodes)) < max(2, self.policy.min_cohort):
+            raise _refuse("group-too-small", f"groups of {size} of {len(session.nodes)} nodes are asked for")
+        if self.policy.require_active and self.identity is None:
+            raise LocalError("the policy requires active security: give this node an identity")
+        if self.identity is not None and (strangers := set(session.nodes) - set(self.identity.roster)):
+            raise _refuse("foreign-node", f"nodes {sorted(strangers)} are not on the roster")
+        fresh = self.random(32)
+        reply = codec.u8(COMMITTED) + beacon_commitment(keys.digest(b"beacon", terms), self.node, fresh)
+        return Kept(COMMITTED, state.attempts, fresh, terms), reply
+
+    def _reveal(self, state: Kept, commitments: bytes) -> tuple[Kept, bytes]:
+        session, size = codec.decode(state.terms, lambda r: (codec.read_session(r), r.number(4)))
+        rows = codec.decode(commitments, lambda r: r.table(32))
+        context = keys.digest(b"beacon", state.terms)
+        if state.attempts >= ATTEMPTS:
+            raise _refuse("beacon-exhausted", f"this node revealed its bytes in {ATTEMPTS} beacons of this run")
+        if bytes(rows.get(self.node, b"")) != beacon_commitment(context, self.node, state.contribution):
+            raise _refuse("swapped-commitment", "this node's own commitment is missing or changed")
+        if not set(rows) <= set(session.nodes):
+            raise _refuse("foreign-node", "a node outside the cohort is said to have committed")
+        if min(size, len(rows)) < max(2, self.policy.min_cohort):
+            raise _refuse("group-too-small", f"{len(rows)} nodes committed")
+        signature = bytes(keys.SIGNATURE_BYTES)
+        if self.identity is not None:
+            signature = keys.sign(self.identity.secret_key, *_statement(context, commitments))
+        after = replace(state, phase=REVEALED, attempts=state.attempts + 1, commitments=commitments)
+        return after, state.contribution + signature
+
+    def _settle(self, state: Kept, rows: bytes) -> tuple[Kept, bytes]:
+        _, size = codec.decode(state.terms, lambda r: (codec.read_session(r), r.number(4)))
+        context = keys.digest(b"beacon", state.terms)
+        groups = _settled(context, state.commitments, rows, size)
+        own = next(group for group in groups if self.node in group)
+        if self.identity is not None:
+            given = codec.decode(rows, lambda r: r.table(_ROW))
+            for member in own:
+                statement = _statement(context, state.commitments)
+                if not keys.verified(self.identity.roster[member], given[member][32:], *statement):
+                    raise RemoteError("split-beacon", (SERVER, member), f"node {member} did not see these commitments")
+        reply = keys.digest(b"beacon settled", context, rows)
+        return Kept(SETTLED, state.attempts, group=own), reply
+
+
+class BeaconServer:
+    """One beacon. After the last stage `groups` is set; TooFewSurvivors at "reveal": try again without the silent."""
+
+    def __init__(self, session: Session, group_size: int) -> None:
+        self._terms = _terms(session, group_size)
+        self._context, self._size = keys.digest(b"beacon", self._terms), group_size
+        self._at = 0
+        self._asked: tuple[int, ...] = session.nodes
+        self._replies: dict[int, bytes] = {}
+        self._known: dict[int, tuple[int, ...]] = {}
+        self._commitments = b""
+        self._request: Buffer = codec.u8(COMMIT) + self._terms
+        self.groups: Groups = ()
+
+    @property
+    def stage(self) -> str:
+        return STAGES[self._at] if self._at < len(STAGES) else ""
+
+    @property
+    def result(self) -> RingSum | None:
+        """A beacon opens no sum."""
+        return None
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """Nodes that have not answered the open stage."""
+        return tuple(node for node in self._asked if node not in self._replies)
+
+    def outbound(self) -> dict[int, Buffer]:
+        """Return the requests of the open stage, by node."""
+        return dict.fromkeys(self._asked, self._request)
+
+    def receive(self, node: int, reply: Buffer) -> None:
+        """Take one reply. Raises RemoteError naming the node."""
+        raw = bytes(reply)
+        if node not in self._asked or self._replies.get(node, raw) != raw or not self.stage:
+            raise RemoteError("unexpected-reply", (node,), f"no such reply is due at stage {self.stage!r}")
+        if self.stage == "commit" and raw[:1] == codec.u8(SETTLED):
+            try:
+                self._known[node] = codec.decode(raw[1:], Reader.nodes)
+            except DecodeError as fault:
+                raise RemoteError("malformed", (node,), str(fault)) from None
+        elif len(raw) != {"commit": 33, "reveal": _ROW, "settle": 32}[self.stage]:
+            raise RemoteError("malformed", (node,), f"{len(raw)} bytes at stage {self.stage!r}")
+        if self.stage == "reveal" and not self._opens(node, raw[:32]):
+            raise RemoteError("beacon-mismatch", (node,), "the revealed bytes do not open the commitment")
+        self._replies[node] = raw
+
+    def _opens(self, node: int, contribution: bytes) -> bool:
+        rows = codec.decode(self._commitments, lambda r: r.table(32))
+        return keys.same(beacon_commitment(self._context, node, contribution), bytes(rows[node]))
+
+    def close(self) -> None:
+        """End the stage. Raises TooFewSurvivors."""
+        stage, replies = self.stage, self._replies
+        if stage == "commit":
+            if self._known:
+                self.groups = self._agreed()
+                self._at = len(STAGES)
+                return
+            if len(replies) < 2:
+                raise TooFewSurvivors(len(replies), 2, stage)
+            self._commitments = codec.table((node, raw[1:]) for node, raw in replies.items())
+            self._asked, self._request = tuple(sorted(replies)), codec.u8(REVEAL) + self._commitments
+        elif stage == "reveal":
+            if self.silent:
+                raise TooFewSurvivors(len(replies), len(self._asked), stage)
+            rows = codec.table(replies.items())
+            self.groups = _settled(self._context, self._commitments, rows, self._size)
+            self._request = codec.u8(SETTLE) + rows
+        elif stage != "settle":
+            raise LocalError("the beacon is over: read `groups`")
+        self._replies, self._at = {}, self._at + 1
+
+    def _agreed(self) -> Groups:
+        """Groups as their members tell them: disjoint ones, those that most members claim first."""
+        claims = Counter(group for node, group in self._known.items() if node in group)
+        found: list[tuple[int, ...]] = []
+        for group, _ in sorted(claims.items(), key=lambda item: (-item[1], item[0])):
+            if not any(set(group) & set(other) for other in found):
+                found.append(group)
+        return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class Beacon:
+    """A draw of groups of at least `group_size` nodes, in the shape of a protocol, so that any driver can run it."""
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int) or self.group_size < 2:
+            raise ValueError(f"group_size must be >= 2: a group of one is no group, got {self.group_size}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return STAGES
+
+    @property
+    def input_stage(self) -> str:
+        """No stage takes an input."""
+        return ""
+
+    def server(self, session: Session, *, random: Random = os_random) -> BeaconServer:
+        return BeaconServer(session, self.group_size)
+
+    def client(
+        self,
+        node: int,
+        *,
+        identity: Identity | None = None,
+        policy: Policy = Policy(),
+        random: Random = os_random,
+    ) -> BeaconClient:
+        return BeaconClient(node, identity, policy, random)
