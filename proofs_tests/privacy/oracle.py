@@ -5,7 +5,8 @@ converged), and the mass that only P has. Compositions are answered by inverting
 
     delta(eps) = 1/pi * integral over u > 0 of Re[prod M(s)^count e^(-s eps) / (s (s + 1))],  s = line + iu,
 
-with numbers of 128 fixed binary places, or, for few outcomes, by enumerating every multiset of them.
+with numbers of 128 fixed binary places. The rule stops only where parts with densities have made the moments vanish:
+atoms alone are counted instead (`oracle_exact`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ DIGITS = 40
 PLACES = 128
 _ONE = 1 << PLACES
 _SMALL = mpf(10) ** -28
+_LONGEST = 3000  # nodes of an inversion
 
 
 _ZERO = mpf(0)
@@ -35,20 +37,22 @@ _ZERO = mpf(0)
 class Law:
     """Losses and P weights of one use; `certain` is the P mass where Q has none.
 
-    highest: up to which u the nodes integrate exp(iu L); no limit for atoms.
+    highest: up to which u the nodes integrate exp(iu L); no limit for atoms. fades: the part of P that has a density
+    makes moments fall for good as u grows. Moments of atoms come back, on a lattice with its period.
     """
 
     losses: tuple[mpf, ...]
     weights: tuple[mpf, ...]
     certain: mpf = _ZERO
     highest: float = math.inf
+    fades: bool = False
 
     def swapped(self) -> Law:
         """Return the law with P and Q exchanged."""
         with mpmath.workdps(DIGITS):
             weights = tuple(w * mpmath.exp(-x) for x, w in zip(self.losses, self.weights, strict=True))
             certain = 1 - mpmath.fsum(weights) if self.certain > 0 else mpf(0)
-            return Law(tuple(-x for x in self.losses), weights, certain, self.highest)
+            return Law(tuple(-x for x in self.losses), weights, certain, self.highest, self.fades)
 
     def joined(self) -> Law:
         """Return the symmetric law whose hockey stick above 0 is this one's; the rest at loss 0."""
@@ -57,20 +61,16 @@ class Law:
             down = [(-x, w * mpmath.exp(-x)) for x, w in up]
             rest = 1 - mpmath.fsum(w for _, w in up) - mpmath.fsum(w for _, w in down) - self.certain
             pairs = [*up, (mpf(0), rest), *down]
-            return Law(tuple(x for x, _ in pairs), tuple(w for _, w in pairs), self.certain, self.highest)
-
-    def profile(self, epsilon: mpf) -> mpf:
-        """Return the hockey stick of one use: for laws made of atoms."""
-        return self.certain + mpmath.fsum(
-            w * (1 - mpmath.exp(epsilon - x)) for x, w in zip(self.losses, self.weights, strict=True) if x > epsilon
-        )
+            return Law(tuple(x for x, _ in pairs), tuple(w for _, w in pairs), self.certain, self.highest, self.fades)
 
 
 def tagged(first: Law, second: Law, share: mpf) -> Law:
     """Return the law of a choice that is seen: `second` with probability `share`."""
     with mpmath.workdps(DIGITS):
         weights = [w * (1 - share) for w in first.weights] + [w * share for w in second.weights]
-        return Law(first.losses + second.losses, tuple(weights), highest=min(first.highest, second.highest))
+        highest = min(first.highest, second.highest)
+        certain = first.certain * (1 - share) + second.certain * share
+        return Law(first.losses + second.losses, tuple(weights), certain, highest, first.fades and second.fades)
 
 
 @lru_cache(maxsize=8)
@@ -110,7 +110,7 @@ def gaussian(rate: float, noise: float, distance: int = 1, antipodal: bool = Fal
             other = _mixture(q, mpmath.npdf(x, -m), mpmath.npdf(x)) if antipodal else mpmath.npdf(x)
             losses.append(mpmath.log(p / other))
             weights.append(weight * p)
-        return Law(tuple(losses), tuple(weights), highest=(10 if antipodal else 20) * max(1.0, 1 / mu))
+        return Law(tuple(losses), tuple(weights), _ZERO, (10 if antipodal else 20) * max(1.0, 1 / mu), True)
 
 
 @lru_cache(maxsize=64)
@@ -139,7 +139,8 @@ def laplace(rate: float, noise: float, distance: int = 1, antipodal: bool = Fals
         return Law(tuple(losses), tuple(weights), highest=12 if antipodal else 25)
 
 
-def _shifted(mass: Callable[[int], mpf], reach: int, rate: float, shift: int, antipodal: bool) -> Law:
+def _shifted(mass: Callable[[int], mpf], reach: int, rate: float, shift: int, antipodal: bool, cut: bool) -> Law:
+    """Return the shifted law; beyond `reach` there is nothing if it is `cut`, and next to nothing otherwise."""
     q = mpf(rate)
     losses, weights, certain = [], [], mpf(0)
     for k in range(-reach - shift, reach + shift + 1):
@@ -148,35 +149,69 @@ def _shifted(mass: Callable[[int], mpf], reach: int, rate: float, shift: int, an
         if p > 0 and other > 0:
             losses.append(mpmath.log(p / other))
             weights.append(p)
-        else:
+        elif cut:
             certain += p
     return Law(tuple(losses), tuple(weights), certain)
 
 
-@lru_cache(maxsize=64)
-def integer(kind: str, size: float, rate: float, shift: int, antipodal: bool, cut: int | None = None) -> Law:
-    """Return (1-q) f + q f(. - shift) against f (or the mirror image) for noise on the integers.
+def masses(kind: str, size: float, cut: int | None = None) -> tuple[mpf, ...]:
+    """Return the masses of noise on the integers at 0, 1, 2, ...: the negative side is the mirror image.
 
     kind and size: "gaussian" and sigma, "laplace" and scale, "skellam" and variance. cut: largest |noise|.
     """
+    s = mpf(size)
+    if kind == "gaussian":
+        reach = math.ceil(26 * size) + 2 if cut is None else cut
+        raw = [mpmath.exp(-mpf(k * k) / (2 * s * s)) for k in range(reach + 1)]
+    elif kind == "laplace":
+        raw = [mpmath.exp(-mpf(k) / s) for k in range(math.ceil(110 * size) + 1)]
+    else:
+        raw = [mpmath.besseli(k, s) for k in range(math.ceil(14 * math.sqrt(size)) + 31)]
+    total = mpmath.fsum(raw) * 2 - raw[0]
+    return tuple(m / total for m in raw)
+
+
+@lru_cache(maxsize=64)
+def integer(kind: str, size: float, rate: float, shift: int, antipodal: bool, cut: int | None = None) -> Law:
+    """Return (1-q) f + q f(. - shift) against f (or the mirror image) for noise f on the integers; see `masses`."""
     with mpmath.workdps(DIGITS):
-        s = mpf(size)
-        if kind == "gaussian":
-            reach = math.ceil(26 * size) + 2 if cut is None else cut
-            raw = [mpmath.exp(-mpf(k * k) / (2 * s * s)) for k in range(reach + 1 + 2 * shift)]
-        elif kind == "laplace":
-            reach = math.ceil(85 * size)
-            raw = [mpmath.exp(-mpf(k) / s) for k in range(reach + 1 + 2 * shift)]
-        else:
-            reach = math.ceil(14 * math.sqrt(size)) + 30
-            raw = [mpmath.besseli(k, s) for k in range(reach + 1 + 2 * shift)]
-        inside = raw if cut is None else raw[: cut + 1]
-        total = mpmath.fsum(inside) * 2 - inside[0]
+        half = masses(kind, size, cut)
+        return _shifted(_mirrored(half), len(half) - 1, rate, shift, antipodal, cut is not None)
 
-        def mass(k: int) -> mpf:
-            return inside[abs(k)] / total if abs(k) < len(inside) else mpf(0)
 
-        return _shifted(mass, reach, rate, shift, antipodal)
+def _mirrored(half: Sequence[mpf]) -> Callable[[int], mpf]:
+    return lambda k: half[abs(k)] if abs(k) < len(half) else _ZERO
+
+
+def rounded(half: Sequence[mpf], rate: float, clip: mpf, mirrored: bool) -> Law:
+    """Return integer noise with these masses, moved by `clip` rounded at random, with probability `rate`.
+
+    Against the noise alone, or against the noise moved the other way.
+    """
+    mass, q = _mirrored(half), mpf(rate)
+    low = int(mpmath.floor(clip))
+    up = clip - low
+
+    def moved(k: int, sign: int) -> mpf:
+        return (1 - q) * mass(k) + q * ((1 - up) * mass(k - sign * low) + up * mass(k - sign * (low + 1)))
+
+    reach = len(half) + low
+    pairs = [(moved(k, 1), moved(k, -1) if mirrored else mass(k)) for k in range(-reach, reach + 1)]
+    kept = [(p, other) for p, other in pairs if p > 0 and other > 0]
+    return Law(tuple(mpmath.log(p / other) for p, other in kept), tuple(p for p, _ in kept))
+
+
+def three_points(noise: float, shares: Sequence[mpf], others: Sequence[mpf]) -> Law:
+    """Return Gaussian mixtures at 0, -1 and 1 with these shares against those with the others'."""
+    with mpmath.workdps(DIGITS):
+        step, m = mpf(1) / math.ceil(8 * max(1.0, 1 / noise)), 1 / mpf(noise)
+        losses, weights = [], []
+        for k in range(math.floor((-22 - 3 * m) / step), math.ceil((22 + 3 * m) / step) + 1):
+            at = [mpmath.npdf(k * step, place) for place in (mpf(0), -m, m)]
+            p, other = mpmath.fdot(shares, at), mpmath.fdot(others, at)
+            losses.append(mpmath.log(p / other))
+            weights.append(step * p)
+        return Law(tuple(losses), tuple(weights), _ZERO, 12 * max(1.0, noise), True)
 
 
 def response(epsilon: float, delta: float = 0.0) -> Law:
@@ -237,8 +272,22 @@ class Inverted:
         self.laws, self.mu = laws, mu
         self._floats = [(np.array(law.losses, float), np.array(law.weights, float), n) for law, n in laws]
         self.line = self._saddle(near)
+        period = self._period(near)
+        end = min([_LONGEST * 2 * math.pi / period, *(law.highest for law, _ in laws)])
+        if self._left(end) > -60:
+            raise Unresolved("the moments do not vanish soon enough to be inverted to 28 digits")
         with mpmath.workdps(DIGITS):
-            self._walk(self._period(near))
+            self._walk(period)
+
+    def _left(self, u: float) -> float:
+        """Return the logarithm of what lasts at u, in floats."""
+        out = -((u * self.mu) ** 2) / 2 - 2 * math.log(u)
+        for (losses, weights, count), (law, _) in zip(self._floats, self.laws, strict=True):
+            if law.fades:
+                tilted = weights * np.exp(self.line * (losses - losses.max()))
+                moment = abs(complex(np.sum(tilted * np.exp(1j * u * losses)))) / float(tilted.sum())
+                out += count * math.log(max(moment, 1e-15))
+        return out
 
     def _moment(self, order: float) -> float:
         out = order * (order + 1) * self.mu**2 / 2
@@ -282,21 +331,23 @@ class Inverted:
         self.scale = scale + line * (line + 1) * square / 2
         self.values: list[mpmath.mpc] = []
         quiet = k = 0
-        while quiet < 6 and k < 3000:
+        while quiet < 6 and k < _LONGEST:
             u = k * step
             value = mpmath.exp(-(u * u) * square / 2 + 1j * u * (line + mpf(1) / 2) * square)
-            for turn in turns:
+            lasting = abs(value)
+            for turn, (law, _) in zip(turns, self.laws, strict=True):
                 re, im, turn_re, turn_im, count = turn
-                value *= mpmath.mpc(mpf(int(re.sum())) / _ONE, mpf(int(im.sum())) / _ONE) ** count
+                factor = mpmath.mpc(mpf(int(re.sum())) / _ONE, mpf(int(im.sum())) / _ONE) ** count
+                value *= factor
+                lasting *= abs(factor) if law.fades else 1
                 turn[0] = (re * turn_re - im * turn_im) >> PLACES
                 turn[1] = (re * turn_im + im * turn_re) >> PLACES
             s = mpmath.mpc(line, u)
-            value /= s * (s + 1)
-            self.values.append(value)
-            quiet = quiet + 1 if abs(value) < _SMALL else 0
+            self.values.append(value / (s * (s + 1)))
+            quiet = quiet + 1 if lasting < _SMALL * abs(s * (s + 1)) else 0
             k += 1
         if quiet < 6 or float(k * step) > min((law.highest for law, _ in self.laws), default=math.inf):
-            raise Unresolved("the moments do not vanish soon enough to be inverted to 28 digits")
+            raise Unresolved("the moments do not vanish in time")
 
     def delta(self, epsilon: mpf | float) -> mpf:
         """Return delta(epsilon), relative error about 1e-20 near the epsilon it was made for."""
@@ -310,53 +361,9 @@ class Inverted:
             kept = mpf(1)
             for law, count in self.laws:
                 kept *= (1 - law.certain) ** count
-            return finite + 1 - kept
+            return min(mpf(1), finite + 1 - kept)
 
 
 def size_of(outcomes: int, count: int) -> int:
     """Return how many multisets there are."""
     return comb(outcomes + count - 1, count)
-
-
-def _powers(law: Law, count: int) -> tuple[list[mpf], list[mpf]]:
-    """Return P and Q masses of every multiset of outcomes of `count` uses."""
-    state: list[tuple[int, mpf, mpf]] = [(count, mpf(1), mpf(1))]
-    ways = [mpf(1) / mpmath.factorial(k) for k in range(count + 1)]
-    outcomes = list(zip(law.losses, law.weights, strict=True))
-    for number, (loss, p) in enumerate(outcomes):
-        q = p * mpmath.exp(-loss)
-        row = [(p**k * ways[k], q**k * ways[k]) for k in range(count + 1)]
-        last = number == len(outcomes) - 1
-        state = [
-            (left - k, a * row[k][0], b * row[k][1])
-            for left, a, b in state
-            for k in (range(left, left + 1) if last else range(left + 1))
-        ]
-    whole = mpmath.factorial(count)
-    return [a * whole for _, a, _ in state], [b * whole for _, _, b in state]
-
-
-class Enumerated:
-    """delta(epsilon) of laws with few outcomes and Gaussian noise of strength mu: every multiset of outcomes."""
-
-    def __init__(self, laws: Sequence[tuple[Law, int]], mu: float = 0.0) -> None:
-        with mpmath.workdps(DIGITS):
-            self.p, self.q, self.kept, self.mu = [mpf(1)], [mpf(1)], mpf(1), mpf(mu)
-            for law, count in laws:
-                p, q = _powers(law, count)
-                self.p = [a * b for a in self.p for b in p]
-                self.q = [a * b for a in self.q for b in q]
-                self.kept *= (1 - law.certain) ** count
-
-    def delta(self, epsilon: mpf | float) -> mpf:
-        """Return delta(epsilon) to 30 digits."""
-        with mpmath.workdps(DIGITS):
-            e = mpf(epsilon)
-            growth = mpmath.exp(e)
-            if self.mu:
-                parts = [
-                    p * gaussian_delta(self.mu, e - mpmath.log(p / q)) for p, q in zip(self.p, self.q, strict=True) if p
-                ]
-            else:
-                parts = [p - growth * q for p, q in zip(self.p, self.q, strict=True) if p > growth * q]
-            return mpmath.fsum(parts) + 1 - self.kept
