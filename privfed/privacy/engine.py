@@ -53,9 +53,10 @@ class Direction:
         return _once(tuple((certain_of(getattr(pair, "below", pair)), count) for pair, count in self.parts))
 
     def _above_certain(self, delta: float) -> float:
-        """Return epsilon where delta is at most the probability of what only P has: finite if it is that very number."""
-        whole = len(self.parts) == 1 and self.parts[0][1] == 1 and isinstance(self.parts[0][0], Atoms)
-        return self.ceiling if whole and self.certain == delta and not self.parts[0][0].endless else math.inf
+        """Return epsilon where what only P has takes all of delta: finite if it is delta exactly."""
+        pair, count = self.parts[0]
+        once = len(self.parts) == 1 and count == 1 and isinstance(pair, Atoms) and not pair.endless
+        return self.ceiling if once and self.certain == delta else math.inf
 
     @cached_property
     def ceiling(self) -> float:

@@ -142,8 +142,8 @@ class Plan:
         """Bracket delta(epsilon)."""
         if self.infinite:
             return Bound(0.0 if self.unresolved else 1.0, 1.0, 1.0, *self._unaccounted())
-        if epsilon == math.inf:
-            return exact(0.0, "closed form", "by definition")
+        if math.isinf(epsilon):
+            return exact(0.0 if epsilon > 0 else 1.0, "closed form", "by definition")
         if self.gaussian:
             value = closed_form.gaussian_delta(self.mu, epsilon)
             bound = exact(value, "closed form", "Gaussian composition [BW18, DRS22]", 1e-10)
