@@ -174,13 +174,21 @@ def test_a_pinned_sparse_graph_is_kept() -> None:
     assert Federation(SecAggPlus(threshold=2), protocols=other).session(1)[1] == {"RemoteError"}
 
 
-@pytest.mark.parametrize("name", ["SecureSum", "secure_sum", "Toy", "__getattr__"])
-def test_only_protocols_are_protocols(name: str) -> None:
-    """The name comes from the server: it must not pick any other object of the package."""
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("SecureSum", {"total": 0, "survivors": 0, "traffic": 0, "error_bound": 0.0}),
+        ("secure_sum", {"inputs": 0, "protocol": 0}),
+        ("importlib", {}),
+        ("Toy", {"threshold": 2}),
+    ],
+)
+def test_only_protocols_are_protocols(name: str, parameters: dict[str, Any]) -> None:
+    """Name and parameters come from the server: they must not call any other object of the package."""
     lab = Federation(SecAgg(threshold=2))
 
     def rename(content: RecordDict) -> None:
-        content.config_records[SECURE + ".protocol"]["name"] = name
+        content[SECURE + ".protocol"] = ConfigRecord({"name": name, **parameters})
 
     assert lab.session(1, change=only_at(0, rename))[1] == {"Refused"}
     assert Federation(SecAgg(threshold=2), protocols={"OneShot": OneShot}).session(1)[1] == {"Refused"}
