@@ -108,6 +108,25 @@ def test_byzantine(tmp_path: Path) -> None:
     assert skewed["median"][0] < even["median"][0] - 5
 
 
+def test_privacy_budget(tmp_path: Path) -> None:
+    """Two nodes with epsilon 4 drop out when the fourth round would cost more; six with epsilon 8 go on."""
+    out = run_example("privacy_budget", tmp_path, "--seed", "1")
+    refused = re.findall(r"excluded: round=(\d), kind=train, node=(\d), cause=POLICY_REFUSED BudgetExceeded", out)
+    assert refused == [(str(round), str(node)) for round in (4, 5, 6) for node in (1, 2)]
+    assert re.search(r"the run's own ledger: epsilon 5\.5\d+ at delta 1e-05", out) is not None
+
+
+@pytest.mark.torch
+def test_record_level_dp(tmp_path: Path) -> None:
+    """Epsilon at most 8 for each record; accuracy far above the 10 % of guessing."""
+    out = run_example("record_level_dp", tmp_path, "--seed", "1")
+    accuracy = re.search(r"test accuracy: ([0-9.]+)%", out)
+    spent = re.search(r"epsilon = ([0-9.]+) at delta = 0.0001 \(unit record, relation zero_out, observer output\)", out)
+    assert accuracy is not None and spent is not None, out
+    assert float(accuracy[1]) > 75
+    assert 7.9 < float(spent[1]) <= 8.0
+
+
 def test_readme_example_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) == 2
