@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from privfed.errors import AppError
+
+if TYPE_CHECKING:
+    from privfed.runtime.confinement import Limits
 
 
 @click.command()
@@ -31,7 +36,6 @@ def superexec(connect: str, token_file: Path, app_network: str, memory_mib: int 
     restarts; SIGTERM ends it and every app.
     """
     from privfed.runtime.confinement import Limits
-    from privfed.runtime.superexec import ExecError, SuperExec
 
     logging.basicConfig(
         stream=sys.stderr, level=logging.DEBUG if debug else logging.INFO, format="%(asctime)s %(name)s %(message)s"
@@ -40,12 +44,21 @@ def superexec(connect: str, token_file: Path, app_network: str, memory_mib: int 
     if kind != "unix" or not path:
         raise AppError(f"--connect {connect!r}: write unix:PATH")
     cap = Limits(network=app_network, memory=memory_mib * (1 << 20) if memory_mib else None)
+    # `run` waits for requests; an exception in it ends its processes, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        _serve(Path(path), token_file, cap)
+
+
+def _serve(path: Path, token_file: Path, cap: Limits) -> None:
+    """Serve whoever listens at the path, for ever."""
+    from privfed.runtime.superexec import ExecError, SuperExec
+
     told = ""
     while True:
         try:
             # Read every time: a node that restarts writes a new token.
-            SuperExec(Path(path), token_file.read_text().strip(), cap).run()
+            SuperExec(path, token_file.read_text().strip(), cap).run()
         except (ExecError, OSError) as fault:
             if str(fault) != told:
                 told = str(fault)

@@ -48,6 +48,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Where apps run: in this process, in a confined child, or by a `privfed superexec`.",
 )
 @click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [DATA/exec.sock].")
+@click.option("--exec-group", help="Group that the user of the superexec shares with this one.")
 @click.option(
     "--app-network",
     type=click.Choice(["off", "auto", "on"]),
@@ -68,6 +69,7 @@ def supernode(
     settings: tuple[str, ...],
     isolation: str,
     exec_socket: Path | None,
+    exec_group: str | None,
     app_network: str | None,
     slots: int,
     task_seconds: float,
@@ -91,9 +93,10 @@ def supernode(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
     credentials = _credentials(keys, insecure, node_id)
     policy = _policy(policy_file, insecure)
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
     limits = _limits(policy, app_network, data, keys)
     store = NodeStore(data / "state")
-    launcher = _launcher(isolation, data, exec_socket, limits)
+    launcher = _launcher(isolation, data, exec_socket, exec_group, limits)
     audit = _audit(data, keys)
     options = NodeOptions(
         node_config=_node_config(settings),
@@ -215,26 +218,35 @@ def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Pa
     )
 
 
-def _launcher(isolation: str, data: Path, socket: Path | None, limits: Limits) -> Launcher:
+def _launcher(isolation: str, data: Path, socket: Path | None, group: str | None, limits: Limits) -> Launcher:
     from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
 
-    if socket is not None and isolation != "external":
-        raise AppError("--exec-socket goes with --isolation external")
+    if (socket is not None or group is not None) and isolation != "external":
+        raise AppError("--exec-socket and --exec-group go with --isolation external")
     if isolation == "inline":
         click.echo("warning: --isolation inline: apps run in the node's process and can do all it can", err=True)
         return InlineLauncher()
     if isolation == "external":
         from privfed.runtime.superexec import ExecHost
 
-        host = ExecHost(socket or data / "exec.sock", limits)
+        host = ExecHost(socket or data / "exec.sock", limits, _group(group))
         click.echo(
             f"waiting for: privfed superexec --connect unix:{host.path} --token-file {host.token_file}", err=True
         )
-        return ProcessLauncher(data / "work", limits, host.spawn, host.close)
+        return ProcessLauncher(data / "work", limits, host.spawn, host.prepare, host.close)
     from privfed.runtime.confinement import probe
 
     logging.getLogger("privfed.node").info("apps: %s", probe(limits))
     return ProcessLauncher(data / "work", limits)
+
+
+def _group(name: str | None) -> int | None:
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid if name is not None else None
+    except KeyError:
+        raise AppError(f"--exec-group: there is no group {name!r} on this system") from None
 
 
 def _identity(credentials: Credentials | None) -> Callable[[int], Identity | None]:

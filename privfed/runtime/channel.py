@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
+
 from privfed import wire
 from privfed.errors import PrivfedError, WireError
 from privfed.message import Message
@@ -132,19 +134,20 @@ class Channel:
         return left - length
 
     def _read(self, size: int, *, first: bool = False) -> memoryview:
-        """Read exactly `size` bytes; memory grows with what arrives, not with what was announced."""
-        data, at = bytearray(min(size, _SMALL)), 0
+        """Read exactly `size` bytes; memory is used by what arrives, not by what was announced."""
+        at = 0
         try:
+            data = np.empty(size, np.uint8).data  # untouched pages cost nothing
             while at < size:
-                if at == len(data):
-                    data += bytes(min(size - at, len(data)))
-                count = self._socket.recv_into(memoryview(data)[at:])
+                count = self._socket.recv_into(data[at:])
                 if not count:
                     raise ChannelClosed("closed") if first and not at else ChannelError("the stream ends in a packet")
                 at += count
+        except MemoryError:
+            raise ChannelError(f"there is no memory for {size} bytes of a packet") from None
         except OSError as fault:
             raise ChannelError(f"the other side is gone: {fault}") from None
-        return memoryview(data).toreadonly()
+        return data.toreadonly()
 
     def close(self) -> None:
         """Close the stream; a thread that waits in `receive` wakes."""

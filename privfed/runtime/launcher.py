@@ -106,7 +106,8 @@ class _InlineWorker:
 class ProcessLauncher:
     """Runs apps in processes of their own.
 
-    homes: a folder for their own folders. spawn: starts one; None: as a child of this process. closing: called last.
+    homes: a folder for their own folders. spawn: starts one; None: as a child of this process. prepare: called with
+    each app's folder before its process starts. closing: called last.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class ProcessLauncher:
         homes: Path,
         limits: Limits | None = None,
         spawn: Spawn | None = None,
+        prepare: Callable[[Path], None] = lambda folder: None,
         closing: Callable[[], None] = lambda: None,
     ) -> None:
         self._homes = homes
@@ -121,6 +123,7 @@ class ProcessLauncher:
         for stray in homes.glob("app-*"):  # left by a crash
             shutil.rmtree(stray, ignore_errors=True)
         self._spawn = spawn if spawn is not None else spawn_local(limits or Limits())
+        self._prepare = prepare
         self._closing = closing
         self._open: set[AppProcess] = set()
         self._lock = threading.Lock()
@@ -149,6 +152,7 @@ class ProcessLauncher:
         host: Callable[[Channel], GridHost] | None = None,
         context: Context | None = None,
     ) -> _Running:
+        self._prepare(Path(head["app"]))
         home = Path(tempfile.mkdtemp(prefix="app-", dir=self._homes))
         process = self._spawn(home, log)
         running = _Running(process, home, self._forget, host)

@@ -2,8 +2,9 @@
 
 The node listens on a Unix socket (mode 0600) beside a file with a token. `privfed superexec` connects, proves that it
 can read the file, and then starts a worker for each request. What it hands back is the worker's own socket, passed as
-a descriptor, so nothing that an app is sent or answers goes through it. It may run as another user, who then owns the
-apps' processes and reads nothing of the node's; the token file and the socket are given to that user's group.
+a descriptor, so nothing that an app is sent or answers goes through it. It may run as another user, of a group that the
+node is in too: that user then owns the apps' processes and can read nothing of the node's but the apps. The group is
+given the socket (0660), the token (0640), the apps' code to read, and each process's own folder.
 
 A request or an answer is one datagram of JSON on a connection of kind SOCK_SEQPACKET:
     -> {"token", "version"}      <- {"ok"}
@@ -22,6 +23,7 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import socket
 import subprocess
 import threading
@@ -65,6 +67,15 @@ def _hear(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return told, descriptors
 
 
+def _share(path: Path, group: int, mode: int) -> None:
+    """Give a group access to a file or folder of this user."""
+    try:
+        os.chown(path, -1, group)
+    except PermissionError:
+        raise ExecError(f"{path} cannot be given to group {group}: this user must be a member of it") from None
+    path.chmod(mode)
+
+
 @dataclass(eq=False)
 class _Remote:
     """A worker that the superexec started."""
@@ -87,10 +98,12 @@ class _Remote:
 class ExecHost:
     """The node's side: a socket for one superexec at a time, and a Spawn that asks it.
 
-    path: the socket; the token is in a file beside it. A superexec that restarts connects again.
+    path: the socket; the token is in a file beside it. group: id of the group that a superexec of another user shares
+    with the node. A superexec that restarts connects again.
     """
 
-    def __init__(self, path: Path, limits: Limits) -> None:
+    def __init__(self, path: Path, limits: Limits, group: int | None = None) -> None:
+        self._group = group
         self.path = path.resolve()
         self.token_file = self.path.with_suffix(".token")
         self._limits = limits
@@ -115,6 +128,10 @@ class ExecHost:
             self.token_file.write_text(self._token)
         finally:
             os.umask(mask)
+        if self._group is not None:
+            _share(self.path, self._group, 0o660)
+            _share(self.token_file, self._group, 0o640)
+            _share(self.path.parent, self._group, 0o710)
         self._listener.listen(4)
 
     def _accept(self) -> None:
@@ -173,8 +190,19 @@ class ExecHost:
         elif waiting is not None:
             waiting.put(str(told.get("text", "it did not start")))
 
+    def prepare(self, app: Path) -> None:
+        """Let the group read an app's code."""
+        if self._group is not None:
+            for path in (app, *app.rglob("*")):
+                _share(path, self._group, 0o750 if path.is_dir() else 0o640)
+            for path in app.parents[:2]:
+                _share(path, self._group, 0o710)
+
     def spawn(self, home: Path, log: Path) -> _Remote:
         """Have a worker started; waits for a superexec to be there. Raises ExecError."""
+        if self._group is not None:
+            _share(home, self._group, 0o770)
+            _share(home.parent, self._group, 0o710)
         answer: queue.SimpleQueue[Channel | str] = queue.SimpleQueue()
         number = next(self._numbers)
         with self._there:
@@ -269,10 +297,12 @@ class SuperExec:
         with stream:
             _say(self._connection, {"op": "launched", "id": number, "process": process.pid}, (stream.fileno(),))
         logger.info("started process %d in %s", process.pid, request["home"])
-        threading.Thread(target=self._reap, args=(number, process), daemon=True).start()
+        threading.Thread(target=self._reap, args=(number, process, Path(request["home"])), daemon=True).start()
 
-    def _reap(self, number: int, process: subprocess.Popen[bytes]) -> None:
+    def _reap(self, number: int, process: subprocess.Popen[bytes], home: Path) -> None:
         code = process.wait()
+        for path in home.glob("*"):  # the node may not be able to remove what this user made
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         with self._lock:
             self._processes.pop(number, None)
         with contextlib.suppress(OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import random
 import signal
 import subprocess
@@ -92,7 +94,9 @@ def test_examples_run_unchanged_on_nodes_and_what_masks_stays_in_them(tmp_path: 
 
 def test_a_superexec_runs_the_apps_of_a_node(app: Path, tmp_path: Path) -> None:
     with SuperLinkProcess(tmp_path / "link") as link:
-        node = NodeProcess(tmp_path / "1", link.fleet, 1, [*settings_of(tmp_path / "1"), "--isolation", "external"])
+        group = grp.getgrgid(os.getgid()).gr_name
+        options = [*settings_of(tmp_path / "1"), "--isolation", "external", "--exec-group", group]
+        node = NodeProcess(tmp_path / "1", link.fleet, 1, options)
         with node:
             eventually((tmp_path / "1" / "exec.token").exists)
             command = [sys.executable, "-m", "privfed.cli.main", "superexec"]
@@ -105,11 +109,14 @@ def test_a_superexec_runs_the_apps_of_a_node(app: Path, tmp_path: Path) -> None:
                 end = ended(link, name)
                 assert (end.state, end.round) == ("completed", 2), (end.reason, node.output)
                 assert node.workers() == []
+                modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "1").glob("*")}
+                assert (modes["exec.sock"], modes["exec.token"], modes["apps"]) == (0o660, 0o640, 0o710)
+                assert (modes["state"], modes["audit"], modes["work"]) == (0o700, 0o700, 0o710)
                 assert node.end() == 0
                 eventually(lambda: "trying again" in (tmp_path / "exec.txt").read_text())
             finally:
                 executor.send_signal(signal.SIGTERM)
-                executor.wait(10)
+                assert executor.wait(10) == 0
 
 
 def test_a_waiting_node_is_small_and_knows_no_database_server(tmp_path: Path) -> None:
@@ -135,7 +142,7 @@ def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
     assert "give the node's --keys" in say()
     assert "needs --node-id" in say("--insecure")
     assert "exclude each other" in say("--insecure", "--keys", "k", "--node-id", "1")
-    assert "goes with --isolation external" in say("--insecure", "--node-id", "1", "--exec-socket", "x")
+    assert "go with --isolation external" in say("--insecure", "--node-id", "1", "--exec-socket", "x")
     assert "write --node-config key=value" in say("--insecure", "--node-id", "1", "--node-config", "x")
 
 
