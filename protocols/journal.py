@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from privfed.protocols.codec import encode_session, u8, u64
-from privfed.protocols.errors import LocalError, RemoteError
+from privfed.protocols.codec import Reader, encode_session, read_session, u8, u64
+from privfed.protocols.errors import DecodeError, LocalError, RemoteError
 from privfed.protocols.session import Buffer, Protocol, Random, RingSum, Server, Session, os_random
 
 OPENED, REPLY, CLOSED = range(3)
@@ -58,6 +58,17 @@ def read_journal(journal: Buffer) -> tuple[list[Entry], int]:
     return entries, at
 
 
+def journaled_session(journal: Buffer) -> Session | None:
+    """Return the session a journal is of; None when it was cut short before that was written. Raises LocalError."""
+    entries, _ = read_journal(journal)
+    if not entries or entries[0].kind != OPENED:
+        return None
+    try:
+        return read_session(Reader(entries[0].body[32:]))
+    except DecodeError as fault:
+        raise LocalError(f"the journal does not say of which session it is: {fault}") from fault
+
+
 def _stream(seed: bytes) -> Random:
     """Return the server's randomness, the same each time it is replayed. The seed is as secret as the journal."""
     drawn = 0
@@ -83,6 +94,9 @@ class JournalServer:
         seed = _seed or random(32)
         self._inner: Server = protocol.server(session, random=_stream(seed))
         self._append = append
+        self._taken: dict[int, bytes] = {}
+        self.replayed: dict[str, int] = {}
+        """Stage -> replies that `resume` found in the journal."""
         if not _seed:
             append(_record(OPENED, 0, seed + encode_session(session) + repr(protocol).encode()))
 
@@ -101,8 +115,11 @@ class JournalServer:
             try:
                 if entry.kind == REPLY:
                     server._inner.receive(entry.node, entry.body)
+                    server._taken[entry.node] = hashlib.sha256(entry.body).digest()
+                    server.replayed[server.stage] = server.replayed.get(server.stage, 0) + 1
                 else:
                     server._inner.close()
+                    server._taken.clear()
             except RemoteError as fault:
                 raise LocalError(f"the journal does not replay: {fault}") from fault
         return server
@@ -116,15 +133,24 @@ class JournalServer:
         return self._inner.result
 
     def outbound(self) -> dict[int, Buffer]:
-        """Return the requests of the open stage; after `resume` the very bytes sent before the crash."""
-        return self._inner.outbound()
+        """Return the requests of the open stage; after `resume` the very bytes sent before the crash.
+
+        Nodes whose reply is in the journal are not asked again.
+        """
+        return {node: request for node, request in self._inner.outbound().items() if node not in self._taken}
 
     def receive(self, node: int, reply: Buffer) -> None:
-        """Take a reply and write it down. Once this returns the reply may be acknowledged."""
+        """Take a reply and write it down. Once this returns the reply may be acknowledged.
+
+        A reply that is in the journal changes nothing when it comes again.
+        """
+        if self._taken.get(node) == hashlib.sha256(reply).digest():
+            return
         self._inner.receive(node, reply)
         self._append(_record(REPLY, node, reply))
 
     def close(self) -> None:
         """End the stage. What ended the session is not written down: it ends the same way when replayed."""
         self._inner.close()
+        self._taken.clear()
         self._append(_record(CLOSED, 0, b""))

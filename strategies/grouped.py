@@ -6,21 +6,20 @@ precondition holds for G: G > 2 f, Krum G >= 2 f + 3. Each rule checks that for 
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from privfed.errors import RunFailed
-from privfed.grid import Grid
+from privfed.errors import PlanRefused, RunFailed
+from privfed.protocols.beacon import anonymity
 from privfed.protocols.errors import ProtocolError
 from privfed.protocols.session import Protocol
 from privfed.record import MetricRecord
 from privfed.ring import Decoded, Layout
 from privfed.strategies.exchange import Exchange
-from privfed.strategies.secure import Ranges, SecureStage, noise_releaser
-from privfed.strategies.session import SessionDrive, run_stage
+from privfed.strategies.grouping import Grouping
+from privfed.strategies.secure import JournaledDrive, Ranges, SecureStage, noise_releaser
+from privfed.strategies.session import run_stage
 from privfed.strategies.stage import Stage
 from privfed.strategies.view import Exclusion, GroupMeans, Outcome, Sum, Unreleased, View
 
@@ -28,13 +27,20 @@ if TYPE_CHECKING:
     from privfed.plan import PrivacyPlan
 
 
+LATE = "it was not there when the groups of this run were drawn"
+
+
 class GroupedStage(SecureStage):
     """Run one session of the protocol per group of `group_size` nodes, all at once.
 
-    Groups are fixed for the run (for one cohort of nodes): were they drawn anew every round, the server could average
-    a persistent node out of the group means. They come from the grid's seed, or from the operating system of the
-    server, and have `group_size` nodes or, to leave none over, some more. A group that ends with too few survivors is
-    left out. The other arguments are SecureStage's.
+    Groups are drawn once, by a commit-reveal beacon over the nodes that are connected when the run first needs them,
+    and stay for the run. Each node computes its group itself and joins no session over other nodes. A sample of nodes
+    becomes a sample of whole groups. A node that connects later is in no group and left out until the next run. Groups
+    have `group_size` nodes or, to leave none over, some more; one that ends with too few survivors is left out.
+
+    corrupt: share of the nodes that may collude with the server; `anonymity` among a round's metrics is how many honest
+    nodes, at least and but for a chance of 2^-40, each released sum hides a node among. redraw: groups of their own for
+    every round; refused, as no plan gives each group's sum noise of its own. The other arguments are SecureStage's.
     """
 
     offers: ClassVar[frozenset[type[View]]] = frozenset({GroupMeans, Sum})
@@ -44,6 +50,8 @@ class GroupedStage(SecureStage):
         protocol: Protocol,
         group_size: int,
         *,
+        corrupt: float = 1 / 3,
+        redraw: bool = False,
         bits: int = 32,
         max_value: float = 8.0,
         max_weight: float = 10_000,
@@ -53,6 +61,14 @@ class GroupedStage(SecureStage):
     ) -> None:
         if group_size < 2:
             raise ValueError(f"group_size must be >= 2: a group of one is no group, got {group_size}")
+        if not 0 <= corrupt < 1:
+            raise ValueError(f"corrupt must be a share of the nodes in [0, 1), got {corrupt}")
+        if redraw:
+            raise PlanRefused(
+                "redraw: groups that change every round let the server average a node out of their means, unless every "
+                "group's sum carries noise of its own, and no PrivacyPlan gives that: its noise is for the sum over "
+                "all nodes; leave redraw at False"
+            )
         super().__init__(
             protocol,
             bits=bits,
@@ -63,7 +79,8 @@ class GroupedStage(SecureStage):
             stage_timeout=stage_timeout,
         )
         self.group_size = group_size
-        self._key = secrets.token_bytes(16)
+        self.corrupt = float(corrupt)
+        self._grouping = Grouping(group_size, self.next_number, stage_timeout)
 
     def __repr__(self) -> str:
         return f"GroupedStage({self.protocol!r}, {self.group_size})"
@@ -74,6 +91,9 @@ class GroupedStage(SecureStage):
 
     def collect(self, exchange: Exchange) -> Outcome:
         """Return the group means, or their sum when that is what the strategy needs."""
+        return super().collect(exchange)
+
+    def _collect(self, exchange: Exchange) -> Outcome:
         private = exchange.clip is not None
         bound = exchange.clip if exchange.clip is not None else self.max_value
         outcome, layout, found = self._run_groups(exchange, bound, private)
@@ -97,29 +117,37 @@ class GroupedStage(SecureStage):
         outcome.view = GroupMeans(rows, tuple(groups), tuple(decoded.weight for decoded in groups.values()))
         return outcome
 
-    def measure(self, exchange: Exchange) -> Outcome:
-        """Return the survivors' metrics over all groups."""
+    def _measure(self, exchange: Exchange) -> Outcome:
         return self._run_groups(exchange, 1.0, False)[0]
 
-    def draw_groups(self, grid: Grid, nodes: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Split nodes into random groups of at least `group_size` (one smaller group if there are fewer nodes).
+    def recovered(self, exchange: Exchange) -> Exchange:
+        """Return the exchange as it is: its sessions are over the run's groups."""
+        return exchange
 
-        The same nodes are in the same groups whenever they are drawn.
-        """
-        count = max(1, len(nodes) // self.group_size)
-        key = self._key if grid.seed is None else str(grid.seed).encode()
-        order = sorted(nodes, key=lambda node: hashlib.sha256(key + b"/groups/" + str(node).encode()).digest())
-        return [tuple(sorted(order[start::count])) for start in range(count)]
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The groups of the run; empty before its first exchange."""
+        return self._grouping.groups
 
     def _run_groups(
         self, exchange: Exchange, max_value: float, private: bool
     ) -> tuple[Outcome, Layout, dict[int, Decoded]]:
-        groups = self.draw_groups(exchange.grid, exchange.nodes)
+        groups = self._grouping.asked(exchange)
+        present = set(exchange.grid.get_node_ids())
         # One layout for all, so that sums of different groups have the same step.
-        layout = self.layout(exchange, max_value, private, max(len(group) for group in groups))
-        drives = {index: self.session(exchange, layout, group) for index, group in enumerate(groups)}
+        largest = max((len(group) for group in self.groups), default=2)
+        layout = self.layout(exchange, max_value, private, largest)
+        drives = {
+            index: self.session(exchange, layout, group, present=present, part=f"-g{index:05}")
+            for index, group in groups.items()
+        }
         outcome = Outcome()
-        members = dict(drives)
+        grouped = {node for group in self.groups for node in group}
+        late = sorted(set(exchange.nodes) - grouped)
+        outcome.excluded += [
+            Exclusion(node, "it was not there when the groups of this run were drawn") for node in late
+        ]
+        members = {index: drive for index, drive in drives.items() if drive.server.stage}
         while members:
             by_node = {node: drive for index, drive in members.items() for node in groups[index]}
             run_stage(exchange, by_node, layout.size, self.stage_timeout)
@@ -127,19 +155,23 @@ class GroupedStage(SecureStage):
                 try:
                     drive.close()
                 except ProtocolError as cause:
-                    outcome.excluded.append(Exclusion(0, f"group {index} of {len(groups[index])} nodes: {cause}"))
+                    text = f"group {index} of {len(groups[index])} nodes: {cause}"
+                    outcome.excluded += [*drive.outcome.excluded, Exclusion(0, text)]
+                    drive.journal.discard()
                     del drives[index]
             members = {index: drive for index, drive in drives.items() if drive.server.stage}
         found = self._gather(exchange, outcome, layout, drives)
         return outcome, layout, found
 
     def _gather(
-        self, exchange: Exchange, outcome: Outcome, layout: Layout, drives: dict[int, SessionDrive]
+        self, exchange: Exchange, outcome: Outcome, layout: Layout, drives: dict[int, JournaledDrive]
     ) -> dict[int, Decoded]:
         found: dict[int, Decoded] = {}
+        sizes: list[int] = []
         for index, drive in drives.items():
             ring = self.result(drive, f"{exchange.kind} round {exchange.round}, group {index}")
             found[index] = layout.decode(ring.total, len(ring.survivors))
+            sizes.append(len(ring.survivors))
             outcome.valid += len(ring.survivors)
             outcome.excluded += [one for one in drive.outcome.excluded if one.node not in ring.survivors]
             outcome.bytes_down += drive.outcome.bytes_down
@@ -152,4 +184,14 @@ class GroupedStage(SecureStage):
             outcome.metrics[name] = total / weight if weight else 0.0
         if found:
             outcome.notes["groups"] = len(found)
+            outcome.notes["anonymity"] = self._anonymity(drives, sizes)
         return found
+
+    def _anonymity(self, drives: dict[int, JournaledDrive], survivors: list[int]) -> int:
+        """Return the least anonymity of the groups whose sum was opened: those who dropped out hide nobody."""
+        nodes = sum(len(group) for group in self.groups)
+        least = []
+        for index, left in zip(drives, survivors, strict=True):
+            size = len(self.groups[index])
+            least.append(max(0, left - (size - anonymity(nodes, size, self.corrupt))))
+        return min(least)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.protocols.errors import LocalError, ProtocolError, TooFewSurvivors
-from privfed.protocols.session import Protocol, RingSum, Session
+from privfed.protocols.session import Protocol, RingSum, Server, Session
 from privfed.record import ConfigRecord
 from privfed.ring import Decoded, Layout, bind
+from privfed.strategies.endpoint import Endpoint, PresentServer
 from privfed.strategies.exchange import Exchange, SharedNoise
+from privfed.strategies.journal import SessionJournal
+from privfed.strategies.repeat import ANY_LAYOUT, REPEATED, Repeats
 from privfed.strategies.session import SessionDrive, input_stage, run_stage
 from privfed.strategies.stage import Stage
 from privfed.strategies.view import Exclusion, Float64s, Outcome, RandomBytes, Sum, Unreleased, View
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from privfed.plan import PrivacyPlan
 
 Ranges = Mapping[str, tuple[float, float]]
+ALL: Set[int] = frozenset()
+"""Every node is asked."""
 LOCAL = ("threads",)
 """Parameters that are each party's own business."""
 CLIP_SLACK = 2.0**-29
@@ -40,6 +46,10 @@ class SecureStage(Stage):
 
     Guarantees: the mean's fixed-point error per element is at most `error-bound` in the round's metrics, which is
     survivors * step / 2 * max_weight / total weight; sums never wrap.
+
+    Where the run's recorder has a place for it (`journal_path`), every reply is on the disk before the stage acts on
+    it, and a run that is resumed after a crash finishes the session that was cut off; if too many nodes lost what they
+    kept of it, it begins anew with fresh keys.
     """
 
     offers: ClassVar[frozenset[type[View]]] = frozenset({Sum})
@@ -67,6 +77,7 @@ class SecureStage(Stage):
             for kind, ranges in (("train", train_metrics), ("evaluate", evaluate_metrics))
         }
         self._number = 0
+        self._repeats = Repeats()
         describe_protocol(protocol)
         for kind in self._metrics:  # ranges and caps are checked now, with the smallest cohort
             Layout(bits, 2, 0, self.max_value, self.max_weight, self._metrics[kind])
@@ -84,6 +95,14 @@ class SecureStage(Stage):
 
     def collect(self, exchange: Exchange) -> Outcome:
         """Return the sum of the survivors' updates; QuorumError when too few survive, RunFailed on a deviation."""
+        self._repeats.find(exchange)
+        return self._repeats.note(exchange, self._collect(self.recovered(exchange)))
+
+    def measure(self, exchange: Exchange) -> Outcome:
+        """Return the survivors' metrics; for a model that was evaluated in this run already, those of that time."""
+        return self._repeats.find(exchange) or self._repeats.note(exchange, self._measure(self.recovered(exchange)))
+
+    def _collect(self, exchange: Exchange) -> Outcome:
         if exchange.noise is not None:
             return self._collect_noised(exchange, exchange.noise)
         private = exchange.clip is not None
@@ -118,8 +137,7 @@ class SecureStage(Stage):
         outcome.view = Sum(mean, noise.denominator)
         return outcome
 
-    def measure(self, exchange: Exchange) -> Outcome:
-        """Return the survivors' metrics."""
+    def _measure(self, exchange: Exchange) -> Outcome:
         return self._run(exchange, self.layout(exchange, 1.0, False))[0]
 
     def layout(self, exchange: Exchange, max_value: float, private: bool, cohort: int | None = None) -> Layout:
@@ -156,6 +174,17 @@ class SecureStage(Stage):
             outcome.notes["error-bound"] = decoded.error_bound
         return outcome, decoded
 
+    def recovered(self, exchange: Exchange) -> Exchange:
+        """Return the exchange over the nodes of its session that a crash cut off, if there is one."""
+        pending = self.journal(exchange).pending
+        return exchange if pending is None else replace(exchange, nodes=pending.nodes)
+
+    def journal(self, exchange: Exchange, part: str = "") -> SessionJournal:
+        """Return the journal of an exchange's session. part: which one, where there are several."""
+        asked = bind(exchange.content, ANY_LAYOUT, exchange.kind)[:12].hex()
+        path = journal_path(exchange, f"{exchange.kind.partition('.')[0]}-{asked}{part}.journal")
+        return SessionJournal(path, exchange.grid.run_id, exchange.kind)
+
     def drive(self, exchange: Exchange, layout: Layout) -> tuple[RingSum, Outcome]:
         """Run a session over the exchange's nodes. Raises QuorumError or RunFailed; nothing is revealed then."""
         where = f"{exchange.kind} round {exchange.round}"
@@ -166,10 +195,12 @@ class SecureStage(Stage):
                 run_stage(exchange, dict.fromkeys(exchange.nodes, drive), layout.size, self.stage_timeout)
                 drive.close()
         except TooFewSurvivors as cause:
-            counts = "; ".join(f"{count} x {text}" for text, count in drive.outcome.causes().items())
-            detail = f"{where}, {cause}" + (f": {counts}" if counts else "")
-            raise QuorumError(cause.have, cause.threshold, detail) from cause
+            if drive.journal.replayed:  # nodes lost what they kept of it: fresh keys, unless they opened it
+                drive.journal.discard()
+                return self.drive(exchange, layout)
+            raise _too_few(where, cause, drive.outcome) from cause
         except ProtocolError as cause:
+            drive.journal.discard()
             raise RunFailed(f"{where}: {cause}") from cause
         return self.result(drive, where), drive.outcome
 
@@ -183,19 +214,33 @@ class SecureStage(Stage):
         if drive.server.stage == stages[-1]:
             noise.charge(drive.binding)
 
-    def session(self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...]) -> SessionDrive:
-        """Open a session over some nodes. Raises RunFailed when the protocol does not suit them."""
+    def session(
+        self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...], *, present: Set[int] = ALL, part: str = ""
+    ) -> JournaledDrive:
+        """Open a session over some nodes, or take up the one a crash cut off. RunFailed: the protocol does not suit.
+
+        present: nodes that are asked; the others count as dropped out. part: of the journal's name.
+        """
+        journal = self.journal(exchange, part)
         session = Session(
             run=exchange.grid.run_id,
-            round=self.next_number(),
+            round=journal.pending.round if journal.pending is not None else 0,
             action=exchange.kind,
             nodes=nodes,
             dimension=layout.size,
             bits=layout.bits,
             binding=bind(exchange.content, layout, exchange.kind),
         )
+        if session != journal.pending:
+            session = replace(session, round=self.next_number())
+
+        def make(agreed: Session) -> Server:
+            server = journal.serve(self.protocol, agreed)
+            return server if present is ALL else PresentServer(server, present)
+
         try:
-            return SessionDrive(exchange, self.protocol, session, layout, describe_protocol(self.protocol))
+            endpoint = Endpoint(self.protocol, make)
+            return JournaledDrive(exchange, endpoint, session, layout, describe_protocol(self.protocol), journal)
         except LocalError as cause:
             where = f"{exchange.kind} round {exchange.round}"
             raise RunFailed(f"{where}: {self.protocol!r} cannot run with {len(nodes)} nodes: {cause}") from cause
@@ -205,6 +250,37 @@ class SecureStage(Stage):
         if drive.server.result is None:
             raise RunFailed(f"{where}: {self.protocol!r} ended without a sum")
         return drive.server.result
+
+
+class JournaledDrive(SessionDrive):
+    """A session's drive with the journal its server writes; what the journal has counts as taken."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        protocol: Protocol,
+        session: Session,
+        layout: Layout,
+        description: ConfigRecord,
+        journal: SessionJournal,
+    ) -> None:
+        super().__init__(exchange, protocol, session, layout, description)
+        self.journal = journal
+        self.inputs += journal.replayed.get(input_stage(protocol) or "", 0)
+
+
+def journal_path(exchange: Exchange, name: str) -> Path | None:
+    """Return where the run keeps a session's journal; None when its recorder has no place for one."""
+    place = getattr(exchange.grid.recorder, "journal_path", None)
+    return place(name) if place is not None else None
+
+
+def _too_few(where: str, cause: TooFewSurvivors, outcome: Outcome) -> RunFailed:
+    """Say what ended a session, and what to do where the nodes will say the same again."""
+    counts = "; ".join(f"{count} x {text}" for text, count in outcome.causes().items())
+    if "SumAlreadyOpened" in counts:
+        return RunFailed(f"{where}: {REPEATED} ({counts})")
+    return QuorumError(cause.have, cause.threshold, f"{where}, {cause}" + (f": {counts}" if counts else ""))
 
 
 def describe_protocol(protocol: Protocol) -> ConfigRecord:

@@ -1,0 +1,220 @@
+"""The beacon: what a node refuses of a server that draws groups, and what the groups are worth."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import count
+from math import comb
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privfed.protocols import Beacon, codec, keys
+from privfed.protocols.beacon import ATTEMPTS, COMMIT, REVEAL, SETTLE, SETTLED, anonymity, draw_groups, group_of
+from privfed.protocols.errors import LocalError, RemoteError, TooFewSurvivors
+from privfed.protocols.session import Identity, Policy, Session
+
+NODES = (2, 3, 5, 7, 11, 13)
+SIGNING = {node: bytes([node]) * 32 for node in (*NODES, 17)}
+ROSTER = {node: keys.signing_public(SIGNING[node]) for node in NODES}
+numbers = count(1)
+
+
+class Run:
+    """Nodes and an honest server, whose requests a test may spoil."""
+
+    def __init__(self, identities: bool = True, policy: Policy = Policy()) -> None:
+        self.kept = dict.fromkeys(NODES, b"")
+        self.clients = {
+            n: Beacon(3).client(n, identity=Identity(n, SIGNING[n], ROSTER) if identities else None, policy=policy)
+            for n in NODES
+        }
+
+    def start(self, nodes: tuple[int, ...] = NODES, size: int = 3) -> Any:
+        return Beacon(size).server(Session(1, next(numbers), "train", nodes, 0, 32))
+
+    def ask(self, node: int, request: Any) -> bytes:
+        self.kept[node], reply = self.clients[node].step(self.kept[node], request, _none)
+        return bytes(reply)
+
+    def stage(self, server: Any) -> dict[int, bytes]:
+        requests = {node: bytes(request) for node, request in server.outbound().items()}
+        for node, request in requests.items():
+            server.receive(node, self.ask(node, request))
+        server.close()
+        return requests
+
+
+def _none() -> Any:
+    raise AssertionError("a beacon takes no input")
+
+
+def refusal(run: Run, node: int, request: bytes) -> str:
+    before = run.kept[node]
+    with pytest.raises(RemoteError) as caught:
+        run.ask(node, request)
+    assert run.kept[node] == before
+    return caught.value.deviation
+
+
+@pytest.mark.parametrize("identities", [True, False])
+def test_all_nodes_settle_on_the_same_groups(identities: bool) -> None:
+    run = Run(identities)
+    server = run.start()
+    for _ in range(3):
+        run.stage(server)
+    assert server.stage == ""
+    assert sorted(node for group in server.groups for node in group) == list(NODES)
+    assert {node: group_of(run.kept[node]) for node in NODES} == {n: g for g in server.groups for n in g}
+    again = run.start(NODES[:4], 2)
+    run.stage(again)
+    assert again.stage == ""
+    assert set(again.groups) <= set(server.groups), "settled groups are told, and not drawn again"
+
+
+def test_a_server_that_changes_a_commitment_after_it_saw_reveals_is_refused() -> None:
+    run = Run()
+    server = run.start()
+    run.stage(server)
+    reveal = bytes(server.outbound()[2])
+    rows = codec.decode(reveal[1:], lambda r: r.table(32))
+    changed = {**rows, 2: bytes(32)}
+    assert refusal(run, 2, bytes([REVEAL]) + codec.table(changed.items())) == "swapped-commitment"
+    foreign = {**rows, 17: bytes(32)}
+    assert refusal(run, 2, bytes([REVEAL]) + codec.table(foreign.items())) == "foreign-node"
+    alone = {2: rows[2]}
+    assert refusal(run, 2, bytes([REVEAL]) + codec.table(alone.items())) == "group-too-small"
+    run.stage(server)
+    settle = bytes(server.outbound()[2])
+    shown = {node: bytes(row) for node, row in codec.decode(settle[1:], lambda r: r.table(96)).items()}
+    other = {**shown, 13: bytes(32) + shown[13][32:]}
+    assert refusal(run, 2, bytes([SETTLE]) + codec.table(other.items())) == "beacon-mismatch"
+    del other[13]
+    assert refusal(run, 2, bytes([SETTLE]) + codec.table(other.items())) == "beacon-unopened"
+    for truncated in (settle[:-1], settle + b"\0", b"", bytes([COMMIT])):
+        assert refusal(run, 2, truncated) in ("malformed", "out-of-order")
+    assert refusal(run, 2, reveal) == "out-of-order", "a node reveals once in a beacon"
+    assert run.ask(2, settle)
+
+
+def test_members_that_saw_other_commitments_are_noticed() -> None:
+    """The server shows two nodes two lists; each is right for itself, and no signature fits the other."""
+    run = Run()
+    server = run.start()
+    run.stage(server)
+    rows = codec.decode(bytes(server.outbound()[2])[1:], lambda r: r.table(32))
+    part = bytes([REVEAL]) + codec.table([(n, bytes(rows[n])) for n in NODES if n != 13])
+    whole = bytes(server.outbound()[2])
+    opened = {node: run.ask(node, part if node == 3 else whole) for node in NODES}
+    settle = bytes([SETTLE]) + codec.table(opened.items())
+    together = next(group for group in _groups(run, server, opened) if 3 in group)
+    for node in NODES:
+        if node in together and node != 3:
+            assert refusal(run, node, settle) == "split-beacon"
+        elif node != 3:
+            assert run.ask(node, settle)
+    assert refusal(run, 3, settle) == "beacon-foreign"
+
+
+def _groups(run: Run, server: Any, opened: dict[int, bytes]) -> Any:
+    for node, raw in opened.items():
+        server.receive(node, raw)
+    server.close()
+    return server.groups
+
+
+def test_a_node_reveals_in_few_beacons_of_a_run() -> None:
+    run = Run()
+    for _ in range(ATTEMPTS):
+        server = run.start()
+        run.stage(server)
+        for node in NODES[:-1]:
+            server.receive(node, run.ask(node, server.outbound()[node]))
+        with pytest.raises(TooFewSurvivors):
+            server.close()
+        assert server.silent == (13,)
+    server = run.start()
+    run.stage(server)
+    assert refusal(run, 2, bytes(server.outbound()[2])) == "beacon-exhausted"
+
+
+def test_what_a_node_does_not_join() -> None:
+    stranger = Session(1, 1, "train", (*NODES, 17), 0, 32)
+    small = Session(1, 1, "train", NODES, 0, 32)
+    for policy, session, size, deviation in (
+        (Policy(), stranger, 3, "foreign-node"),
+        (Policy(min_cohort=4), small, 3, "group-too-small"),
+        (Policy(), small, 1, "group-too-small"),
+        (Policy(run=2), small, 3, "wrong-run"),
+        (Policy(), Session(1, 1, "train", NODES[1:], 0, 32), 3, "foreign-session"),
+    ):
+        request = bytes([COMMIT]) + codec.encode_session(session) + codec.u32(size)
+        assert refusal(Run(policy=policy), 2, request) == deviation
+    with pytest.raises(LocalError, match="identity"):
+        Run(identities=False, policy=Policy(require_active=True)).ask(
+            2, bytes([COMMIT]) + codec.encode_session(small) + codec.u32(3)
+        )
+
+
+def test_the_server_refuses_what_no_honest_node_sends() -> None:
+    run = Run()
+    server = run.start()
+    for raw in (b"", bytes(33)[:-1], bytes([SETTLED]) + b"\0"):
+        with pytest.raises(RemoteError):
+            server.receive(2, raw)
+    with pytest.raises(RemoteError):
+        server.receive(17, bytes(33))
+    run.stage(server)
+    with pytest.raises(RemoteError, match="do not open"):
+        server.receive(2, bytes(96))
+    lone = run.start()
+    lone.receive(2, bytes([1]) + bytes(32))
+    with pytest.raises(TooFewSurvivors):
+        lone.close()
+
+
+def test_a_node_that_lies_about_its_group_does_not_change_the_others() -> None:
+    server = Beacon(3).server(Session(1, 1, "train", NODES, 0, 32))
+    claims = {2: (2, 3, 5), 3: (2, 3, 5), 5: (5, 7, 11), 7: (7, 11, 13), 11: (7, 11, 13)}
+    for node, group in claims.items():
+        server.receive(node, bytes([SETTLED]) + codec.node_list(group))
+    server.close()
+    assert server.groups == ((2, 3, 5), (7, 11, 13))
+
+
+@given(st.integers(2, 200), st.integers(2, 30), st.binary(min_size=32, max_size=32))
+@settings(max_examples=40, deadline=None)
+def test_groups_cover_all_nodes_and_none_is_small(nodes: int, size: int, seed: bytes) -> None:
+    ids = tuple(range(1, nodes + 1))
+    groups = draw_groups(seed, ids, size)
+    assert sorted(node for group in groups for node in group) == list(ids)
+    assert min(map(len, groups)) >= min(size, nodes)
+    assert groups == draw_groups(seed, ids, size)
+
+
+def test_groups_are_uniform() -> None:
+    """Each other node shares node 1's group equally often: chi-square, 9 degrees, fails by chance once in 10^6."""
+    seen = dict.fromkeys(range(2, 12), 0)
+    for draw in range(4000):
+        groups = draw_groups(draw.to_bytes(32, "big"), tuple(range(1, 12)), 5)
+        for node in next(group for group in groups if 1 in group):
+            if node != 1:
+                seen[node] += 1
+    mean = sum(seen.values()) / len(seen)
+    assert sum((value - mean) ** 2 / mean for value in seen.values()) < 45
+
+
+@given(st.integers(2, 120), st.integers(1, 60), st.sampled_from([0.0, 0.05, 1 / 3, 0.5]))
+@settings(max_examples=60, deadline=None)
+def test_the_anonymity_is_the_exact_quantile(nodes: int, size: int, corrupt: float) -> None:
+    size = min(size, nodes)
+    marked = int((corrupt + 1e-14) * nodes)
+
+    def risk(bound: int) -> Fraction:
+        ways = sum(comb(marked, bad) * comb(nodes - marked, size - bad) for bad in range(bound + 1, size + 1))
+        return Fraction(ways * nodes * ATTEMPTS, comb(nodes, size))
+
+    least = next(bound for bound in range(size + 1) if risk(bound) <= Fraction(1, 1 << 40))
+    assert anonymity(nodes, size, corrupt) == size - least
