@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import secrets
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,8 @@ class ArrayFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
+        self._maps: weakref.WeakValueDictionary[bytes, mmap.mmap] = weakref.WeakValueDictionary()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _file(self, digest: bytes) -> Path:
@@ -47,9 +52,17 @@ class ArrayFolder:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             write_atomically(file, [buffer])
 
-    def read(self, digest: bytes) -> bytes:
-        """Return a buffer; the reader checks its hash. Raises FileNotFoundError."""
-        return self._file(digest).read_bytes()
+    def read(self, digest: bytes) -> memoryview:
+        """Map a buffer into memory; the reader checks its hash. Raises FileNotFoundError.
+
+        All readers share one map, and what they hold stays readable when the buffer is removed.
+        """
+        with self._lock:
+            found = self._maps.get(digest)
+            if found is None:
+                with self._file(digest).open("rb") as file:
+                    found = self._maps[digest] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(found)
 
     def remove(self, digest: bytes) -> None:
         """Drop a buffer."""
