@@ -213,9 +213,13 @@ def idle(insecure: bool, nodes: int, seconds: float = 20.0) -> None:
             crowd.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log))
         from privfed.runtime.control import ControlClient
 
+        begun = time.monotonic()
         with ControlClient(bench.addresses["control"]) as control:
-            while sum(row.connected for row in control.nodes()) < nodes:
+            while (here := sum(row.connected for row in control.nodes())) < nodes:
                 time.sleep(1.0)
+                if time.monotonic() - begun > 200:
+                    raise SystemExit(f"only {here} came\n{(bench.folder / 'log').read_text()[-2000:]}")
+        took = time.monotonic() - begun
         time.sleep(2.0)
         used, memory = cpu(bench.link.pid), status(bench.link.pid, "VmRSS")
         time.sleep(seconds)
@@ -224,7 +228,9 @@ def idle(insecure: bool, nodes: int, seconds: float = 20.0) -> None:
             process.kill()
             process.wait()
         bench.end()
-    print(f"{nodes} idle nodes: {share * 100:.1f} % of a core, {(memory - before) * 1024 / nodes:.0f} kB each")
+    print(
+        f"{nodes} idle nodes: {share * 100:.1f} % of a core, {(memory - before) * 1024 / nodes:.0f} kB each; all came within {took:.0f} s"
+    )
 
 
 def serve_crowd(address: str, first: int, count: int) -> None:
@@ -236,12 +242,18 @@ def serve_crowd(address: str, first: int, count: int) -> None:
     from privfed.runtime.frame import Hello, pack
     from privfed.runtime.handshake import channel_options, greeting
 
+    entering = asyncio.Semaphore(16)
+
     async def hold(node: int) -> None:
         channel = grpc.aio.insecure_channel(address, options=channel_options())
-        stream = channel.stream_stream("/privfed.Fleet/Session")(metadata=greeting(node_id=node))
-        await stream.write(pack(Hello(slots=1)))
-        async for _ in stream:
-            pass
+        while True:
+            async with entering:
+                stream = channel.stream_stream("/privfed.Fleet/Session")(metadata=greeting(node_id=node))
+                await stream.write(pack(Hello(slots=1)))
+                frame = await stream.read()
+            while frame is not grpc.aio.EOF:
+                frame = await stream.read()
+            print(node, await stream.code(), flush=True)
 
     async def hold_all() -> None:
         await asyncio.gather(*(hold(node) for node in range(first, first + count)))
