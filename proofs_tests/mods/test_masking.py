@@ -129,6 +129,33 @@ def test_a_redelivery_gets_the_same_bytes_and_the_app_runs_once(protocol: Any) -
     assert lab.trained == len(first) == 3
 
 
+@pytest.mark.parametrize("what", ["kind", "layout", "header", "parameter", "request"])
+def test_what_differs_in_anything_is_no_redelivery(what: str) -> None:
+    lab = Federation(SecAgg(threshold=2))
+    original = lab.ask
+    refusals: list[str | None] = []
+
+    def twice(message: Message) -> Message:
+        reply = original(message)
+        other, kind = message.content.copy(), "train.default" if what == "kind" else "train"
+        if what == "layout":
+            other.config_records[SECURE + ".layout"]["max-value"] = 4.0
+        elif what == "header":
+            other.config_records[SECURE]["weight-key"] = "other"
+        elif what == "parameter":
+            other.config_records[SECURE + ".protocol"]["threshold"] = 3
+        elif what == "request":
+            other[REQUEST] = ArrayRecord({BUFFER: Array(np.zeros(5, np.uint8))})
+        again = original(Message(other, message.metadata.dst_node_id, kind))
+        refusals.append(again.error.reason if again.has_error() else None)
+        return reply
+
+    lab.ask = twice  # type: ignore[method-assign]
+    assert lab.session(1)[0].result is not None
+    assert set(refusals) == {"SessionOutOfOrder"}
+    assert lab.trained == 3
+
+
 @KINDS
 def test_a_stage_of_a_session_that_was_not_joined_is_refused(protocol: Any) -> None:
     """As after a restart that lost the node's memory: nothing of that session is answered any more."""

@@ -183,6 +183,10 @@ def without(name: str) -> Callable[[Policy], Policy]:
     return lambda policy: replace(policy, **{name: getattr(Policy(), name)})
 
 
+def refuse_every_run(policy: Policy) -> Policy:
+    return policy if policy.run is None else replace(policy, run=1 << 40)
+
+
 @pytest.mark.parametrize(
     ("protocol", "checks"),
     [
@@ -199,6 +203,7 @@ def without(name: str) -> Callable[[Policy], Policy]:
         (Spoiled(loosen=without_floors), {"policy"}),
         (Spoiled(loosen=without_floors, forget_identity=True), {"policy", "impostor"}),
         *((Spoiled(loosen=without(name)), {"facts"}) for name in (*FACTS, "binding", "max_dimension")),
+        (Spoiled(loosen=refuse_every_run), {"facts"}),
         (Spoiled(loosen=without("min_survivors")), {"policy"}),
         (Spoiled(random=os.urandom), {"determinism"}),
         (Spoiled(client_part=same_each_time), {"determinism"}),
