@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from privfed.apps import CallNext, Mod
 from privfed.array import Array
@@ -66,7 +70,7 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
                 return reply
             update = _update(message.content, reply.content)
             values = instruction.prepare(flatten(update), norm(update))
-            vector = instruction.parameters.encode(values, instruction.seed, random)
+            vector, keys = _encoded(instruction, values, random)
             context.mod_state(STATE)["spent"] = ConfigRecord(spending)
         except PlanRefused as cause:
             log.warning("node %d refuses: %s", context.node_id, cause)
@@ -76,7 +80,11 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
             return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "UpdateError"), reply_to=message)
         content = RecordDict({NOISED: ArrayRecord({VECTOR: Array.adopt(vector)})})
         asked = instruction.parameters
-        content[DEMANDS] = ConfigRecord({"bits": asked.bits, "min-survivors": asked.least_survivors})
+        demands = ConfigRecord({"bits": asked.bits, "min-survivors": asked.least_survivors})
+        if keys:
+            demands["level-survivors"] = [asked.nodes - level for level in asked.drop_levels]
+            demands["level-keys"] = keys
+        content[DEMANDS] = demands
         return Message(content, reply_to=message)
 
     return add_share
@@ -97,6 +105,17 @@ def _instruction(message: Message) -> Instruction:
     if size != planned:
         raise PlanRefused(f"the model has {size} elements, the plan is for {planned}")
     return instruction
+
+
+def _encoded(
+    instruction: Instruction, values: NDArray[np.float64], random: Callable[[int], bytes]
+) -> tuple[NDArray[Any], list[bytes]]:
+    """Return the ring vector, and the keys of those parts of its noise that may be taken off again."""
+    asked = instruction.parameters
+    if not asked.drop_levels:
+        return asked.encode(values, instruction.seed, random), []
+    vector, keys = asked.encode_removable(values, instruction.seed, random)
+    return vector, list(keys)
 
 
 def _randomness(instruction: Instruction, seed: int | None, context: Context) -> Callable[[int], bytes]:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from privfed.apps import DEFAULT_ACTION, CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
+from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
+from privfed.mods.level import Levels
 from privfed.mods.refusal import (
     BindingMismatch,
     LayoutMismatch,
@@ -35,7 +37,7 @@ from privfed.protocols.beacon import group_of
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import FACTS, Identity, Policy, Protocol
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
-from privfed.ring import BUFFER, DEMANDS, NOISED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
+from privfed.ring import BUFFER, DEMANDS, NOISED, REMOVED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
 from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
 
 log = logging.getLogger("privfed.mods")
@@ -78,6 +80,7 @@ class _Stage:
     weight_key: str
     request: memoryview = field(repr=False)
     digest: bytes = b""
+    keep: int | None = None
 
     @property
     def facts(self) -> bytes:
@@ -115,6 +118,7 @@ class _Stage:
                 weight_key=str(config["weight-key"]),
                 request=array.data,
                 digest=state.digest(),
+                keep=int(str(config["keep"])) if "keep" in config else None,
             )
         except (KeyError, TypeError, ValueError) as cause:
             raise Refused(f"the instruction is no stage of a session: {cause!r}") from cause
@@ -165,7 +169,7 @@ def secure_aggregation(
             return session.answer(rules, identity, protocols)
         except _Failed as failed:
             return Message(failed.error, reply_to=message)
-        except (Refused, ProtocolError) as cause:
+        except (Refused, PlanRefused, ProtocolError) as cause:
             log.warning("node %d refuses: %s: %s", context.node_id, type(cause).__name__, cause)
             return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
         except (UpdateError, RingOverflow) as cause:
@@ -214,6 +218,7 @@ class _Session:
         self._stage = _Stage.read(message)
         self._state = context.mod_state(STATE)
         self._mark = b""
+        self._levels = Levels(self._state)
 
     def answer(self, policy: Policy, identity: Identities, protocols: Makers | None) -> Message:
         """Answer the stage once, or again with the same bytes."""
@@ -233,7 +238,8 @@ class _Session:
             kept = self._beacon()
             if stage.protocol != BEACON:
                 policy, kept = _in_group(policy, kept), b""
-        floor = max(policy.min_survivors, stage.layout.min_survivors)
+            self._levels.forget()
+        floor = max(policy.min_survivors, stage.layout.min_survivors, self._levels.floor(stage.stage, stage.keep))
         policy = replace(policy, min_survivors=floor)
         protocol = make_protocol(stage.protocol, stage.parameters, protocols)
         known = identity(self._context) if callable(identity) else identity or self._context.identity()
@@ -248,6 +254,7 @@ class _Session:
             raise
         # After the last stage nothing secret is needed again; the reply is, for a redelivery.
         over = stage.stage + 1 == len(protocol.stages)
+        self._levels.answered(stage.keep, over=over)
         remembered: dict[str, ConfigValue] = {
             "number": stage.number,
             "stage": stage.stage,
@@ -330,8 +337,11 @@ class _Session:
             raise SumAlreadyOpened(f"a {kind} sum over this model was opened in this run")
 
     def _reply(self) -> Message:
-        record = self._state["reply"]
-        return Message(RecordDict({REPLY: record}), reply_to=self._message)
+        content = RecordDict({REPLY: self._state["reply"]})
+        removed = self._levels.removed
+        if removed is not None:
+            content[REMOVED] = removed
+        return Message(content, reply_to=self._message)
 
     def _source(self) -> NDArray[np.uint64]:
         """Run the app and return its reply as a ring vector."""
@@ -363,6 +373,7 @@ class _Session:
         layout = self._stage.layout
         if layout.bits != demands["bits"] or layout.min_survivors < int(str(demands["min-survivors"])):
             raise WeakSession(f"the vector is for {dict(demands)}, the session has {layout}")
+        self._levels.keep(demands, self._stage.stage)
         return layout.admit(record[VECTOR].view())
 
     def _update(self, request: RecordDict, reply: RecordDict) -> ArrayRecord:

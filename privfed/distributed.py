@@ -83,6 +83,8 @@ class Instruction:
         values["clip"] = self.clip
         if self.bit_weight:
             values["bit-weight"] = self.bit_weight
+        if self.parameters.drop_levels:
+            values["drop-levels"] = list(self.parameters.drop_levels)
         return ConfigRecord(values | {name: str(getattr(self, name)) for name in _TEXTS})
 
     @classmethod
@@ -106,7 +108,11 @@ class Instruction:
             clip, weight = float(str(numbers["clip"])), config.get("bit-weight", 0.0)
             if not isinstance(weight, float):
                 raise TypeError("the bit's weight is no float")
+            levels = config.get("drop-levels", [])
+            if not isinstance(levels, list):
+                raise TypeError("the drop levels are no list")
             chosen: dict[str, Any] = {**numbers, "clip": 1.0 if weight else clip, "mechanism": mechanism}
+            chosen["drop_levels"] = tuple(levels)
             parameters = NoiseParameters(**chosen)
             parameters.check()
             terms = {name: str(text) for name, text in texts.items()}

@@ -13,6 +13,7 @@ from privfed.errors import PlanRefused
 from privfed.record import ArrayRecord
 
 if TYPE_CHECKING:
+    from privfed.privacy.correlated import Correlation
     from privfed.privacy.distributed import NoiseParameters
     from privfed.privacy.events import Event
     from privfed.privacy.sampling import Sampler
@@ -97,7 +98,14 @@ class PrivacyPlan:
       observer is "server" unless said otherwise, and relation "zero_out", because a node that is not there adds no
       noise either. max_dropped, max_colluding: nodes of a cohort, counts or shares of it, that may be missing from the
       sum, or tell the observer their noise; the noise of the others is the planned one. bits: the sum is taken modulo
-      2^bits, and wraps in a round with at most `wrap_probability`.
+      2^bits, and wraps in a round with at most `wrap_probability`. exact_drops: survivors give away the part of their
+      noise that only more drops would have needed [Jiang+24], so that the sum has little more than planned; "skellam"
+      only, and the server draws those parts again.
+
+    correlation: how central noise is correlated over the rounds of a run (`privfed.privacy.correlated`: `Tree()`,
+    `Banded(...)`); None: not at all. `noise_multiplier` is then of the whole run: standard deviation over C times the
+    encoder's sensitivity. The run's length is fixed when it begins (`rounds`, or the run's). separation: under
+    correlation, rounds from one participation of a node to the next, at least; nodes take turns accordingly.
 
     adaptive: None, or how the clip changes from round to round; `clip` is then that of the first.
 
@@ -120,6 +128,9 @@ class PrivacyPlan:
     bits: int = 20
     wrap_probability: float = 1e-6
     adaptive: AdaptiveClip | None = None
+    correlation: Correlation | None = None
+    separation: int = 1
+    exact_drops: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -137,6 +148,7 @@ class PrivacyPlan:
             raise PlanRefused(f"observer {self.observer!r}: a plan speaks of 'output' or 'server'")
         if self.unit != "client":
             raise PlanRefused(f"unit {self.unit!r}: clipping a node's whole update protects clients and nothing else")
+        self._check_correlation()
         if self.distributed:
             self._check_distributed()
         else:
@@ -164,11 +176,25 @@ class PrivacyPlan:
                 f"observer {self.observer!r}: the server adds the noise and sees the sum before it, so only observer "
                 "'output' is protected; mechanism='skellam' protects from the server"
             )
-        if self.max_dropped or self.max_colluding:
+        if self.max_dropped or self.max_colluding or self.exact_drops:
             raise PlanRefused(
-                "max_dropped, max_colluding: the server adds all of the noise, whoever is missing; they belong to "
-                "mechanism='skellam'"
+                "max_dropped, max_colluding, exact_drops: the server adds all of the noise, whoever is missing; they "
+                "belong to mechanism='skellam'"
             )
+
+    def _check_correlation(self) -> None:
+        if self.separation < 1:
+            raise ValueError(f"separation must be >= 1, got {self.separation}")
+        if self.correlation is None:
+            if self.separation != 1:
+                raise ValueError("separation: without a correlation it changes nothing; leave it out")
+            return
+        if self.distributed:
+            raise PlanRefused("correlation: nodes would have to know each other's noise of earlier rounds")
+        if self.sampler is not None:
+            raise PlanRefused("sampler: under correlated noise nodes take turns, and nothing is amplified by chance")
+        if self.adaptive is not None:
+            raise PlanRefused("adaptive: noise of earlier rounds was scaled to another clip; give one clip")
 
     def _check_distributed(self) -> None:
         from privfed.privacy.sampling import PoissonSampler
@@ -177,6 +203,10 @@ class PrivacyPlan:
             value = getattr(self, name)
             if not (value >= 0 and (isinstance(value, int) or value < 1)):
                 raise ValueError(f"{name} must be a count >= 0 or a share of the cohort in [0, 1), got {value}")
+        if self.exact_drops and self.mechanism != SKELLAM:
+            raise PlanRefused(
+                f"exact_drops: its parts are too small for {self.mechanism} noise; use mechanism='skellam'"
+            )
         if self.relation == "add_remove":
             raise PlanRefused(
                 "relation 'add_remove': a node that is not there adds no noise either, so the two worlds differ by "
@@ -235,15 +265,18 @@ class PrivacyPlan:
         """
         from privfed.privacy import distributed
 
+        dropped = _share(self.max_dropped, nodes)
+        levels = sorted({-(-dropped * part // 3) for part in range(4)}) if self.exact_drops and dropped else []
         shared: dict[str, Any] = {
             "clip": self.clip if self.adaptive is None else 1.0,
             "nodes": nodes,
             "dimension": dimension + (self.adaptive is not None),
             "bits": self.bits,
-            "max_dropped": _share(self.max_dropped, nodes),
+            "max_dropped": dropped,
             "max_colluding": _share(self.max_colluding, nodes),
             "wrap_probability": self.wrap_probability,
             "mechanism": self.mechanism,
+            "drop_levels": tuple(levels),
         }
         try:
             if self.noise_multiplier is not None:
@@ -254,6 +287,8 @@ class PrivacyPlan:
             raise PlanRefused(f"the plan does not suit {nodes} nodes and {dimension} elements: {cause}") from cause
 
     def _count(self, num_rounds: int) -> int:
+        if self.correlation is not None:
+            return 1  # the run is one event
         return self.rounds if self.rounds is not None else max(1, num_rounds)
 
 

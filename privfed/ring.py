@@ -35,6 +35,8 @@ NOISED = "privfed.noised"
 VECTOR = "vector"
 DEMANDS = "privfed.noised.demands"
 """Its ConfigRecord: what the node demands of the session that sums the vector."""
+REMOVED = "privfed.secure.removed"
+"""A ConfigRecord in a node's last reply: "keys" of the parts of its noise that so few drops do not need."""
 
 
 MARGIN = 2.0**-40

@@ -39,13 +39,15 @@ def stream_replies(
 class SharedNoise:
     """A round whose noise the nodes add. charge: pays for the sum, known by a hash of its session; it may refuse.
 
-    Whoever drives the session calls it before the stage that opens the sum. seed: rotates the vectors; public.
+    Whoever drives the session calls it before the stage that opens the sum. seed: rotates the vectors; public. removed:
+    node -> level of drops and keys of the parts of its noise that it gave away for it.
     """
 
     parameters: NoiseParameters
     seed: bytes
     denominator: float
     charge: Callable[[bytes], None] = field(repr=False)
+    removed: dict[int, tuple[int, tuple[bytes, ...]]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

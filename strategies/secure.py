@@ -133,7 +133,11 @@ class SecureStage(Stage):
         ring, outcome = self.drive(exchange, layout)
         outcome.valid = len(ring.survivors)
         outcome.excluded = [one for one in outcome.excluded if one.node not in ring.survivors]
-        mean = asked.decode(ring.total, noise.seed, len(ring.survivors), noise.denominator)
+        total = ring.total
+        for node in sorted(ring.survivors & noise.removed.keys()):
+            level, keys = noise.removed[node]
+            total = asked.remove(total, [keys], level)
+        mean = asked.decode(total, noise.seed, len(ring.survivors), noise.denominator)
         outcome.view = Sum(mean, noise.denominator)
         return outcome
 
@@ -211,6 +215,8 @@ class SecureStage(Stage):
             return
         if drive.inputs < noise.parameters.least_survivors:
             raise TooFewSurvivors(drive.inputs, noise.parameters.least_survivors, given)
+        if noise.parameters.drop_levels:
+            drive.keep = noise.parameters.level(drive.inputs)
         if drive.server.stage == stages[-1]:
             noise.charge(drive.binding)
 

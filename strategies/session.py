@@ -9,8 +9,8 @@ from privfed.message import Message
 from privfed.protocols.errors import DecodeError, RemoteError
 from privfed.protocols.session import Buffer, Protocol, Server, Session
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
-from privfed.ring import BUFFER, REPLY, REQUEST, SECURE, Layout
-from privfed.strategies.exchange import MESSAGE_BUDGET, Exchange, stream_replies
+from privfed.ring import BUFFER, REMOVED, REPLY, REQUEST, SECURE, Layout
+from privfed.strategies.exchange import MESSAGE_BUDGET, Exchange, SharedNoise, stream_replies
 from privfed.strategies.reply import BadReply, content_of
 from privfed.strategies.view import Exclusion, Outcome
 
@@ -47,6 +47,7 @@ class SessionDrive:
         self._requests: dict[int, Buffer] = {}
         self._silent: set[int] = set()
         self.inputs = 0  # of nodes whose input the server has taken
+        self.keep: int | None = None  # the level of drops above which nodes give their noise away
 
     @property
     def binding(self) -> bytes:
@@ -71,12 +72,24 @@ class SessionDrive:
         try:
             self.server.receive(node, self._buffer(message))
             self.inputs += stage == self._input
+            if self._exchange.noise is not None and stage == self._stages[-1]:
+                self._take_removed(node, message, self._exchange.noise)
         except BadReply as cause:
             self._exclude(node, f"stage {stage}: {cause}")
         except RemoteError as cause:
             self._exclude(node, f"stage {stage}: {cause.deviation}")
         except DecodeError:
             self._exclude(node, f"stage {stage}: malformed reply")
+
+    def _take_removed(self, node: int, message: Message, noise: SharedNoise) -> None:
+        """Take the keys that a node gives away, if they are what was asked for; without them more noise stays."""
+        record = message.content.get(REMOVED)
+        keys = record.get("keys") if isinstance(record, ConfigRecord) else None
+        if self.keep is None or not isinstance(keys, list):
+            return
+        given = tuple(key for key in keys if isinstance(key, bytes) and len(key) == 32)
+        if len(given) == len(noise.parameters.components) - 1 - self.keep:
+            noise.removed[node] = self.keep, given
 
     def close(self) -> None:
         """End the stage. Raises TooFewSurvivors or RemoteError, which end the session."""
@@ -111,7 +124,7 @@ class SessionDrive:
             yield Message(content, node, exchange.kind, ttl=ttl, group_id=group)
 
     def _header(self) -> dict[str, ConfigValue]:
-        return {
+        header: dict[str, ConfigValue] = {
             "number": self._session.round,
             "stage": self._stages.index(self.server.stage),
             "binding": self._session.binding,
@@ -119,6 +132,9 @@ class SessionDrive:
             "arrays-key": self._exchange.arrays_key,
             "weight-key": self._exchange.weight_key or "",
         }
+        if self.keep is not None:
+            header["keep"] = self.keep
+        return header
 
     def _buffer(self, message: Message) -> memoryview:
         content = content_of(message)

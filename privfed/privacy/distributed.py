@@ -95,6 +95,7 @@ def solve_noise(
     wrap_probability: float = 1e-6,
     beta: float = BETA,
     mechanism: str = SKELLAM,
+    drop_levels: tuple[int, ...] = (),
 ) -> NoiseParameters:
     """Choose the finest lattice at which a round's sum wraps with at most `wrap_probability`.
 
@@ -104,6 +105,7 @@ def solve_noise(
     arguments = {
         "clip": clip, "nodes": nodes, "dimension": dimension, "max_dropped": max_dropped,
         "max_colluding": max_colluding, "beta": beta, "mechanism": mechanism,
+        "drop_levels": drop_levels,
     }  # fmt: skip
     fitted = _draft(wrap_probability, arguments)
     return _refuse_coarse(fitted(noise_multiplier, bits), fitted)
@@ -127,6 +129,7 @@ def calibrate_noise(
     observer: str = "server",
     sampled: Callable[[Event], Event] | None = None,
     mechanism: str = SKELLAM,
+    drop_levels: tuple[int, ...] = (),
 ) -> NoiseParameters:
     """Choose the least noise, and its lattice, with which `rounds` rounds are certified to cost at most `epsilon`.
 
@@ -136,6 +139,7 @@ def calibrate_noise(
     arguments = {
         "clip": clip, "nodes": nodes, "dimension": dimension, "max_dropped": max_dropped,
         "max_colluding": max_colluding, "beta": beta, "mechanism": mechanism,
+        "drop_levels": drop_levels,
     }  # fmt: skip
     fitted = _draft(wrap_probability, arguments)
     above_zero("epsilon", epsilon)

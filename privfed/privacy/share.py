@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from privfed.privacy.rdp import rounded_norm, sum_distance
 SKELLAM, DISCRETE_GAUSSIAN = "skellam", "discrete_gaussian"
 MECHANISMS = (SKELLAM, DISCRETE_GAUSSIAN)
 BETA = math.exp(-0.5)
+MAX_LEVELS = 4
 LARGEST_DEPARTURE = 0.01
 """Of a sum of discrete Gaussians from one, over its sensitivity, before a setting is refused."""
 MIN_BITS, MAX_BITS = 8, 62
@@ -90,7 +93,8 @@ class NoiseParameters:
     nodes: how many may be in the sum. dimension: of an update. bits: the ring is Z_2^bits. scale: lattice steps per
     unit (1 / gamma). max_dropped: nodes that may be missing from the sum. max_colluding: nodes whose noise the observer
     may know. beta: share of roundings that may be refused [KLS21, Prop 22]; 0 for the unconditional bound.
-    mechanism: "skellam" or "discrete_gaussian".
+    mechanism: "skellam" or "discrete_gaussian". drop_levels: ascending counts of dropped nodes, at most four and the
+    last max_dropped, between which the noise adapts [Jiang+24]; Skellam only; none: it is that of the worst drop.
 
     Make it with `solve_noise` or `calibrate_noise`. Raises ValueError naming the argument.
     """
@@ -105,6 +109,7 @@ class NoiseParameters:
     max_colluding: int = 0
     beta: float = BETA
     mechanism: str = SKELLAM
+    drop_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mechanism not in MECHANISMS:
@@ -122,10 +127,27 @@ class NoiseParameters:
                 f"max_dropped: {self.nodes} nodes less {self.max_dropped} dropped less {self.max_colluding} colluding "
                 "leave nobody whose noise protects; allow fewer or ask more nodes"
             )
+        self._check_levels()
         if not self.clip * self.scale <= LARGEST_NORM:
             raise ValueError(f"scale: the clip is {self.clip * self.scale:g} steps, more than 2^40; use fewer bits")
         if not self.local_variance <= LARGEST_VARIANCE:
             raise ValueError(f"scale: the local variance is {self.local_variance:g} squared steps, more than 2^41")
+
+    def _check_levels(self) -> None:
+        levels = self.drop_levels
+        if not levels:
+            return
+        if self.mechanism != SKELLAM:
+            raise ValueError(
+                "drop_levels: a component would be too small for discrete Gaussian noise; use Skellam noise"
+            )
+        for level in levels:
+            whole("drop_levels", level, 0)
+        if len(levels) > MAX_LEVELS or any(a >= b for a, b in pairwise(levels)) or levels[-1] != self.max_dropped:
+            raise ValueError(
+                f"drop_levels: must be at most {MAX_LEVELS} ascending counts that end with max_dropped="
+                f"{self.max_dropped}, not {levels}"
+            )
 
     @property
     def honest(self) -> int:
@@ -151,6 +173,20 @@ class NoiseParameters:
     def local_variance(self) -> float:
         """Variance of one node's noise in squared steps, rounded up: never below what `event` charges for."""
         return (self.local_stddev * self.scale) ** 2 * UP
+
+    @property
+    def components(self) -> tuple[float, ...]:
+        """Variances of the parts of one node's noise: what the first level needs, and what each further one adds."""
+        if not self.drop_levels:
+            return (self.local_variance,)
+        # With the last level's variance for its honest survivors, every level has as much in all.
+        needed = [self.local_variance * self.honest / (self.nodes - d - self.max_colluding) for d in self.drop_levels]
+        return (needed[0] * UP, *((b - a) * UP for a, b in pairwise(needed)))
+
+    def level(self, survivors: int) -> int:
+        """Return the place in `drop_levels` of the least level that covers these survivors."""
+        dropped = max(0, self.nodes - survivors)
+        return next((place for place, level in enumerate(self.drop_levels) if dropped <= level), len(self.drop_levels))
 
     @property
     def norm_bound(self) -> float:
@@ -220,9 +256,43 @@ class NoiseParameters:
             return skellam(self.padded, self.local_variance, random)
         return discrete_gaussian_variance(Fraction(self.local_variance), self.padded, random)
 
+    def component(self, place: int, key: bytes) -> Int64s:
+        """Return a part of a node's noise, int64[padded]: the same to whoever has its key, 32 uniform secret bytes."""
+        return skellam(self.padded, self.components[place], lambda count: key[:count])
+
+    def encode_removable(
+        self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom
+    ) -> tuple[npt.NDArray[Any], tuple[bytes, ...]]:
+        """Return a node's ring vector and the keys of its removable parts, one for each level after the first.
+
+        A key is a secret until the survivors are known: with keys[level(survivors):] of every survivor, `remove` takes
+        off what the sum has too much.
+        """
+        keys = tuple(random(32) for _ in self.components)
+        noise = self.component(0, keys[0])
+        for place, key in enumerate(keys[1:], start=1):
+            noise += self.component(place, key)
+        noise += self.round_update(update, seed, random)
+        return self._reduced(noise), keys[1:]
+
+    def remove(self, total: npt.NDArray[Any], keys: Iterable[tuple[bytes, ...]], level: int) -> npt.NDArray[Any]:
+        """Return a ring sum less the parts above `level`; keys: of each survivor that gave them, in order.
+
+        A survivor that gave none leaves more noise than planned. O(removed parts x padded) operations.
+        """
+        rest = total.astype(np.uint64)
+        for given in keys:
+            for place, key in enumerate(given, start=level + 1):
+                rest -= self.component(place, key).view(np.uint64)
+        rest &= np.uint64((1 << self.bits) - 1)
+        return rest
+
     def encode(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> npt.NDArray[Any]:
         """Return a node's ring vector: uint32[padded] for up to 32 bits, else uint64. See `encode_integers`."""
-        residues = self.encode_integers(update, seed, random).view(np.uint64)
+        return self._reduced(self.encode_integers(update, seed, random))
+
+    def _reduced(self, steps: Int64s) -> npt.NDArray[Any]:
+        residues = steps.view(np.uint64)
         if self.bits <= 32:
             narrow = residues.astype(np.uint32)
             return narrow if self.bits == 32 else np.bitwise_and(narrow, np.uint32((1 << self.bits) - 1), out=narrow)
