@@ -16,7 +16,7 @@ from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.plan import CENTRAL
-from privfed.privacy.events import Event, event_from_json
+from privfed.privacy.events import Event, PureDP, event_from_json
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Entry, Ledger, LedgerError, Terms
 from privfed.record import ConfigRecord
@@ -25,6 +25,8 @@ from privfed.update import PLAN
 log = logging.getLogger("privfed.mods")
 
 STATE = "privacy_budget"
+_NOTHING = PureDP(0.0)
+_BEFORE = "before"
 Folder = Callable[[Message], Path]
 
 
@@ -102,6 +104,8 @@ class _Purse:
             event = event_of(message, self._terms.observer)
         _check_separation(message, context, self._separation)
         with self._lock, contextlib.closing(self._open(message, context)) as ledger:
+            if _is_paid(event, message, ledger):
+                return _NOTHING
             after = ledger.preview(event)
             if not after <= ledger.limit:
                 raise BudgetExceeded(ledger.terms.owner, ledger.spent, after, ledger.limit, ledger.measure)
@@ -133,10 +137,17 @@ class _Purse:
         ledger = Ledger.create(None, terms)
         kept = context.mod_state(STATE).get("spent")
         for number, (text, count) in enumerate(kept.items() if isinstance(kept, ConfigRecord) else ()):
-            ledger.charge(
-                event_from_json(text), run="before", round=number, transcript="00" * 32, count=int(str(count))
-            )
+            ledger.charge(event_from_json(text), run=_BEFORE, round=number, transcript="00" * 32, count=int(str(count)))
         return ledger
+
+
+def _is_paid(event: Event, message: Message, ledger: Ledger) -> bool:
+    """Return whether the plan's event is the price of the whole run, and this run has paid it."""
+    plan = message.content.get(PLAN)
+    if not isinstance(plan, ConfigRecord) or plan.get("once") is not True:
+        return False
+    runs = {str(message.metadata.run_id), _BEFORE}
+    return any(entry.event == event and entry.run in runs for entry in ledger.entries)
 
 
 def event_of(message: Message, observer: str) -> Event:
@@ -170,6 +181,11 @@ def _round(message: Message) -> int:
 
 
 def _check_separation(message: Message, context: Context, least: int) -> None:
+    plan = message.content.get(PLAN)
+    asked = plan.get("separation", 1) if isinstance(plan, ConfigRecord) else 1
+    if type(asked) is not int or asked < 1:
+        raise PlanRefused(f"the plan's separation is {asked!r}, not a whole number >= 1")
+    least = max(least, asked)
     last = context.mod_state(STATE).get("last")
     if least == 1 or not isinstance(last, ConfigRecord):
         return

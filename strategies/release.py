@@ -33,6 +33,10 @@ def open_release(
     plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int
 ) -> CentralRelease | SharedRelease:
     """Return the release that a plan asks for. population: the nodes connected, unless the plan says how many."""
+    if plan.correlation is not None:
+        from privfed.strategies.correlated import MatrixRelease
+
+        return MatrixRelease(plan, grid, model, population, num_rounds)
     kind = SharedRelease if plan.distributed else CentralRelease
     return kind(plan, grid, model, population, num_rounds)
 

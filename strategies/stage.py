@@ -120,4 +120,4 @@ class PlainStage(Stage):
         def release(noise_multiplier: float, random: RandomBytes) -> Float64s:
             return total.release(noise_multiplier=noise_multiplier, random=random)[0]
 
-        return intake.finish(Unreleased(release))
+        return intake.finish(Unreleased(release, total.granularity))

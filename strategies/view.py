@@ -56,10 +56,12 @@ class GroupMeans(Updates):
 class Unreleased:
     """A sum under a privacy plan before its noise: `release(noise_multiplier, random)` returns the noised float64 sum.
 
-    Nothing else about the sum may be read.
+    Nothing else about the sum may be read, unless the noise is correlated over rounds (`strategies.correlated`).
+    granularity: the step of the lattice that the sum and its noise are on.
     """
 
     release: Callable[[float, RandomBytes], Float64s] = field(repr=False)
+    granularity: float
 
 
 View = Sum | Updates | GroupMeans

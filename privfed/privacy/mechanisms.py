@@ -158,6 +158,11 @@ class LatticeSum:
         self._steps = np.zeros(dimension, np.int64)
         self._reach = 0.0
 
+    @property
+    def granularity(self) -> float:
+        """The lattice step."""
+        return self._lattice.granularity
+
     def add(self, contribution: npt.ArrayLike) -> None:
         """Add one float64[d] contribution; ValueError if its norm exceeds the sensitivity or it is not finite."""
         array = _checked(contribution)
