@@ -38,15 +38,21 @@ if TYPE_CHECKING:
     from privfed.privacy.filters import Budget, BudgetExceeded, GdpFilter, RenyiFilter, ZcdpFilter
     from privfed.privacy.ledger import Ledger
     from privfed.privacy.odometer import RenyiOdometer
-    from privfed.privacy.sampling import AvailabilitySampler, FixedSizeSampler, PoissonSampler
+    from privfed.privacy.sampling import (
+        AvailabilitySampler,
+        FixedSizeSampler,
+        PoissonSampler,
+        RandomAllocationSampler,
+        TruncatedPoissonSampler,
+    )
 
 __all__ = [
     "ZCDP", "AboveThreshold", "Accountant", "ApproximateDP", "AvailabilitySampler", "Bound", "Budget",
     "BudgetExceeded", "Central", "Composed", "DiscreteGaussian", "DiscreteLaplace", "DistributedDiscreteGaussian",
     "DistributedSkellam", "Event", "Exponential", "FixedSizeSampled", "FixedSizeSampler", "Gaussian", "GdpFilter",
     "Laplace", "Ledger", "MatrixGaussian", "NonPrivate", "PoissonSampled", "PoissonSampler", "PureDP",
-    "RandomAllocation", "RandomizedResponse", "RenyiFilter", "RenyiOdometer", "Skellam", "TruncatedPoisson",
-    "Unaccounted", "ZcdpFilter", "calibrate", "calibrate_steps", "event_from_json",
+    "RandomAllocation", "RandomAllocationSampler", "RandomizedResponse", "RenyiFilter", "RenyiOdometer", "Skellam",
+    "TruncatedPoisson", "TruncatedPoissonSampler", "Unaccounted", "ZcdpFilter", "calibrate", "calibrate_steps", "event_from_json",
 ]  # fmt: skip
 
 _HOME = {
@@ -64,6 +70,8 @@ _HOME = {
     "AvailabilitySampler": "sampling",
     "FixedSizeSampler": "sampling",
     "PoissonSampler": "sampling",
+    "RandomAllocationSampler": "sampling",
+    "TruncatedPoissonSampler": "sampling",
 }
 
 

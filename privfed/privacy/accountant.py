@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from privfed.privacy import events as ev
 from privfed.privacy import rdp
+from privfed.privacy.argument import number, whole
 from privfed.privacy.bound import Bound
 from privfed.privacy.dominating import RENYI_ONLY, checked_terms, gaussian_mu, pairs, silent, simplify
 from privfed.privacy.query import Plan
@@ -28,9 +26,7 @@ class Accountant:
         checked_terms(relation, observer)
         if not isinstance(unit, str) or not unit:
             raise ValueError(f"unit: must be a word such as 'client' or 'record', not {unit!r}")
-        if not 0 < tol < 1:
-            raise ValueError(f"tol: must be inside (0, 1), not {tol}")
-        self.unit, self.relation, self.observer, self.tol = unit, relation, observer, tol
+        self.unit, self.relation, self.observer, self.tol = unit, relation, observer, _tolerance(tol)
         self._counts: dict[ev.Event, int] = {}
         self._plan: Plan | None = None
 
@@ -47,9 +43,7 @@ class Accountant:
     def _checked(self, event: ev.Event, count: int) -> list[tuple[ev.Event, int]]:
         if not isinstance(event, ev.Event):
             raise ValueError(f"event: must be an event, not {event!r}")
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-            raise ValueError(f"count: must be a whole number, not negative, not {count!r}")
-        parts = [part for part in simplify(event, int(count), self.observer) if part[1]]
+        parts = [part for part in simplify(event, whole("count", count), self.observer) if part[1]]
         for part, _ in parts:
             if part not in self._counts:
                 _supported(part, self.relation)
@@ -63,6 +57,8 @@ class Accountant:
 
     def compose(self, other: Accountant) -> Accountant:
         """Add everything another accountant of the same unit, relation and observer holds. Return self."""
+        if not isinstance(other, Accountant):
+            raise ValueError(f"other: must be an accountant, not {other!r}")
         for name in ("unit", "relation", "observer"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
@@ -89,24 +85,21 @@ class Accountant:
 
     def epsilon(self, delta: float, *, tol: float | None = None) -> Bound:
         """Return the epsilon at which everything so far has this delta; 0 <= delta < 1."""
-        if not 0 <= delta < 1:
-            raise ValueError(f"delta: must be in [0, 1), not {delta}")
-        return self._planned().epsilon(delta, self.tol if tol is None else tol)
+        delta = number("delta", delta, 0, 1, below=True)
+        return self._planned().epsilon(delta, self.tol if tol is None else _tolerance(tol))
 
     def delta(self, epsilon: float, *, tol: float | None = None) -> Bound:
         """Return the delta of everything so far at this epsilon, which may be negative."""
-        if math.isnan(epsilon):
-            raise ValueError(f"epsilon: must be a number, not {epsilon}")
-        return self._planned().delta(epsilon, self.tol if tol is None else tol)
+        epsilon = number("epsilon", epsilon)
+        return self._planned().delta(epsilon, self.tol if tol is None else _tolerance(tol))
 
     def estimate(self, delta: float) -> float:
         """Return the estimate of epsilon alone: accurate, fast, and no guarantee."""
-        if not 0 <= delta < 1:
-            raise ValueError(f"delta: must be in [0, 1), not {delta}")
-        return self._planned().estimate(delta)
+        return self._planned().estimate(number("delta", delta, 0, 1, below=True))
 
     def divergence(self, order: float) -> float:
         """Return the Renyi divergence of everything so far at one order above 1."""
+        order = number("order", order, 1, above=True)
         parts = self._counts.items()
         return sum(count * float(rdp.divergence(part, [order], self.relation)[0]) for part, count in parts)
 
@@ -114,19 +107,23 @@ class Accountant:
         """Return the least false-negative rate of any test at false-positive rate alpha; the guarantee is `lower`."""
         from privfed.privacy.tradeoff import tradeoff
 
-        return tradeoff(self, alpha, self.tol if tol is None else tol)
+        return tradeoff(self, number("alpha", alpha, 0, 1), self.tol if tol is None else _tolerance(tol))
 
     def tpr_at(self, fpr: float, *, tol: float | None = None) -> Bound:
         """Return the largest true-positive rate of any membership test at this false-positive rate."""
         from privfed.privacy.tradeoff import flipped
 
-        return flipped(self.tradeoff(fpr, tol=tol))
+        return flipped(self.tradeoff(number("fpr", fpr, 0, 1), tol=tol))
 
     def bayes_risk(self, prior: float, *, tol: float | None = None) -> Bound:
         """Return the least error probability of guessing membership with this prior; the guarantee is `lower`."""
         from privfed.privacy.tradeoff import bayes_risk
 
-        return bayes_risk(self, prior, self.tol if tol is None else tol)
+        return bayes_risk(self, number("prior", prior, 0, 1), self.tol if tol is None else _tolerance(tol))
+
+
+def _tolerance(tol: float) -> float:
+    return number("tol", tol, 0, 1, above=True, below=True)
 
 
 def _supported(event: ev.Event, relation: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.argument import number, whole
 from privfed.privacy.bound import Bound
 from privfed.privacy.closed_form import root
 from privfed.privacy.events import Event
@@ -46,10 +47,10 @@ def calibrate_bound(
     tol: float = 1e-4,
 ) -> Bound:
     """Return the same parameter from both sides: at `lower` the budget is surely exceeded, at `upper` surely kept."""
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon: must be positive and finite, not {epsilon}")
-    if not 0 <= delta < 1:
-        raise ValueError(f"delta: must be in [0, 1), not {delta}")
+    epsilon = number("epsilon", epsilon, 0, math.inf, above=True, below=True)
+    delta = number("delta", delta, 0, 1, below=True)
+    count = whole("count", count, 1)
+    tol = number("tol", tol, 0, 1, above=True, below=True)
 
     def at(parameter: float) -> Accountant:
         return Accountant(unit, relation, observer).step(plan(parameter), count)
@@ -104,6 +105,8 @@ def calibrate_steps(
     most: int = 10**9,
 ) -> int:
     """Return how often the event fits the budget: the largest certified count, at most `most`; 0 if not even once."""
+    epsilon = number("epsilon", epsilon, 0, math.inf, above=True)
+    delta, most = number("delta", delta, 0, 1, below=True), whole("most", most, 1)
 
     def fits(count: int) -> bool:
         accountant = Accountant(unit, relation, observer).step(event, count)

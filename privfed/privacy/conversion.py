@@ -10,22 +10,21 @@ from collections.abc import Callable
 
 from scipy import optimize, special
 
+from privfed.privacy.argument import number
+
 _MARGIN = 1e-12  # relative; covers the few roundings of these formulas
 _SMALLEST_ORDER, _LARGEST_ORDER = 1 + 1e-7, 1e9
 
 
 def checked_delta(delta: float) -> float:
     """Return delta; ValueError unless it is inside (0, 1)."""
-    if not 0 < delta < 1:
-        raise ValueError(f"delta: must be inside (0, 1), not {delta}")
-    return delta
+    return number("delta", delta, 0, 1, above=True, below=True)
 
 
 def renyi_epsilon(divergence: float, order: float, delta: float) -> float:
     """Return epsilon for a Renyi divergence at one order above 1 [BBG+20, Thm 21]; never below 0."""
     checked_delta(delta)
-    if not 1 < order < math.inf:
-        raise ValueError(f"order: must be finite and above 1, not {order}")
+    number("order", order, 1, math.inf, above=True, below=True)
     value = divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
     return max(0.0, value + _MARGIN * (abs(value) + 1))
 

@@ -6,6 +6,7 @@ import math
 
 from privfed.privacy import events as ev
 from privfed.privacy import rdp
+from privfed.privacy.argument import number
 from privfed.privacy.dominating import checked_terms, gaussian_mu, silent, simplify
 
 _UP = 1 + 1e-11  # rounding of the formulas
@@ -14,8 +15,7 @@ _UP = 1 + 1e-11  # rounding of the formulas
 def renyi_cost(event: ev.Event, order: float, *, relation: str = "add_remove", observer: str = "output") -> float:
     """Return the event's Renyi divergence at `order`, in the worse direction, rounded up."""
     checked_terms(relation, observer)
-    if not order > 1:
-        raise ValueError(f"order: must be above 1, not {order}")
+    order = number("order", order, 1, above=True)
     return (
         sum(count * float(rdp.divergence(part, [order], relation)[0]) for part, count in simplify(event, 1, observer))
         * _UP

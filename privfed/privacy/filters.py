@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol, get_args
 
 from privfed.privacy import conversion
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.argument import number, whole
 from privfed.privacy.cost import gdp_cost, renyi_cost, zcdp_cost
+from privfed.privacy.dominating import checked_terms
 from privfed.privacy.events import Event
 
 _TOLERANCES = (1e-3, 1e-4, 1e-5)  # of a composition's bracket; calibration certifies at 1e-4
@@ -61,9 +63,7 @@ class _Additive:
     measure = ""
 
     def __init__(self, limit: float) -> None:
-        if not limit >= 0:
-            raise ValueError(f"limit: must not be negative or NaN, not {limit}")
-        self._limit = limit
+        self._limit = number("limit", limit, 0)
         self._spent = 0.0
 
     @property
@@ -82,8 +82,9 @@ class _Additive:
 
     def preview(self, event: Event, count: int = 1) -> float:
         """Return what would be spent after `count` times the event."""
-        if count < 0:
-            raise ValueError(f"count: must not be negative, not {count}")
+        count = whole("count", count)
+        if not isinstance(event, Event):
+            raise ValueError(f"event: must be an event, not {event!r}")
         cost = self.cost(event)
         if count == 0 or cost == 0:
             return self._spent
@@ -112,6 +113,7 @@ class ZcdpFilter(_Additive):
 
     def __init__(self, limit: float, *, relation: str = "add_remove", observer: str = "output") -> None:
         super().__init__(limit)
+        checked_terms(relation, observer)
         self._relation, self._observer = relation, observer
 
     @classmethod
@@ -138,6 +140,7 @@ class GdpFilter(_Additive):
 
     def __init__(self, limit: float, *, relation: str = "add_remove", observer: str = "output") -> None:
         super().__init__(limit)
+        checked_terms(relation, observer)
         self._relation, self._observer = relation, observer
 
     @classmethod
@@ -164,9 +167,8 @@ class RenyiFilter(_Additive):
 
     def __init__(self, limit: float, *, order: float, relation: str = "add_remove", observer: str = "output") -> None:
         super().__init__(limit)
-        if not 1 < order < math.inf:
-            raise ValueError(f"order: must be finite and above 1, not {order}")
-        self.order = order
+        self.order = number("order", order, 1, math.inf, above=True, below=True)
+        checked_terms(relation, observer)
         self._relation, self._observer = relation, observer
 
     @classmethod
@@ -188,8 +190,7 @@ class RenyiFilter(_Additive):
 
 def _widest(epsilon_of: Callable[[float], float], epsilon: float) -> float:
     """Return the largest limit whose epsilon does not exceed the one given, rounded down."""
-    if not epsilon > 0:
-        raise ValueError(f"epsilon: must be above 0, not {epsilon}")
+    epsilon = number("epsilon", epsilon, 0, above=True)
     if epsilon == math.inf:
         return math.inf
     high = 1.0
@@ -252,14 +253,14 @@ class Budget:
     order: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon: must be above 0, not {self.epsilon}")
-        if not 0 <= self.delta < 1:
-            raise ValueError(f"delta: must be in [0, 1), not {self.delta}")
+        number("epsilon", self.epsilon, 0, above=True)
+        number("delta", self.delta, 0, 1, below=True)
         if self.filter not in get_args(FilterName):
             raise ValueError(f"filter: must be one of {', '.join(get_args(FilterName))}, not {self.filter!r}")
         if (self.order is not None) != (self.filter == "renyi"):
             raise ValueError("order: belongs to the renyi filter, which needs it chosen beforehand")
+        if self.order is not None:
+            number("order", self.order, 1, math.inf, above=True, below=True)
 
     def meter(self, *, unit: str, relation: str, observer: str) -> Meter:
         """Return a fresh meter whose limit guarantees this budget."""

@@ -16,7 +16,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from privfed.privacy.events import Event, FixedSizeSampled, PoissonSampled
+from privfed.privacy.argument import number, whole
+from privfed.privacy.events import Composed, Event, FixedSizeSampled, PoissonSampled, RandomAllocation, TruncatedPoisson
 from privfed.privacy.inversion import InversionSampler, Weights
 from privfed.privacy.keystream import Keystream, RandomBytes
 
@@ -72,8 +73,7 @@ class PoissonSampler:
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate: must be in [0, 1], not {self.rate}")
+        number("rate", self.rate, 0, 1)
 
     def sample(self, node_ids: Sequence[int], random: RandomBytes = os.urandom) -> list[int]:
         """Return the nodes whose coin fell heads, each with probability exactly `rate`."""
@@ -106,9 +106,8 @@ class FixedSizeSampler:
     population: int
 
     def __post_init__(self) -> None:
-        if self.population < 1:
-            raise ValueError(f"population: must be at least 1, not {self.population}")
-        if not 0 <= self.sample_size <= self.population:
+        whole("population", self.population, 1)
+        if whole("sample_size", self.sample_size) > self.population:
             raise ValueError(f"sample_size: must be in [0, {self.population}], not {self.sample_size}")
 
     def sample(self, node_ids: Sequence[int], random: RandomBytes = os.urandom) -> list[int]:
@@ -131,6 +130,41 @@ class FixedSizeSampler:
 
 
 @dataclass(frozen=True, slots=True)
+class TruncatedPoissonSampler:
+    """Take every node independently with probability `rate`, then at most `cap` of those, uniformly at random.
+
+    For machinery of fixed capacity: a cohort never exceeds `cap`. population: the most nodes ever offered.
+    """
+
+    rate: float
+    population: int
+    cap: int
+
+    def __post_init__(self) -> None:
+        number("rate", self.rate, 0, 1)
+        whole("population", self.population, 1)
+        whole("cap", self.cap, 1)
+
+    def sample(self, node_ids: Sequence[int], random: RandomBytes = os.urandom) -> list[int]:
+        """Return the cohort; ValueError if more nodes are offered than the population the privacy claim is about."""
+        if len(node_ids) > self.population:
+            raise ValueError(
+                f"node_ids: {len(node_ids)} nodes for a population of at most {self.population}; the more there are, "
+                "the likelier a full cohort, so state the larger population"
+            )
+        drawn = PoissonSampler(self.rate).sample(node_ids, random)
+        return drawn if len(drawn) <= self.cap else choose(drawn, self.cap, random)
+
+    def event(self, inner: Event) -> Event:
+        """Return TruncatedPoisson(rate, population, cap, inner)."""
+        return TruncatedPoisson(self.rate, self.population, self.cap, inner)
+
+    def expected_size(self, population: int) -> float:
+        """Return rate * population, at most the cap: a public constant, slightly above the mean size."""
+        return min(self.rate * population, float(self.cap))
+
+
+@dataclass(frozen=True, slots=True)
 class AvailabilitySampler:
     """Take whoever is there, up to `sample_size` of them at random: no amplification is claimed.
 
@@ -141,8 +175,8 @@ class AvailabilitySampler:
     sample_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.sample_size is not None and self.sample_size < 1:
-            raise ValueError(f"sample_size: must be at least 1 or None, not {self.sample_size}")
+        if self.sample_size is not None:
+            whole("sample_size", self.sample_size, 1)
 
     def sample(self, node_ids: Sequence[int], random: RandomBytes = os.urandom) -> list[int]:
         """Return all nodes offered, or a uniform choice of `sample_size` when there are more."""
@@ -158,3 +192,52 @@ class AvailabilitySampler:
     def expected_size(self, population: int) -> float:
         """Return sample_size, or the population when there is no limit."""
         return float(population if self.sample_size is None else min(self.sample_size, population))
+
+
+class RandomAllocationSampler:
+    """Let every node take part in exactly one of `rounds` rounds, drawn uniformly and independently (balls in bins).
+
+    A pass over the rounds is one release: its cost cannot be cut into rounds, so the first round of a pass is charged
+    `RandomAllocation(rounds, inner)`, the whole pass, and the others cost nothing more (`Composed(())`). A pass that
+    stops early has paid in full. Every round of a pass must run the same inner event. A node that comes after the
+    pass began draws its round then, and waits for the next pass if that round is over.
+
+    Who is drawn for which round must stay hidden from the observer until the pass is over, and afterwards. One
+    sampler serves one run: unlike the other samplers it remembers where it is.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = whole("rounds", rounds, 1)
+        self._round = 0  # rounds sampled in this pass
+        self._bins: dict[int, int] = {}
+        self._inner: Event | None = None  # what this pass was charged for
+
+    def sample(self, node_ids: Sequence[int], random: RandomBytes = os.urandom) -> list[int]:
+        """Return the nodes whose round this is; RuntimeError unless `event` was asked for at the start of the pass."""
+        nodes = _distinct(node_ids)
+        if self._inner is None:
+            raise RuntimeError("no pass was charged: charge the event from `event` before the cohort is drawn")
+        if self._round == 0:
+            self._bins = {}
+        stream = Keystream(random)
+        for node in nodes:
+            if node not in self._bins:
+                self._bins[node] = below(self.rounds, stream)
+        cohort = [node for node in nodes if self._bins[node] == self._round]
+        self._round = (self._round + 1) % self.rounds
+        if self._round == 0:
+            self._inner = None  # the next pass is another charge
+        return cohort
+
+    def event(self, inner: Event) -> Event:
+        """Return what the coming round adds: the whole pass before its first round, nothing before the others."""
+        if self._round == 0:
+            self._inner = inner
+            return RandomAllocation(self.rounds, inner)
+        if inner != self._inner:  # the noise of later rounds is what the pass was charged for
+            raise ValueError(f"inner: this pass was charged for {self._inner} in every round, not for {inner}")
+        return Composed(())
+
+    def expected_size(self, population: int) -> float:
+        """Return population / rounds."""
+        return population / self.rounds

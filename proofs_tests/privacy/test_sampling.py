@@ -12,9 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfed.privacy.events import FixedSizeSampled, Gaussian, PoissonSampled
+from privfed.privacy.accountant import Accountant
+from privfed.privacy.events import FixedSizeSampled, Gaussian, PoissonSampled, RandomAllocation, TruncatedPoisson
+from privfed.privacy.filters import Budget
 from privfed.privacy.keystream import Keystream
-from privfed.privacy.sampling import AvailabilitySampler, FixedSizeSampler, PoissonSampler, Sampler, below, choose
+from privfed.privacy.ledger import Ledger, Terms
+from privfed.privacy.sampling import (
+    AvailabilitySampler,
+    FixedSizeSampler,
+    PoissonSampler,
+    RandomAllocationSampler,
+    Sampler,
+    TruncatedPoissonSampler,
+    below,
+    choose,
+)
 
 NODES = st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=60)
 
@@ -145,3 +157,82 @@ def test_a_fixed_cohort_of_those_online_is_refused() -> None:
 def test_bad_arguments_are_named(build: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}:"):
         build()
+
+
+# --- truncated and allocated cohorts ----------------------------------------------------------------------------
+
+
+def test_a_truncated_cohort_never_exceeds_its_cap_and_favours_nobody() -> None:
+    """Every one of 12 nodes is as likely as any other: false alarm of one bound 4e-6 per node, 5e-5 together."""
+    sampler = TruncatedPoissonSampler(0.5, 12, 4)
+    random = counting("truncated")
+    seen: Counter[int] = Counter()
+    sizes: Counter[int] = Counter()
+    for _ in range(1500):
+        cohort = sampler.sample(range(12), random)
+        assert cohort == sorted(set(cohort))
+        sizes[len(cohort)] += 1
+        seen.update(cohort)
+    assert max(sizes) == 4
+    chance = sum(min(k, 4) * math.comb(12, k) for k in range(13)) / 2**12 / 12
+    for node in range(12):
+        assert abs(seen[node] - 1500 * chance) < 4.6 * math.sqrt(1500 * chance * (1 - chance))
+    assert sampler.event(Gaussian(1.0)) == TruncatedPoisson(0.5, 12, 4, Gaussian(1.0))
+    assert sampler.expected_size(12) == 4.0
+    assert sampler.expected_size(2) == 1.0
+
+
+def test_a_truncated_sampler_refuses_more_nodes_than_it_claims() -> None:
+    with pytest.raises(ValueError, match=r"^node_ids: 6 nodes for a population of at most 5"):
+        TruncatedPoissonSampler(0.5, 5, 2).sample(range(6))
+
+
+@given(st.integers(1, 9), NODES)
+@settings(max_examples=40, deadline=None)
+def test_every_node_is_in_exactly_one_round_of_a_pass(rounds: int, nodes: list[int]) -> None:
+    sampler = RandomAllocationSampler(rounds)
+    assert isinstance(sampler, Sampler)
+    for _ in range(2):
+        cohorts = []
+        for _ in range(rounds):
+            sampler.event(Gaussian(1.0))
+            cohorts.append(sampler.sample(nodes))
+        assert sorted(node for cohort in cohorts for node in cohort) == sorted(nodes)
+
+
+def test_a_pass_is_charged_whole_before_its_first_round() -> None:
+    """A run of 2.5 passes costs 3, whatever is asked in between."""
+    sampler, inner = RandomAllocationSampler(4), Gaussian(2.0)
+    whole_pass = RandomAllocation(4, inner)
+    book = Ledger.create(None, Terms("node", Budget(50.0, 1e-6)))
+    expected = Accountant()
+    for number in range(10):
+        event = sampler.event(inner)
+        book.charge(event, run="r", round=number, transcript=hashlib.sha256(b"%d" % number).hexdigest())
+        if number % 4 == 0:
+            assert event == whole_pass
+            expected.step(whole_pass)
+        assert book.spent == pytest.approx(expected.epsilon(1e-6).upper)
+        sampler.sample(range(30))
+    assert expected.events == {whole_pass: 3}
+    assert sampler.expected_size(30) == 7.5
+
+
+def test_a_pass_cannot_change_its_noise_or_start_without_a_charge() -> None:
+    sampler = RandomAllocationSampler(3)
+    sampler.event(Gaussian(2.0))
+    sampler.sample(range(5))
+    with pytest.raises(ValueError, match=r"^inner: this pass was charged for"):
+        sampler.event(Gaussian(1.0))
+    unpaid = RandomAllocationSampler(3)
+    with pytest.raises(RuntimeError, match=r"charge"):
+        unpaid.sample(range(5))
+
+
+def test_rounds_are_drawn_uniformly() -> None:
+    """Of 3000 nodes about a third is in each of 3 rounds: 4.6 standard deviations, false alarm 2e-5."""
+    sampler = RandomAllocationSampler(3)
+    sampler.event(Gaussian(1.0))
+    for _ in range(3):
+        size = len(sampler.sample(range(3000), counting("allocated")))
+        assert abs(size - 1000) < 4.6 * math.sqrt(3000 * 2 / 9)
