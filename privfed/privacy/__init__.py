@@ -52,7 +52,8 @@ __all__ = [
     "DistributedSkellam", "Event", "Exponential", "FixedSizeSampled", "FixedSizeSampler", "Gaussian", "GdpFilter",
     "Laplace", "Ledger", "MatrixGaussian", "NonPrivate", "PoissonSampled", "PoissonSampler", "PureDP",
     "RandomAllocation", "RandomAllocationSampler", "RandomizedResponse", "RenyiFilter", "RenyiOdometer", "Skellam",
-    "TruncatedPoisson", "TruncatedPoissonSampler", "Unaccounted", "ZcdpFilter", "calibrate", "calibrate_steps", "event_from_json",
+    "TruncatedPoisson", "TruncatedPoissonSampler", "Unaccounted", "ZcdpFilter", "calibrate", "calibrate_steps",
+    "event_from_json",
 ]  # fmt: skip
 
 _HOME = {
