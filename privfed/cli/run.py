@@ -100,8 +100,11 @@ def _run_there(
         return
     if app is None:
         raise AppError("say which app: `privfed run FOLDER --superlink HOST:PORT` (or --resume RUN)")
+    from privfed.runtime.credentials import Credentials
+
     seed, nodes, keep = how
-    submission = Submission(open_app(app), _pairs(settings), seed, nodes, keep)
+    signer = Credentials.load(keys) if keys is not None else None
+    submission = Submission(open_app(app, signer), _pairs(settings), seed, nodes, keep)
     remote.submit(superlink, keys, submission, detach, form)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from privfed.errors import AppError, PrivfedError
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.bundle import open_bundle
+from privfed.runtime.credentials import Credentials
 from privfed.runtime.disk import write_atomically
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.federation_run import FederationRun
@@ -232,10 +233,13 @@ class Federation:
                 log.warning("the ServerApp of run %s does not end", run.folder.name)
 
 
-def open_app(path: Path) -> bytes:
-    """Pack an app folder to be submitted. Raises AppError, BundleError."""
+def open_app(path: Path, signer: Credentials | None = None) -> bytes:
+    """Pack an app folder to be submitted, signed by who submits it; a bundle is taken as it is.
+
+    Raises AppError, BundleError.
+    """
     from privfed.runtime.bundle import build
 
     if not path.exists():
         raise AppError(f"{path} does not exist: give the folder of an app, or a bundle made by `privfed build`")
-    return path.read_bytes() if path.is_file() else build(path)
+    return path.read_bytes() if path.is_file() else build(path, signer)
