@@ -40,6 +40,10 @@ class Recorder(Protocol):
         """Where the privacy ledger of the run lives; None keeps it in memory."""
         ...
 
+    def journal_path(self, name: str) -> Path | None:
+        """Where a secure session's journal lives, so that it outlives this process; None keeps it in memory."""
+        ...
+
     @property
     def insecure_test_randomness(self) -> int | None:
         """A seed for noise in bit-identity tests. Not None means every epsilon of this run is infinite."""
@@ -67,6 +71,9 @@ class MemoryRecorder:
         self.checkpoint = checkpoint
         self.events: list[tuple[str, dict[str, object]]] = []
         self.insecure_test_randomness = insecure_test_randomness
+
+    def journal_path(self, name: str) -> Path | None:
+        return None
 
     def restore(self) -> Checkpoint | None:
         return self.checkpoint

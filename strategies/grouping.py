@@ -10,15 +10,24 @@ from weakref import ref
 
 from privfed.errors import QuorumError, RunFailed
 from privfed.grid import Grid
+from privfed.protocols import codec
 from privfed.protocols.beacon import ATTEMPTS, Beacon, BeaconServer, Groups
-from privfed.protocols.errors import ProtocolError, TooFewSurvivors
+from privfed.protocols.errors import DecodeError, ProtocolError, TooFewSurvivors
 from privfed.protocols.session import Session
 from privfed.record import ConfigRecord, RecordDict
 from privfed.ring import Layout, bind
 from privfed.strategies.exchange import Exchange
+from privfed.strategies.journal import journal_path, write_durably
 from privfed.strategies.session import SessionDrive, run_stage
 
 _NONE = RecordDict()
+GROUPS = "groups"
+"""Name of the file of a run's groups."""
+
+
+def _read_groups(reader: codec.Reader) -> tuple[int, Groups]:
+    run, count = reader.number(8), reader.number(4)
+    return run, tuple(reader.nodes() for _ in range(count))
 
 
 class Grouping:
@@ -38,7 +47,7 @@ class Grouping:
     def of(self, exchange: Exchange) -> Groups:
         """Return the groups of the exchange's run. Raises QuorumError, RunFailed when there are none."""
         if self._grid is None or self._grid() is not exchange.grid:
-            self.groups = self._draw(exchange)
+            self.groups = self._known(exchange) or self._draw(exchange)
             self._grid = ref(exchange.grid)
             sizes = [len(group) for group in self.groups]
             exchange.grid.recorder.report("groups", round=exchange.round, groups=len(sizes), smallest=min(sizes))
@@ -59,6 +68,24 @@ class Grouping:
         chosen = sorted(list(dict.fromkeys(members[node] for node in order))[:count])
         return {index: groups[index] for index in chosen}
 
+    def _known(self, exchange: Exchange) -> Groups:
+        """Return the groups that this run drew before its server crashed: another beacon would end open sessions."""
+        path = journal_path(exchange, GROUPS)
+        if path is None or not path.exists():
+            return ()
+        try:
+            run, groups = codec.decode(path.read_bytes(), _read_groups)
+        except DecodeError as cause:
+            raise RunFailed(f"{path} is damaged: {cause}; nodes keep their groups, delete it to ask them") from cause
+        return groups if run == exchange.grid.run_id else ()
+
+    def _keep(self, exchange: Exchange, groups: Groups) -> Groups:
+        path = journal_path(exchange, GROUPS)
+        if path is not None:
+            parts = [codec.u64(exchange.grid.run_id), codec.u32(len(groups)), *map(codec.node_list, groups)]
+            write_durably(path, b"".join(parts))
+        return groups
+
     def _draw(self, exchange: Exchange) -> Groups:
         nodes, where = tuple(exchange.grid.get_node_ids()), f"{exchange.kind} round {exchange.round}"
         last: TooFewSurvivors | None = None
@@ -68,7 +95,7 @@ class Grouping:
                 while server.stage:
                     run_stage(exchange, dict.fromkeys(nodes, drive), 0, self._timeout)
                     drive.close()
-                return server.groups
+                return self._keep(exchange, server.groups)
             except TooFewSurvivors as cause:
                 last, silent = cause, set(server.silent)
                 nodes = tuple(node for node in nodes if node not in silent)

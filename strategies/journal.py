@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from privfed.protocols.errors import LocalError
 from privfed.protocols.journal import JournalServer, journaled_session, read_journal
 from privfed.protocols.session import Buffer, Protocol, Server, Session
+from privfed.strategies.exchange import Exchange
+
+
+def journal_path(exchange: Exchange, name: str) -> Path | None:
+    """Return where the run keeps a session's journal; None when its recorder has no place for one."""
+    place: Callable[[str], Path | None] | None = getattr(exchange.grid.recorder, "journal_path", None)
+    return place(name) if place is not None else None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file, so that a crash leaves the old one or the new one. Only its owner may read it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(file, data)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class SessionJournal:
@@ -39,14 +65,8 @@ class SessionJournal:
                 return self._resume(protocol, session)
             except LocalError:  # another protocol's, or damaged
                 self.pending = None
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._forget_others()
-        os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_durably(self._path, b"")
         return JournalServer(protocol, session, self._append)
 
     def discard(self) -> None:

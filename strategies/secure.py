@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from privfed.errors import PlanRefused, QuorumError, RunFailed
@@ -16,7 +15,7 @@ from privfed.record import ConfigRecord
 from privfed.ring import Decoded, Layout, bind
 from privfed.strategies.endpoint import Endpoint, PresentServer
 from privfed.strategies.exchange import Exchange, SharedNoise
-from privfed.strategies.journal import SessionJournal
+from privfed.strategies.journal import SessionJournal, journal_path
 from privfed.strategies.repeat import ANY_LAYOUT, REPEATED, Repeats
 from privfed.strategies.session import SessionDrive, input_stage, run_stage
 from privfed.strategies.stage import Stage
@@ -109,7 +108,7 @@ class SecureStage(Stage):
         layout = self.layout(exchange, exchange.clip if exchange.clip is not None else self.max_value, private)
         outcome, decoded = self._run(exchange, layout)
         if private:
-            outcome.view = Unreleased(noise_releaser(decoded, layout, exchange.clip or 0.0))
+            outcome.view = Unreleased(noise_releaser(decoded, layout, exchange.clip or 0.0), layout.step)
             outcome.notes.clear()
         elif decoded.weight > 0:
             mean = decoded.total
@@ -273,12 +272,6 @@ class JournaledDrive(SessionDrive):
         super().__init__(exchange, protocol, session, layout, description)
         self.journal = journal
         self.inputs += journal.replayed.get(input_stage(protocol) or "", 0)
-
-
-def journal_path(exchange: Exchange, name: str) -> Path | None:
-    """Return where the run keeps a session's journal; None when its recorder has no place for one."""
-    place = getattr(exchange.grid.recorder, "journal_path", None)
-    return place(name) if place is not None else None
 
 
 def _too_few(where: str, cause: TooFewSurvivors, outcome: Outcome) -> RunFailed:

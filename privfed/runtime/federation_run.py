@@ -43,6 +43,9 @@ class _Recorder:
         self.ledger_path: Path | None = folder.ledger_path
         self.insecure_test_randomness: int | None = None
 
+    def journal_path(self, name: str) -> Path | None:
+        return self._folder.journal_path(name)
+
     def restore(self) -> Checkpoint | None:
         return self._folder.restore()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import queue
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,6 +92,12 @@ class RemoteRecorder:
         self._context = context
         self.ledger_path = Path(head["ledger"]) if head["ledger"] is not None else None
         self.insecure_test_randomness: int | None = head["insecure"]
+
+    def journal_path(self, name: str) -> Path | None:
+        # An app that runs as another user cannot write into the run's folder: its sessions stay in memory.
+        if self.ledger_path is None or not os.access(self.ledger_path.parent, os.W_OK):
+            return None
+        return self.ledger_path.parent / "sessions" / name
 
     def restore(self) -> Checkpoint | None:
         packet = self._caller.call("restore")

@@ -10,6 +10,7 @@
     checkpoints/     round-00003.pfw: model, strategy state and metrics of a round, written atomically;
                      round-00003.states.pfw: what the nodes kept
     privacy_ledger.jsonl   what was charged, before it was released
+    sessions/        journals of the last secure sessions, so that they outlive a crash of the server
     log.txt          plain lines
     stop             there when somebody asked the run to stop
     lock             held by the process that runs it
@@ -84,12 +85,13 @@ class Status(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass
 class RunFolder:
-    """A run on disk; the Recorder of its grid."""
+    """A run on disk; the Recorder of its grid. journals: whether secure sessions are to outlive this process."""
 
     path: Path
     keep: Keep = field(default_factory=Keep)
     listener: Listener | None = None
     insecure_test_randomness: int | None = None
+    journals: bool = True
     _log_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _snapshot: Snapshot | None = field(default=None, repr=False)
     _held: int | None = field(default=None, repr=False)
@@ -131,6 +133,9 @@ class RunFolder:
     @property
     def ledger_path(self) -> Path:
         return self.path / "privacy_ledger.jsonl"
+
+    def journal_path(self, name: str) -> Path | None:
+        return self.path / "sessions" / name if self.journals else None
 
     @property
     def config(self) -> dict[str, Any]:

@@ -137,6 +137,7 @@ def _recorder(
         else:
             run_dir = RunFolder.create(Path(run_dir), asked)
     run_dir.insecure_test_randomness = insecure
+    run_dir.journals = False  # simulated nodes end with this process: no session of theirs outlives it
     run_dir.listener = listener or run_dir.listener
     return run_dir
 
