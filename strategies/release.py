@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -61,12 +62,12 @@ class Release(ABC):
         self.denominator = plan.cohorts.expected_size(self.population)
         if not self.denominator > 0:
             raise PlanRefused("sampler: its expected cohort is empty, so the sum has no denominator")
+        self.seed = grid.recorder.insecure_test_randomness
         self.resolve(num_rounds)
         adaptive, self.clip = plan.adaptive, plan.clip
         # Over the clip, and so the same in every round: with it, a round is one event whatever the clip.
         self._relative_weight = adaptive.bit_weight(self.noise_multiplier, self.denominator) if adaptive else 0.0
         self.run = str(grid.run_id)
-        self.seed = grid.recorder.insecure_test_randomness
         self._ledger = None if self.seed is not None else self._open(grid)
 
     @abstractmethod
@@ -216,6 +217,7 @@ class SharedRelease(Release):
 
     _paid: tuple[int, float] | None = None
     _seed: bytes = b""
+    _rotation: bytes = b""
 
     def resolve(self, num_rounds: int) -> None:
         sampler, nodes = self.plan.cohorts, round(self.denominator)
@@ -224,6 +226,19 @@ class SharedRelease(Release):
         self.parameters = self.plan.parameters(nodes, self.size, num_rounds)
         self.noise_multiplier = self.parameters.noise_multiplier
         self.event = self.parameters.event  # a secret cohort saves nothing here: see PrivacyPlan.parameters
+        self._rotation = self.random("rotation", 0)(32)
+
+    def state(self) -> ConfigRecord:
+        """Return what a resumed run must know."""
+        state = super().state()
+        state["rotation"] = self._rotation
+        return state
+
+    def restore(self, state: ConfigRecord) -> None:
+        """Take up clip and seed where a run was interrupted."""
+        super().restore(state)
+        rotation = state.get("rotation")
+        self._rotation = rotation if isinstance(rotation, bytes) else self._rotation
 
     def draw(self, nodes: Sequence[int], server_round: int) -> tuple[int, ...]:
         """Draw a cohort, or refuse one that cannot add enough noise."""
@@ -236,8 +251,9 @@ class SharedRelease(Release):
         return cohort
 
     def instruction(self, server_round: int) -> ConfigRecord:
-        # Fresh in every attempt: whether a coordinate wraps is a matter of chance only if updates do not depend on it.
-        self._seed = self.random("rotation", server_round)(32)
+        # Nobody knows it before the round: whether a coordinate wraps is chance only if updates do not depend on it. A
+        # resumed run gives the same, and so finishes the session that a crash cut off.
+        self._seed = hmac.digest(self._rotation, server_round.to_bytes(8, "big"), "sha256")
         return Instruction(
             self.parameters,
             self._seed,

@@ -58,7 +58,12 @@ class Network(LocalGrid):
     """`vanish[node]`: the stage from which on the node does not answer. `dies`: the stage at which the server does."""
 
     def __init__(
-        self, app: ClientApp, nodes: int, vanish: dict[int, int] | None = None, dies: int = 99, **arguments: Any
+        self,
+        app: ClientApp,
+        nodes: int | dict[int, Context],
+        vanish: dict[int, int] | None = None,
+        dies: int = 99,
+        **arguments: Any,
     ) -> None:
         super().__init__(app, nodes, **arguments)
         self.vanish, self.dies = vanish or {}, dies
