@@ -173,11 +173,17 @@ class FleetClient:
         """
         sealed, outside = parcel(reply)
         answer = pack(Answer(token=token, parcel=sealed))
-        for _ in range(_TRIES):
+        reached, tries = -1, 0
+        while tries < _TRIES:
             verdict = self._call("Answer", answer, Verdict)
             if not verdict.missing:
                 self._held.discard(token)
                 return verdict.counted
+            arrived = sum(len(buffer) for buffer in outside.values()) - sum(
+                len(outside[one.digest]) - one.size for one in verdict.missing if one.digest in outside
+            )
+            tries = 0 if arrived > reached else tries + 1  # a link that is cut again and again still gets there
+            reached = max(reached, arrived)
             self._upload(verdict.missing, outside)
         raise NetworkError(f"{self.address} does not take the reply: what is uploaded does not have its hash there")
 

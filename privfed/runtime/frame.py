@@ -21,7 +21,7 @@ from privfed.message import Message
 
 MAX_FRAME = 4 << 20
 """No message on the network is larger, in bytes."""
-CHUNK = 2 << 20
+CHUNK = 1 << 20
 INLINE = 1 << 20
 """A parcel carries up to this many bytes itself."""
 MAX_BLOB = 64 << 30

@@ -122,8 +122,11 @@ class Gate:
             await context.abort(fault.code, str(fault))
         except PrivfedError as fault:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
-        except (grpc.aio.AbortError, grpc.aio.BaseError):
+        except grpc.aio.AbortError:
             raise
+        except grpc.aio.BaseError:  # the peer is gone, and nobody is left to be told
+            log.debug("a peer went away")
+            return b""
         except Exception:
             mark = secrets.token_hex(4)
             log.exception("a request failed; the peer was told the reference %s", mark)

@@ -1,0 +1,165 @@
+"""Large models: once for all nodes, never twice for one, and on from where a connection was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from privfed import ArrayRecord, Message, MetricRecord, RecordDict
+from privfed.runtime.fleet import FleetClient, FleetOptions, Task
+from privfed.runtime.frame import CHUNK
+from proofs_tests.deployment.cutting_proxy import CuttingProxy
+from proofs_tests.deployment.local_link import LocalLink
+
+SIZE = 12_000_000
+"""Bytes of the model."""
+SLACK = 200_000
+APP = """
+import numpy as np
+from privfed import ArrayRecord, ClientApp, ConfigRecord, Message, RecordDict, ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.train()
+def train(message, context):
+    return Message(message.content, reply_to=message)
+
+@server.main()
+def main(grid, context):
+    model = ArrayRecord([np.random.default_rng(1).random(SIZE // 4, np.float32)])
+    for _ in range(2):
+        for reply in grid.send_and_receive([Message(RecordDict({"a": model}), node, "train") for node in (1, 2)]):
+            assert reply.content["a"] == model or reply.content["a"].to_numpy_ndarrays()[0][0] == 5
+""".replace("SIZE", str(SIZE))
+MANIFEST = """
+[project]
+name = "large"
+[tool.privfed.app.components]
+serverapp = "large_app:server"
+clientapp = "large_app:client"
+"""
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[LocalLink]:
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "large_app.py").write_text(APP)
+    (app / "pyproject.toml").write_text(MANIFEST)
+    with LocalLink(tmp_path / "home") as link:
+        yield link
+
+
+def echo(task: Task) -> Message:
+    """Return a reply as large as the task, of other bytes."""
+    model = task.message.content["a"].to_numpy_ndarrays()[0]
+    model[0] = 5
+    return Message(RecordDict({"a": ArrayRecord([model]), "m": MetricRecord({"n": 1})}), reply_to=task.message)
+
+
+def received(client: FleetClient) -> Task:
+    task = client.receive(20)
+    assert task is not None
+    return task
+
+
+def test_a_model_is_kept_once_and_a_node_that_has_it_is_not_sent_it_again(link: LocalLink, tmp_path: Path) -> None:
+    clients = [FleetClient(link.fleet, None, node) for node in (1, 2)]
+    name = link.submit(tmp_path / "app", 2)
+    for number in range(2):
+        tasks = [received(client) for client in clients]
+        arrays = [
+            file for file in (tmp_path / "home" / "arrays").rglob("*") if file.is_file() and file.name != "marker"
+        ]
+        assert len(arrays) == 1
+        assert link.link.fleet.bytes_down < 2 * SIZE + SLACK, number
+        for client, task in zip(clients, tasks, strict=True):
+            assert client.reply(task.token, Message(task.message.content, reply_to=task.message))
+    # The replies are what was sent: nothing had to be uploaded.
+    assert link.link.fleet.bytes_up == 0
+    assert link.wait(name).state == "completed"
+    for client in clients:
+        client.close()
+
+
+def test_an_upload_that_is_cut_goes_on_where_it_broke_off(link: LocalLink, tmp_path: Path) -> None:
+    """Re-sent bytes after each cut: the chunk that was on its way, and one that had arrived and was not kept yet."""
+    proxy = CuttingProxy(link.fleet, [5_000_000, 4_000_000])
+    client, other = FleetClient(proxy.address, None, 1), FleetClient(link.fleet, None, 2)
+    name = link.submit(tmp_path / "app", 2)
+    for _ in range(2):
+        assert client.reply((task := received(client)).token, echo(task))
+        assert other.reply((task := received(other)).token, echo(task))
+    assert link.wait(name).state == "completed"
+    assert proxy.connections >= 3
+    assert proxy.bytes_up <= 2 * SIZE + 2 * 2 * CHUNK + SLACK
+    assert not [file for file in (tmp_path / "home" / "incoming").rglob("*") if file.is_file()]
+    for one in (client, other):
+        one.close()
+    proxy.close()
+
+
+def test_a_download_that_is_cut_goes_on_where_it_broke_off(link: LocalLink, tmp_path: Path) -> None:
+    proxy = CuttingProxy(link.fleet, [5_000_000, 4_000_000], downwards=True)
+    client, other = FleetClient(proxy.address, None, 1), FleetClient(link.fleet, None, 2)
+    name = link.submit(tmp_path / "app", 2)
+    for _ in range(2):
+        for one in (client, other):
+            task = received(one)
+            assert one.reply(task.token, Message(task.message.content, reply_to=task.message))
+    assert link.wait(name).state == "completed"
+    assert proxy.connections >= 3
+    assert proxy.bytes_down <= SIZE + 2 * 2 * CHUNK + SLACK
+    for one in (client, other):
+        one.close()
+    proxy.close()
+
+
+def test_a_node_that_restarts_goes_on_with_what_it_holds_and_what_it_had_fetched(
+    link: LocalLink, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    first, other = FleetClient(link.fleet, None, 1, FleetOptions(cache=cache)), FleetClient(link.fleet, None, 2)
+    name = link.submit(tmp_path / "app", 2)
+    held = received(first)
+    first.close()
+    again = FleetClient(link.fleet, None, 1, FleetOptions(cache=cache, holding=(held.token,)))
+    assert again.receive(0.5) is None  # it holds the only one: nothing is handed out twice
+    assert again.reply(held.token, echo(held)) is True
+    assert again.reply(held.token, echo(held)) is True
+    task = received(other)
+    assert other.reply(task.token, Message(task.message.content, reply_to=task.message))
+    lost = received(again)
+    again.close()
+    forgetful = FleetClient(link.fleet, None, 1, FleetOptions(cache=cache))
+    redone = received(forgetful)
+    assert redone.message.metadata == lost.message.metadata and redone.token != lost.token
+    assert forgetful.reply(lost.token, echo(lost)) is False
+    assert forgetful.reply(redone.token, echo(redone)) is True
+    task = received(other)
+    assert other.reply(task.token, Message(task.message.content, reply_to=task.message))
+    assert link.wait(name).state == "completed"
+    assert link.link.fleet.bytes_down < 2 * SIZE + SLACK
+    for one in (forgetful, other):
+        one.close()
+
+
+def test_a_damaged_upload_is_asked_for_again_and_never_counted(link: LocalLink, tmp_path: Path) -> None:
+    client = FleetClient(link.fleet, None, 1)
+    other = FleetClient(link.fleet, None, 2)
+    link.submit(tmp_path / "app", 2)
+    task = received(client)
+    inbox = tmp_path / "home" / "incoming" / "1"
+    reply = echo(task)
+    good = reply.content["a"].to_numpy_ndarrays()[0].tobytes()
+    inbox.mkdir(parents=True)
+    # As if the disk had changed what arrived: the first half is there, and wrong.
+    digest = next(iter(reply.content.array_records["a"].values())).digest
+    (inbox / f"{digest.hex()}.part").write_bytes(bytes(SIZE // 2))
+    assert client.reply(task.token, reply) is True
+    stored = list((tmp_path / "home" / "arrays").rglob(digest.hex()[2:]))
+    assert not stored or stored[0].read_bytes() == good
+    for one in (client, other):
+        one.close()
