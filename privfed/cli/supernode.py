@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys
@@ -87,7 +88,7 @@ def supernode(
     """
     from privfed.runtime.fleet import FleetClient, FleetOptions
     from privfed.runtime.node_store import NodeStore
-    from privfed.runtime.supernode import NodeOptions, SuperNode
+    from privfed.runtime.supernode import NodeOptions, SuperNode, kill_at
 
     _log_to_stderr(debug)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
@@ -105,6 +106,7 @@ def supernode(
         approve=_approve(policy, credentials, audit),
         task_seconds=min(task_seconds, policy.limits.task_seconds) if policy is not None else task_seconds,
         drain_seconds=drain_seconds,
+        failpoint=kill_at(os.environ.get("PRIVFED_FAILPOINT", "")),
     )
     fleet = FleetClient(
         address,

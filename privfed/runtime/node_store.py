@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,11 +98,14 @@ class NodeStore:
             raise
         self._lock = threading.Lock()
 
-    def begin(self, message: Message, token: str, attempt: int = 1, commit: int = 0) -> Message | Kept:
+    def begin(
+        self, message: Message, token: str, attempt: int = 1, commit: int = 0, began: Sequence[int] = ()
+    ) -> Message | Kept:
         """Take up a message: return the answer it was given before, or what the node keeps, for answering it.
 
-        token: the lease under which it came, and an answer is sent. attempt, commit: where its run stands; when a run
-        goes on after a crash, what the app kept since `commit` is put back. Raises MessageReused, ReplyGone, StateGone.
+        token: the lease under which it came, and an answer is sent. attempt, commit: where its run stands. began: the
+        last committed round when each attempt of the run began, in order; what the app kept since then is undone. Of a
+        run that does not tell it, what was kept since `commit` is. Raises MessageReused, ReplyGone, StateGone.
         """
         run, node, _ = _here(message)
         with self._lock, self._blobs.transaction() as database:
@@ -118,11 +122,13 @@ class NodeStore:
                     "UPDATE answers SET token = ? WHERE run = ? AND node = ? AND message = ?", (token, *here)
                 )
                 return self._blobs.message(row[1])
-            app, mods = self._stand(run, node, attempt, commit)
+            app, mods = self._stand(run, node, attempt, commit, began)
             states = unpack_states(self._blobs.records(app)), unpack_states(self._blobs.records(mods))
             return Kept(states[0].get(0, NodeState()), states[1].get(0, NodeState()).mods)
 
-    def _stand(self, run: str, node: str, attempt: int, commit: int) -> tuple[int | None, int | None]:
+    def _stand(
+        self, run: str, node: str, attempt: int, commit: int, began: Sequence[int]
+    ) -> tuple[int | None, int | None]:
         """Note where the run stands; return the blobs of the app's state to go on from, and of the mods'."""
         database = self._blobs.database
         row = database.execute(
@@ -135,10 +141,12 @@ class NodeStore:
             database.execute("INSERT INTO marks VALUES (?, ?, ?, NULL)", (run, node, commit))
             return None, None
         before, round_, pruned, app, mods = row
-        if attempt > before and commit <= round_:
-            app = self._go_back(run, node, commit, pruned, app)
-            round_ = commit
-        elif commit > round_:
+        if attempt > before:
+            back = min((*began[before:attempt], commit))
+            if back <= round_:
+                app = self._go_back(run, node, back, pruned, app)
+                round_ = back
+        if commit > round_:
             database.execute("INSERT INTO marks VALUES (?, ?, ?, ?)", (run, node, commit, app))
             round_ = commit
         pruned = self._prune(run, node, pruned)
@@ -235,10 +243,12 @@ class NodeStore:
             self._blobs.release(row[1], other)
 
     def unsent(self) -> list[Unsent]:
-        """Return the answers of which it is not known whether they were counted, oldest first."""
+        """Return the answers in runs that go on of which it is not known whether they were counted, oldest first."""
         with self._lock, self._blobs.transaction() as database:
             rows = database.execute(
-                "SELECT run, node, message, token FROM answers WHERE status = ? ORDER BY rowid", (_PENDING,)
+                "SELECT run, node, message, token FROM answers JOIN nodes USING (run, node) "
+                "WHERE status = ? AND ended IS NULL ORDER BY answers.rowid",
+                (_PENDING,),
             ).fetchall()
         return [Unsent(int(run), int(node), message, token) for run, node, message, token in rows]
 

@@ -8,15 +8,17 @@ the same lease, and what it had not committed is handed out again by the SuperLi
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from privfed.apps import CallNext
 from privfed.context import Context, UserConfig
@@ -32,6 +34,7 @@ from privfed.runtime.node_store import Kept, NodeStore, Unsent
 from privfed.runtime.store import Lease, NodeState
 
 logger = logging.getLogger("privfed.node")
+T = TypeVar("T")
 Failpoint = Callable[[str], None]
 _RECEIVE_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
@@ -98,9 +101,7 @@ class SuperNode:
             self._lane(unsent.run_id).put(unsent)
         try:
             while not self.stopping.is_set():
-                task = self.fleet.receive(_RECEIVE_SECONDS)
-                if task is not None:
-                    self._lane(task.message.metadata.run_id).put(task)
+                self._receive()
                 for run_id in self.fleet.ended():
                     self._end(run_id)
                 if time.monotonic() > swept:
@@ -109,22 +110,26 @@ class SuperNode:
         finally:
             self._drain()
 
+    def _receive(self) -> None:
+        task = self.fleet.receive(_RECEIVE_SECONDS)
+        if task is not None:
+            self._lane(task.message.metadata.run_id).put(task)
+
     def stop(self) -> None:
         """Take no more tasks; `run` returns when those at work are done, or their time is over."""
         self.stopping.set()
 
     def _lane(self, run_id: int) -> _Lane:
         lane = self._lanes.get(run_id)
-        if lane is None or not lane.is_alive():
-            lane = self._lanes[run_id] = _Lane(self, run_id)
+        if lane is None or lane.ending or not lane.is_alive():
+            lane = self._lanes[run_id] = _Lane(self, run_id, after=lane)
             lane.start()
         return lane
 
     def _end(self, run_id: int) -> None:
         logger.info("run %d ended", run_id)
-        lane = self._lanes.pop(run_id, None)
-        if lane is not None:
-            lane.put(None)
+        if run_id in self._lanes:
+            self._lanes[run_id].end()
         self.store.end(run_id, time.time())
 
     def _sweep(self) -> None:
@@ -134,7 +139,7 @@ class SuperNode:
     def _drain(self) -> None:
         lanes = list(self._lanes.values())
         for lane in lanes:
-            lane.put(None)
+            lane.end()
         deadline = time.monotonic() + self.options.drain_seconds
         for lane in lanes:
             lane.join(max(0.0, deadline - time.monotonic()))
@@ -148,19 +153,29 @@ class SuperNode:
 class _Lane(threading.Thread):
     """The tasks of one run, one after the other, and the worker that is warm for them."""
 
-    def __init__(self, node: SuperNode, run_id: int) -> None:
+    def __init__(self, node: SuperNode, run_id: int, after: _Lane | None) -> None:
         super().__init__(name=f"privfed-run-{run_id}", daemon=True)
+        self.ending = False
+        self._after = after
         self._node = node
         self._run_id = run_id
         self._jobs: queue.SimpleQueue[Task | Unsent | None] = queue.SimpleQueue()
         self._grant: RunGrant | None = None
         self._worker: Worker | None = None
 
-    def put(self, job: Task | Unsent | None) -> None:
-        """Queue a task, or an answer to send again; None ends the lane after what is queued."""
+    def put(self, job: Task | Unsent) -> None:
+        """Queue a task, or an answer to send again."""
         self._jobs.put(job)
 
+    def end(self) -> None:
+        """End after what is queued; a run that is resumed gets another lane, which begins when this one has ended."""
+        self.ending = True
+        self._jobs.put(None)
+
     def run(self) -> None:
+        if self._after is not None:
+            self._after.join()
+            self._after = None
         try:
             while True:
                 try:
@@ -172,6 +187,7 @@ class _Lane(threading.Thread):
                     return
                 if not (self._node.stopping.is_set() and isinstance(job, Task)):
                     self._do(job)
+                del job  # a model is not kept while there is nothing to do
         finally:
             self._rest()
 
@@ -179,6 +195,7 @@ class _Lane(threading.Thread):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+            give_memory_back()
 
     def _do(self, job: Task | Unsent) -> None:
         """Do a job; a fault of the node itself costs the task its lease, and not the node its life."""
@@ -211,15 +228,14 @@ class _Lane(threading.Thread):
         node, message = self._node, task.message
         try:
             self._check(message)
-            kept = node.store.begin(message, task.token, task.attempt, task.commit)
+            kept = self._on_disk(lambda: node.store.begin(message, task.token, task.attempt, task.commit))
             if isinstance(kept, Message):
                 return kept
             reply, after = self._run_app(task, kept)
             if node.aborting.is_set():
                 return None
             node.options.failpoint("before-commit")
-            if not self._commit(task, reply, after):
-                return None
+            self._on_disk(lambda: node.store.commit(message, task.token, reply, after))
         except Exception as fault:
             if node.aborting.is_set() or (node.stopping.is_set() and isinstance(fault, NetworkError)):
                 return None
@@ -234,24 +250,19 @@ class _Lane(threading.Thread):
         if node_id and message.metadata.dst_node_id != node_id:
             raise WrongNode(f"the message is for node {message.metadata.dst_node_id}, this is node {node_id}")
 
-    def _commit(self, task: Task, reply: Message, after: Kept | None) -> bool:
-        """Keep the answer; while the disk does not take it, wait, and send nothing."""
+    def _on_disk(self, step: Callable[[], T]) -> T:
+        """Do something with the store; while the disk does not take it, wait, and send nothing."""
         told = False
-        while not self._node.aborting.is_set():
+        while True:
             try:
-                self._node.store.commit(task.message, task.token, reply, after)
-                return True
-            except OSError as fault:
-                cause = fault
-            except Exception as fault:
-                if type(fault).__name__ != "OperationalError":  # SQLite's name for a full or broken disk
+                return step()
+            except (OSError, sqlite3.OperationalError) as fault:
+                if self._node.aborting.is_set():
                     raise
-                cause = OSError(str(fault))
-            if not told:
-                logger.error("run %d waits for the disk: %s", self._run_id, cause)
-                told = True
+                if not told:
+                    logger.error("run %d waits for the disk: %s", self._run_id, fault)
+                    told = True
             self._node.aborting.wait(_PAUSE_SECONDS)
-        return False
 
     def _send(self, message_id: str, token: str, reply: Message) -> None:
         point = self._node.options.failpoint
@@ -267,7 +278,8 @@ class _Lane(threading.Thread):
                 logger.warning("run %d: a reply was not taken (%s); once more", self._run_id, fault)
                 self._node.stopping.wait(_PAUSE_SECONDS)
         point("after-send")
-        self._node.store.settle(Unsent(self._run_id, node_id, message_id, token), counted)
+        sent = Unsent(self._run_id, node_id, message_id, token)
+        self._on_disk(lambda: self._node.store.settle(sent, counted))
         if not counted:
             logger.warning("run %d: the reply to message %s came too late", self._run_id, message_id)
 
@@ -327,6 +339,13 @@ class _Lane(threading.Thread):
 
     def _log(self, message: Message, fault: BaseException) -> None:
         logger.error("run %d: message %s failed", self._run_id, message.metadata.message_id, exc_info=fault)
+
+
+def give_memory_back() -> None:
+    """Return to the system what the allocator holds of models that are gone, where it can be asked to (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class WrongNode(PrivfedError):

@@ -20,11 +20,15 @@ class NodeProcess:
         self._command += ["--insecure", "--node-id", str(node_id), "--data", str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *more: str) -> None:
+    def start(self, *more: str, failpoint: str = "") -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.txt").open("ab") as output:
             self._process = subprocess.Popen(
-                [*self._command, *self.options, *more], stdout=output, stderr=output, start_new_session=True
+                [*self._command, *self.options, *more],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "PRIVFED_FAILPOINT": failpoint},
             )
 
     @property

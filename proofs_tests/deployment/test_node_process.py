@@ -79,6 +79,27 @@ def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: P
             assert "network: " in first.output
 
 
+def test_a_kill_at_every_step_of_a_task_counts_every_answer_once(app: Path, tmp_path: Path) -> None:
+    steps = ("received", "before-commit", "after-commit", "before-send", "after-send", "settled")
+    rounds = 2 * len(steps) + 2
+    with SuperLinkProcess(tmp_path / "link", "subprocess") as link:
+        node = NodeProcess(tmp_path / "1", link.fleet, 1, settings_of(tmp_path / "1"))
+        name = submit(link, app, 1, rounds=rounds)
+        with ControlClient(link.control) as control:
+            for step in steps:
+                node.start(failpoint=f"{step}:2")
+                assert node.process.wait(60) == -signal.SIGKILL, node.output
+                assert control.show(name).state == "running"
+        node.start()
+        end = ended(link, name)
+        assert (end.state, end.round) == ("completed", rounds), (end.reason, node.output)
+        assert float(outcome(link, name).arrays["0"].view().sum()) == 4 * rounds * (rounds + 1) / 2
+        ran = journal_of(node.folder)
+        assert len(set(ran)) == rounds
+        assert len(ran) == rounds + 1, "only what was cut off before its commit ran twice"
+        assert node.end() == 0
+
+
 def test_examples_run_unchanged_on_nodes_and_what_masks_stays_in_them(tmp_path: Path) -> None:
     link = SuperLinkProcess(tmp_path / "link", "subprocess")
     with (

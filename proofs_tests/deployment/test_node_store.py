@@ -155,6 +155,16 @@ def test_a_resumed_run_goes_back_to_the_state_of_its_round(tmp_path: Path) -> No
     store.close()
 
 
+def test_a_node_that_was_not_asked_when_the_run_resumed_goes_back_all_the_same(tmp_path: Path) -> None:
+    """Its state is of a round that was done again without it; the task alone, of a later round, does not say so."""
+    store, first = NodeStore(tmp_path), ask(1)
+    store.begin(first, "t", 1, 3, [0])
+    store.commit(first, "t", answer(first, 1), kept(1))
+    store.settle(of(first), True)
+    assert numbers(store.begin(ask(2), "t", 3, 9, [0, 3, 7])) == (0, 1)
+    store.close()
+
+
 def test_a_run_cannot_go_back_further_than_the_node_remembers(tmp_path: Path) -> None:
     store = NodeStore(tmp_path)
     for commit in range(node_store.KEPT_COMMITS + 2):
@@ -240,25 +250,26 @@ def test_any_history_with_crashes_agrees_with_the_model(steps: list[tuple[str, b
     """The model: the app's state is what the last counted answer left, or that at a resume's round; mods only grow."""
     with tempfile.TemporaryDirectory() as folder:
         store = NodeStore(folder)
-        attempt, commit, app, mods, number = 1, 0, 0, 0, 0
+        began, commit, app, mods, number = [0], 0, 0, 0, 0
         marks: dict[int, int] = {}
         ran: set[str] = set()
         last: Message | None = None
         for step, counted, size in steps:
             if step == "resume":
-                attempt += 1
-                app = marks.get(commit, app)
+                began.append(commit)
+                app = next((marks[at] for at in sorted(marks) if at >= commit), app)
+                marks = {at: state for at, state in marks.items() if at < commit}
                 continue
             if step == "advance":
                 commit += 1
                 continue
             if step == "again" and last is not None:
-                found = store.begin(last, "again", attempt, commit)
+                found = store.begin(last, "again", len(began), commit, began)
                 assert isinstance(found, Message), "a message never runs twice"
                 continue
             number += 1
             last = message = ask(number)
-            found = store.begin(message, "t", attempt, commit)
+            found = store.begin(message, "t", len(began), commit, began)
             marks.setdefault(commit, app)
             assert numbers(found) == (app, mods)
             if step == "crash-before":  # nothing was kept: the message is not known
@@ -280,5 +291,5 @@ def test_any_history_with_crashes_agrees_with_the_model(steps: list[tuple[str, b
                 store.settle(of(message), counted)
                 app = number if counted and step != "fail" else app
                 assert store.unsent() == []
-        assert numbers(store.begin(ask(0), "end", attempt, commit)) == (app, mods)
+        assert numbers(store.begin(ask(0), "end", len(began), commit, began)) == (app, mods)
         store.close()
