@@ -63,3 +63,15 @@ def revoke(node_id: int, superlink: str | None, keys: Path | None, debug: bool) 
     with connect(_address(superlink), keys) as control:
         control.revoke(node_id)
     click.echo(f"node {node_id}: revoked")
+
+
+@node.command()
+@click.argument("roster_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@superlink_options
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def roster(roster_file: Path, superlink: str | None, keys: Path | None, debug: bool) -> None:
+    """Hand ROSTER_FILE, as the authority signed it, to a SuperLink, which hands it on to its nodes."""
+    del debug
+    with connect(_address(superlink), keys) as control:
+        version = control.hand_roster(roster_file.read_bytes())
+    click.echo(f"the roster in force has version {version}")

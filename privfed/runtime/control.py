@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import grpc
 
-from privfed.runtime.fleet import Credentials
-from privfed.runtime.frame import Frame, chunks, pack, unpack
+from privfed.runtime.credentials import Credentials
+from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
 from privfed.runtime.handshake import agree, connect, explain, greeting
 
 SERVICE = "/privfed.Control/"
@@ -101,6 +101,12 @@ class Piece(Frame, frozen=True):
     data: bytes
     state: str
     reason: str
+
+
+class RosterTaken(Frame, frozen=True):
+    """The version of the roster that is in force now."""
+
+    version: int
 
 
 class Done(Frame, frozen=True):
@@ -194,6 +200,18 @@ class ControlClient:
     def revoke(self, node_id: int) -> None:
         """Serve a node no more, and disconnect it."""
         self._call("Node", NodeChange(node_id=node_id, approve=False), Done)
+
+    def hand_roster(self, document: bytes) -> int:
+        """Hand on a signed roster; return the version in force, the newest of both."""
+
+        def say() -> Iterator[bytes]:
+            for at in range(0, len(document), CHUNK):
+                yield document[at : at + CHUNK]
+            yield b""  # the end; without it a cut would look like one
+
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Roster")
+        answer = self._talk(lambda: unpack(call(say(), metadata=greeting(), timeout=CALL_SECONDS), RosterTaken))
+        return answer.version
 
     def follow(self, name: str, what: str, offset: int = 0, *, until_end: bool = True) -> Iterator[Piece]:
         """Return the pieces of a run's "log" or "events" as they come; the last one says how the run ended."""

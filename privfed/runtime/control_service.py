@@ -24,6 +24,7 @@ from privfed.runtime.control import (
     NodeRow,
     NodeRows,
     Piece,
+    RosterTaken,
     RunName,
     RunRow,
     RunRows,
@@ -34,6 +35,7 @@ from privfed.runtime.federation import Asked, Federation
 from privfed.runtime.frame import Frame, pack, read_chunk, unpack
 from privfed.runtime.gate import Context, Denied, Gate, malformed
 from privfed.runtime.node_register import NodeRegister
+from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.run_folder import ENDED, RunFolder
 
 SERVICE = "privfed.Control"
@@ -49,7 +51,14 @@ F = TypeVar("F", bound=Frame)
 class ControlService:
     """Serves users that passed the gate."""
 
-    def __init__(self, federation: Federation, register: NodeRegister, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        register: NodeRegister,
+        dispatcher: Dispatcher,
+        take_roster: Callable[[bytes], int],
+    ) -> None:
+        self._take_roster = take_roster
         self._federation = federation
         self._register = register
         self._dispatcher = dispatcher
@@ -64,6 +73,7 @@ class ControlService:
             "Runs": gate.unary(self._runs),
             "Nodes": gate.unary(self._nodes),
             "Node": gate.unary(self._node),
+            "Roster": gate.receiving(self._roster),
             "Follow": gate.streaming(self._follow),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -172,6 +182,17 @@ class ControlService:
             self._dispatcher.hang_up(change.node_id)
         self._federation.nodes_changed()
         return pack(Done())
+
+    async def _roster(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> bytes:
+        del context
+        _need(peer, "operator")
+        document, iterator = bytearray(), aiter(frames)
+        while frame := await _next(iterator):
+            document += frame
+            if len(document) > ROSTER_BYTES:
+                raise Denied(f"a roster is at most {ROSTER_BYTES >> 20} MiB")
+        version = await self._dispatcher.in_thread(lambda: self._take_roster(bytes(document)))
+        return pack(RosterTaken(version=version))
 
     async def _follow(self, peer: Peer, request: bytes, context: Context) -> None:
         del peer

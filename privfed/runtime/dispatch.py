@@ -26,11 +26,15 @@ _RETRY_SECONDS = 1.0
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has."""
+    """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has.
+
+    serial: of its certificate.
+    """
 
     node_id: int
     name: str
     slots: int
+    serial: int = 0
     queue: asyncio.Queue[Down | None] = field(default_factory=asyncio.Queue)
     out: set[str] = field(default_factory=set)
 
@@ -110,9 +114,10 @@ class Dispatcher:
     def announce_end(self, run_id: int) -> None:
         """Tell every connected node that a run ended; from any thread."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._tell_all, Ended(run_id=run_id))
+            self._loop.call_soon_threadsafe(self.tell_all, Ended(run_id=run_id))
 
-    def _tell_all(self, frame: Ended) -> None:
+    def tell_all(self, frame: Down) -> None:
+        """Push a frame to every connected node."""
         for session in self.sessions.values():
             session.queue.put_nowait(frame)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import grpc
 
@@ -24,6 +24,8 @@ from privfed.context import UserConfigValue
 from privfed.errors import WireError
 from privfed.message import Message
 from privfed.runtime.blob import BlobError, BlobFolder
+from privfed.runtime.certificate import CertificateError
+from privfed.runtime.credentials import Credentials
 from privfed.runtime.frame import (
     Answer,
     Buffer,
@@ -35,6 +37,7 @@ from privfed.runtime.frame import (
     Offer,
     Part,
     Progress,
+    RosterQuery,
     RunQuery,
     Verdict,
     Waiting,
@@ -48,16 +51,11 @@ from privfed.runtime.frame import (
     wanted,
 )
 from privfed.runtime.handshake import NetworkError, Refused, agree, connect, explain, greeting
+from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 
 MAX_PAUSE = 15.0
 R = TypeVar("R")
 F = TypeVar("F", bound=Frame)
-
-
-class Credentials(Protocol):
-    """How a node proves who it is, and checks the SuperLink (`privfed.runtime.credentials`)."""
-
-    def channel_credentials(self) -> grpc.ChannelCredentials: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +129,7 @@ class FleetClient:
     ) -> None:
         self.address = address
         self.options = options or FleetOptions()
+        self._credentials = credentials
         self.node_id = node_id or 0
         self._temporary = None if self.options.cache else tempfile.TemporaryDirectory(prefix="privfed-node-")
         folder = Path(self._temporary.name if self._temporary else self.options.cache or "")
@@ -286,6 +285,7 @@ class FleetClient:
             return False
         if isinstance(frame, Welcome):
             self.node_id = frame.node_id
+            self._update_roster(frame.roster)
             self._tell(f"connected to {frame.link} as node {frame.node_id}")
         elif isinstance(frame, Ended):
             self._runs.pop(frame.run_id, None)
@@ -295,6 +295,23 @@ class FleetClient:
             self._fetching.add(frame.token)
             self._fetchers.submit(self._fetch, frame)
         return True
+
+    def _update_roster(self, version: int) -> None:
+        """Take a newer signed roster before any task that may need it."""
+        held = self._credentials
+        if held is None or version <= held.trust.roster.version:
+            return
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Roster")
+        query = pack(RosterQuery(version=held.trust.roster.version))
+        document = bytearray()
+        for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
+            document += piece
+            if len(document) > ROSTER_BYTES:
+                raise NetworkError(f"{self.address} sends a roster that does not end")
+        try:
+            held.take_roster(bytes(document))
+        except CertificateError as fault:
+            raise NetworkError(f"the roster of {self.address} is not accepted: {fault}") from None
 
     def _fetch(self, offer: Offer) -> None:
         """Complete a task with what did not fit into its frame, and hand it to whoever receives."""

@@ -15,15 +15,18 @@ from privfed.errors import WireError
 from privfed.message import SERVER_NODE_ID, Message
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import Peer
+from privfed.runtime.credentials import Credentials
 from privfed.runtime.dispatch import MAX_SLOTS, Dispatcher, Session
 from privfed.runtime.frame import (
     CHUNK,
     Answer,
     Buffer,
+    Ended,
     Grant,
     Hello,
     Part,
     Progress,
+    RosterQuery,
     RunQuery,
     Verdict,
     Waiting,
@@ -75,8 +78,10 @@ class FleetService:
         runs: Runs,
         incoming: Path,
         limits: FleetLimits = FleetLimits(),
+        credentials: Credentials | None = None,
     ) -> None:
         self.name = name
+        self._credentials = credentials
         self.dispatcher = dispatcher
         self._register = register
         self._runs = runs
@@ -94,6 +99,7 @@ class FleetService:
             "Upload": gate.receiving(self._upload),
             "Download": gate.streaming(self._download),
             "Run": gate.unary(self._run),
+            "Roster": gate.streaming(self._roster),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -115,17 +121,38 @@ class FleetService:
             return
         if len(self.dispatcher.sessions) >= self._limits.nodes:
             raise Denied(f"{self._limits.nodes} nodes are connected", grpc.StatusCode.RESOURCE_EXHAUSTED)
-        session = Session(node, peer.name, hello.slots)
-        session.queue.put_nowait(Welcome(node_id=node, link=self.name))
+        session = Session(node, peer.name, hello.slots, peer.serial)
+        session.queue.put_nowait(self._welcome(node))
         try:
             await self.dispatcher.join(session, hello.holding)
             await self._push(session, hello, context)
         finally:
             self.dispatcher.leave(session)
 
-    async def _push(self, session: Session, hello: Hello, context: Context) -> None:
-        from privfed.runtime.frame import Ended
+    def _welcome(self, node: int) -> Welcome:
+        roster = self._credentials.trust.roster.version if self._credentials is not None else 0
+        return Welcome(node_id=node, link=self.name, roster=roster)
 
+    def roster_changed(self) -> None:
+        """Tell every node that there is a newer roster, and hang up on those it revokes."""
+        for session in list(self.dispatcher.sessions.values()):
+            revoked = self._credentials is not None and self._credentials.trust.roster.is_revoked(session.serial)
+            session.queue.put_nowait(None if revoked else self._welcome(session.node_id))
+
+    async def _roster(self, peer: Peer, request: bytes, context: Context) -> None:
+        self._served(peer)
+        try:
+            query = unpack(request, RosterQuery)
+        except WireError as fault:
+            raise malformed(fault) from None
+        credentials = self._credentials
+        if credentials is None or credentials.trust.roster.version <= query.version:
+            return
+        document = await self.dispatcher.in_thread(lambda: credentials.roster_document)
+        for at in range(0, len(document), CHUNK):
+            await context.write(document[at : at + CHUNK])
+
+    async def _push(self, session: Session, hello: Hello, context: Context) -> None:
         for run_id in hello.runs:
             if self._runs.has_ended(run_id):
                 session.queue.put_nowait(Ended(run_id=run_id))

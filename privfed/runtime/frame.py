@@ -117,10 +117,11 @@ class Hello(Frame, frozen=True, tag=1):
 
 
 class Welcome(Frame, frozen=True, tag=2):
-    """The SuperLink knows the node."""
+    """The SuperLink knows the node. roster: the version of the signed roster it can hand on; 0 for none."""
 
     node_id: int
     link: str
+    roster: int = 0
 
 
 class Offer(Frame, frozen=True, tag=3):
@@ -176,6 +177,12 @@ class RunQuery(Frame, frozen=True):
     """Asks for a run."""
 
     run_id: int
+
+
+class RosterQuery(Frame, frozen=True):
+    """Asks for the signed roster, if it is newer than this version; it comes as plain bytes, in pieces."""
+
+    version: int
 
 
 class Grant(Frame, frozen=True):

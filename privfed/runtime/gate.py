@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeAlias, cast
 
@@ -11,9 +12,11 @@ import grpc
 import grpc.aio
 
 from privfed.errors import PrivfedError
+from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Trust, peer_of
 from privfed.runtime.handshake import NODE, Refused, agree, greeting
+from privfed.runtime.roster import Roster
 
 log = logging.getLogger("privfed.superlink")
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
@@ -22,6 +25,7 @@ Unary = Callable[[Peer, bytes], Awaitable[bytes]]
 Streaming = Callable[[Peer, bytes, Context], Awaitable[None]]
 Receiving = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[bytes]]
 MAX_NODE = 1 << 62
+MAX_KNOWN = 20_000
 
 
 class Denied(PrivfedError):
@@ -43,6 +47,7 @@ class Gate:
     def __init__(self, trust: Trust | None, roles: Collection[str]) -> None:
         self._trust = trust
         self._roles = frozenset(roles)
+        self._known: OrderedDict[bytes, tuple[Roster, Peer]] = OrderedDict()
         self.refusals = 0
 
     def admit(self, context: Context) -> Peer:
@@ -55,12 +60,28 @@ class Gate:
         if self._trust is None:
             return self._claimed(dict(metadata))
         try:
-            peer = peer_of(context, self._trust)
+            peer = self._certified(context, self._trust)
         except CertificateError as fault:
             raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None
         if peer.role not in self._roles:
             wanted = " or ".join(sorted(self._roles))
             raise Denied(f"{peer.common_name} is a {peer.role}; this listener serves the roles {wanted}")
+        return peer
+
+    def _certified(self, context: Context, trust: Trust) -> Peer:
+        """Judge the caller's certificate; once for many calls, until the roster changes or it expires."""
+        shown = tuple(context.auth_context().get("x509_pem_cert") or ())
+        pem = bytes(shown[0]) if len(shown) == 1 else b""
+        known = self._known.get(pem)
+        if known is not None and known[0] is trust.roster:
+            expires = known[1].expires
+            if expires is not None and utc_now() < expires:
+                return known[1]
+        peer = peer_of(context, trust)
+        self._known[pem] = (trust.roster, peer)
+        self._known.move_to_end(pem)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
         return peer
 
     def _claimed(self, metadata: dict[str, str | bytes]) -> Peer:

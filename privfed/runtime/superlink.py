@@ -93,14 +93,17 @@ class SuperLink:
     async def start(self) -> None:
         """Listen, and go on with the runs that were open."""
         options = self.options
+        self._loop = asyncio.get_running_loop()
         _allow_files(options.limits.nodes)
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="privfed-store")
         self.dispatcher = Dispatcher(self.link, self._threads, self.federation.progress, self.federation.nodes_changed)
         sessions = self.dispatcher.sessions
         self.federation.connected = lambda: set(sessions)
         incoming = options.home / "incoming"
-        self.fleet = FleetService(self.name, self.dispatcher, self.register, self.federation, incoming, options.limits)
-        control = ControlService(self.federation, self.register, self.dispatcher)
+        self.fleet = FleetService(
+            self.name, self.dispatcher, self.register, self.federation, incoming, options.limits, options.credentials
+        )
+        control = ControlService(self.federation, self.register, self.dispatcher, self._take_roster)
         self._offering = asyncio.create_task(self.dispatcher.run())
         self._watching = asyncio.create_task(self._watch_credentials())
         fleet = self.fleet.handlers(self._gates["fleet"])
@@ -145,8 +148,7 @@ class SuperLink:
             try:
                 if await self.dispatcher.in_thread(credentials.reload):
                     log.info("certificates and roster were read again")
-                    self.federation.nodes_changed()
-                    self._drop_revoked(credentials)
+                    self._roster_changed()
             except CertificateError as fault:
                 log.warning("the new certificates are not used: %s", fault)
             for warning in credentials.warnings():
@@ -155,11 +157,19 @@ class SuperLink:
                     log.warning("%s", warning)
             await asyncio.sleep(RELOAD_SECONDS)
 
-    def _drop_revoked(self, credentials: Credentials) -> None:
-        members = credentials.trust.roster.keys
-        for node in list(self.dispatcher.sessions):
-            if node not in members:
-                self.dispatcher.hang_up(node)
+    def _take_roster(self, document: bytes) -> int:
+        """Keep a newer signed roster; return its version. Raises PrivfedError."""
+        credentials = self.options.credentials
+        if credentials is None:
+            raise SuperLinkError("this SuperLink runs without keys: it has no use for a roster")
+        if credentials.take_roster(document):
+            self._loop.call_soon_threadsafe(self._roster_changed)
+        return credentials.trust.roster.version
+
+    def _roster_changed(self) -> None:
+        log.info("there is a new roster")
+        self.federation.nodes_changed()
+        self.fleet.roster_changed()
 
     def values(self) -> dict[str, float]:
         """Return what the monitor shows."""

@@ -1,0 +1,150 @@
+"""Mutual TLS at a SuperLink: who may do what, and who may do nothing any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import msgspec
+import pytest
+
+from privfed.runtime.authority import Authority, make_request
+from privfed.runtime.control import ControlClient, Submission
+from privfed.runtime.credentials import Credentials, accept_answer
+from privfed.runtime.federation import open_app
+from privfed.runtime.fleet import FleetClient, FleetOptions
+from privfed.runtime.handshake import NetworkError
+from privfed.runtime.superlink import SuperLink, SuperLinkError, SuperLinkOptions
+from proofs_tests.deployment.local_link import EXAMPLES, FreshLauncher, LocalLink, eventually
+
+
+class Members:
+    """An authority and whoever joined it."""
+
+    def __init__(self, folder: Path, name: str = "test") -> None:
+        self.folder = folder
+        self.authority = Authority.create(folder / "authority", name)
+
+    def join(self, role: str, name: str) -> Credentials:
+        place = self.folder / name
+        make_request(place, role, name, ["127.0.0.1"] if role == "link" else ())
+        _, answer = self.authority.answer((place / "request.json").read_bytes())
+        accept_answer(place, msgspec.json.encode(answer))
+        return Credentials.load(place)
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> Members:
+    return Members(tmp_path / "keys")
+
+
+@pytest.fixture
+def link(tmp_path: Path, members: Members) -> Iterator[LocalLink]:
+    with LocalLink(tmp_path / "home", members.join("link", "main")) as link:
+        yield link
+
+
+def control(link: LocalLink, credentials: Credentials | None) -> ControlClient:
+    return ControlClient(link.control, credentials)
+
+
+def connected(link: LocalLink, credentials: Credentials) -> tuple[FleetClient, list[str]]:
+    statuses: list[str] = []
+    return FleetClient(link.fleet, credentials, None, FleetOptions(on_status=statuses.append)), statuses
+
+
+def test_a_node_is_served_only_once_it_is_approved_or_in_the_roster(link: LocalLink, members: Members) -> None:
+    node = members.join("node", "hospital-a")
+    client, statuses = connected(link, node)
+    eventually(lambda: "node 1 waits for approval: the operator runs `privfed node approve 1`" in statuses)
+    with control(link, members.join("operator", "olga")) as operator:
+        assert [(row.name, row.state, row.connected) for row in operator.nodes()] == [("hospital-a", "waiting", False)]
+        operator.approve(1)
+        eventually(lambda: "connected to main as node 1" in statuses)
+        # A node that joins later is served as soon as the signed roster names it.
+        other = members.join("node", "hospital-b")
+        second, heard = connected(link, other)
+        eventually(lambda: any("waits for approval" in text for text in heard))
+        assert operator.hand_roster(members.authority.roster_document) >= 2
+        eventually(lambda: "connected to main as node 2" in heard)
+    # The first node was handed the roster too: it knows the second's signing key now.
+    eventually(lambda: set(node.trust.roster.keys) == {1, 2})
+    for one in (client, second):
+        one.close()
+
+
+def test_a_revoked_node_is_cut_off_and_stays_out(link: LocalLink, members: Members) -> None:
+    node = members.join("node", "hospital-a")
+    with control(link, members.join("operator", "olga")) as operator:
+        operator.hand_roster(members.authority.roster_document)
+        client, statuses = connected(link, node)
+        eventually(lambda: "connected to main as node 1" in statuses)
+        members.authority.revoke("hospital-a")
+        operator.hand_roster(members.authority.roster_document)
+        eventually(lambda: any("the certificate of node-1 is revoked" in text for text in statuses))
+        assert not any(row.connected for row in operator.nodes())
+        with pytest.raises(NetworkError, match="was not signed"):
+            operator.hand_roster(members.authority.roster_document.replace(b"test", b"best"))
+    client.close()
+
+
+def test_roles_bound_what_users_do(link: LocalLink, members: Members) -> None:
+    app = Submission(open_app(EXAMPLES / "minimal"), {}, nodes=1)
+    with (
+        control(link, members.join("operator", "olga")) as operator,
+        control(link, members.join("submitter", "sam")) as sam,
+        control(link, members.join("submitter", "sue")) as sue,
+        control(link, members.join("viewer", "vera")) as viewer,
+    ):
+        name = sam.submit(app).name
+        assert [(row.name, row.by) for row in viewer.runs()] == [(name, "user-sam")]
+        assert list(viewer.nodes()) == []
+        for act in (lambda: viewer.submit(app), lambda: viewer.stop(name), lambda: viewer.resume(name)):
+            with pytest.raises(NetworkError, match="user-vera is a viewer"):
+                act()
+        for user in (sam, viewer):
+            for decide in (user.approve, user.revoke):
+                with pytest.raises(NetworkError, match="takes the role operator"):
+                    decide(1)
+            with pytest.raises(NetworkError, match="takes the role operator"):
+                user.hand_roster(members.authority.roster_document)
+        with pytest.raises(NetworkError, match="user-sue may only stop runs of its own"):
+            sue.stop(name)
+        assert sam.stop(name).name == name
+        operator.submit(app)
+
+
+def test_no_listener_serves_the_role_of_another(link: LocalLink, members: Members) -> None:
+    node, user = members.join("node", "hospital-a"), members.join("operator", "olga")
+    with control(link, node) as wrong, pytest.raises(NetworkError, match="node-1 is a node; this listener serves"):
+        wrong.runs()
+    client, statuses = connected(link, user)
+    eventually(lambda: any("user-olga is a operator; this listener serves the roles node" in text for text in statuses))
+    client.close()
+
+
+def test_strangers_do_not_get_past_the_handshake(link: LocalLink, tmp_path: Path) -> None:
+    stranger = Members(tmp_path / "other", "other").join("operator", "olga")
+    roots = link.options.credentials
+    assert roots is not None
+    authority = (roots.folder / "ca.pem").read_bytes()
+    key, chain = ((stranger.folder / name).read_bytes() for name in ("key.pem", "certificate.pem"))
+    for credentials in (
+        grpc.ssl_channel_credentials(authority),
+        grpc.ssl_channel_credentials(authority, key, chain),
+    ):
+        for address in (link.fleet, link.control):
+            with grpc.secure_channel(address, credentials) as channel, pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary("/privfed.Control/Runs")(b"", timeout=10)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    with control(link, stranger) as user, pytest.raises(NetworkError, match="cannot be reached"):
+        user.runs()
+    with ControlClient(link.control) as plain, pytest.raises(NetworkError, match="cannot be reached"):
+        plain.runs()
+
+
+def test_without_keys_only_loopback_is_served_unless_forced(tmp_path: Path) -> None:
+    for where in ({"fleet": "0.0.0.0:0"}, {"control": "0.0.0.0:0"}, {"fleet": "[::]:0"}, {"control": "example.org:1"}):
+        with pytest.raises(SuperLinkError, match="without keys anybody may do anything"):
+            SuperLink(SuperLinkOptions(tmp_path, **where), FreshLauncher())
