@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,15 @@ def _sum_rows(rows: list[Floats]) -> Floats:
 
 
 def _sum_ranks(ranked: Floats) -> Floats:
-    ones = np.ones(ranked.shape[1], ranked.dtype)
-    total = np.zeros(len(ranked))
-    for low in range(0, ranked.shape[1], 32):
-        total += ranked[:, low : low + 32] @ ones[low : low + 32]
+    """Return the sum of each row: sums of 32 in their own dtype, those in float64."""
+    ones = _ones(ranked.dtype)
+    total = (ranked[:, :32] @ ones[: min(32, ranked.shape[1])]).astype(np.float64)
+    for low in range(32, ranked.shape[1], 32):
+        part = ranked[:, low : low + 32]
+        total += part @ ones[: part.shape[1]]
     return total
+
+
+@lru_cache(maxsize=4)
+def _ones(dtype: np.dtype[Any]) -> Floats:
+    return np.ones(32, dtype)

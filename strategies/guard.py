@@ -83,6 +83,15 @@ def taint_check(matrix: Matrix, block: Floats) -> None:
                 raise Tainted
 
 
+def ends_check(matrix: Matrix, ranked: Floats) -> None:
+    """Raise Tainted when sorted columns, one a row, hold a value that may be non-finite or huge: NaN sorts last."""
+    if matrix.clean:
+        return
+    bound = limit(ranked.dtype)
+    if not (ranked[:, -1].max() <= bound and ranked[:, 0].min() >= -bound):
+        raise Tainted
+
+
 def screen(X: Any, f: int, *, largest: float | None = None) -> Screened:
     """Leave out the rows that hold NaN, infinity or a magnitude above `largest`, and count them against f.
 

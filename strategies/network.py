@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from privfed.strategies.guard import taint_check
+from privfed.strategies.guard import ends_check, taint_check
 from privfed.strategies.matrix import Floats, Matrix, run_blocks
 
 Comparator: TypeAlias = tuple[int, int, bool, bool]  # rows a < b; keep the minimum in a, the maximum in b
@@ -75,7 +75,7 @@ def by_rank(
     n = matrix.count
     small = n <= NETWORK_ROWS
     network = comparators(n, ranks, together) if small else ()
-    width = matrix.width(16384) if small else matrix.width(1024)
+    width = matrix.width(16384) if small else matrix.width(2048)
     room = threading.local()
 
     def scratch(rows: int, columns: int) -> Floats:
@@ -94,8 +94,8 @@ def by_rank(
         else:
             turned = scratch(stop - start, n)
             turned[...] = block.T
-            turned.sort(axis=1)  # NaN goes last, so both ends tell whether anything is unusable
-            taint_check(matrix, turned[:, [0, -1]].T)
+            turned.sort(axis=1)
+            ends_check(matrix, turned)
             out[start:stop] = many(turned)
 
     run_blocks(matrix.size, width, columns)
