@@ -57,7 +57,9 @@ class ControlService:
         register: NodeRegister,
         dispatcher: Dispatcher,
         take_roster: Callable[[bytes], int],
+        reconsider: Callable[[], None],
     ) -> None:
+        self._reconsider = reconsider
         self._take_roster = take_roster
         self._federation = federation
         self._register = register
@@ -180,6 +182,7 @@ class ControlService:
             raise Denied(str(fault), grpc.StatusCode.INVALID_ARGUMENT) from None
         if not change.approve:
             self._dispatcher.hang_up(change.node_id)
+        self._reconsider()
         self._federation.nodes_changed()
         return pack(Done())
 

@@ -45,7 +45,6 @@ SERVICE = "privfed.Fleet"
 HELLO_SECONDS = 10.0
 STALL_SECONDS = 60.0
 MAX_HELD = 4096
-_REFUSED_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,8 @@ class FleetService:
         self._limits = limits
         self._inboxes: dict[int, BlobFolder] = {}
         self._expected: dict[int, dict[bytes, int]] = {}
+        self._waiting = 0
+        self._news = asyncio.Event()
         self.bytes_up = self.bytes_down = self.answers = 0
 
     def handlers(self, gate: Gate) -> grpc.GenericRpcHandler:
@@ -114,13 +115,13 @@ class FleetService:
         node = _node(peer)
         if not 1 <= hello.slots <= MAX_SLOTS or len(hello.holding) > MAX_HELD or len(hello.runs) > MAX_HELD:
             raise Denied(f"a node takes 1 to {MAX_SLOTS} tasks at a time", grpc.StatusCode.INVALID_ARGUMENT)
-        reason = await self.dispatcher.in_thread(lambda: self._register.greet(peer))
-        if reason:
-            await context.write(pack(Waiting(reason=reason)))
-            await asyncio.sleep(_REFUSED_SECONDS)  # it will ask again
-            return
-        if len(self.dispatcher.sessions) >= self._limits.nodes:
+        if len(self.dispatcher.sessions) + self._waiting >= self._limits.nodes:
             raise Denied(f"{self._limits.nodes} nodes are connected", grpc.StatusCode.RESOURCE_EXHAUSTED)
+        self._waiting += 1
+        try:
+            await self._await_approval(peer, context)
+        finally:
+            self._waiting -= 1
         session = Session(node, peer.name, hello.slots, peer.serial)
         session.queue.put_nowait(self._welcome(node))
         try:
@@ -129,12 +130,32 @@ class FleetService:
         finally:
             self.dispatcher.leave(session)
 
+    async def _await_approval(self, peer: Peer, context: Context) -> None:
+        told = ""
+        while True:
+            news = self._news
+            reason = await self.dispatcher.in_thread(lambda: self._register.greet(peer))
+            if not reason:
+                return
+            if reason != told:
+                told = reason
+                await context.write(pack(Waiting(reason=reason)))
+            await news.wait()
+            if self._credentials is not None and self._credentials.trust.roster.is_revoked(peer.serial):
+                raise Denied(f"the certificate of {peer.common_name} is revoked", grpc.StatusCode.UNAUTHENTICATED)
+
+    def reconsider(self) -> None:
+        """Look again at the nodes that wait for approval."""
+        self._news.set()
+        self._news = asyncio.Event()
+
     def _welcome(self, node: int) -> Welcome:
         roster = self._credentials.trust.roster.version if self._credentials is not None else 0
         return Welcome(node_id=node, link=self.name, roster=roster)
 
     def roster_changed(self) -> None:
         """Tell every node that there is a newer roster, and hang up on those it revokes."""
+        self.reconsider()
         for session in list(self.dispatcher.sessions.values()):
             revoked = self._credentials is not None and self._credentials.trust.roster.is_revoked(session.serial)
             session.queue.put_nowait(None if revoked else self._welcome(session.node_id))

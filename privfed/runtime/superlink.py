@@ -38,7 +38,7 @@ log = logging.getLogger("privfed.superlink")
 STORE_THREADS = 8
 GRACE_SECONDS = 2.0
 SPARE_FILES = 256
-RELOAD_SECONDS = 60.0
+RELOAD_SECONDS = 5.0
 
 
 class SuperLinkError(PrivfedError):
@@ -103,7 +103,8 @@ class SuperLink:
         self.fleet = FleetService(
             self.name, self.dispatcher, self.register, self.federation, incoming, options.limits, options.credentials
         )
-        control = ControlService(self.federation, self.register, self.dispatcher, self._take_roster)
+        decide = self._take_roster, self.fleet.reconsider
+        control = ControlService(self.federation, self.register, self.dispatcher, *decide)
         self._offering = asyncio.create_task(self.dispatcher.run())
         self._watching = asyncio.create_task(self._watch_credentials())
         fleet = self.fleet.handlers(self._gates["fleet"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -77,6 +79,29 @@ def test_a_superlink_killed_in_mid_run_goes_on_with_the_same_run(tmp_path: Path)
 def test_a_superlink_killed_again_and_again_loses_nothing(tmp_path: Path, isolation: str) -> None:
     recoveries = killed_often(tmp_path / "home", 400, 15, isolation, random.Random(2))
     assert sorted(recoveries)[int(0.95 * len(recoveries))] < RECOVERY_SECONDS
+
+
+def test_a_server_app_that_is_killed_is_started_again_where_it_was(tmp_path: Path) -> None:
+    rounds = 80
+    with SuperLinkProcess(tmp_path / "home", "subprocess") as link, nodes_at(link.fleet, 2):
+        with ControlClient(link.control) as control:
+            asked = Submission(open_app(EXAMPLES / "minimal"), {"num-rounds": str(rounds)}, seed=3, nodes=2)
+            name = control.submit(asked).name
+            eventually(lambda: control.show(name).round > 3)
+            workers = [
+                one
+                for task in Path(f"/proc/{link.pid}/task").iterdir()
+                for one in (task / "children").read_text().split()
+            ]
+            for worker in workers:
+                os.kill(int(worker), signal.SIGKILL)
+            reached = control.show(name).round
+            eventually(lambda: control.show(name).round > reached + 1, RECOVERY_SECONDS)
+            eventually(lambda: control.show(name).state == "completed", 60)
+        folder = RunFolder.open(tmp_path / "home" / "runs" / name)
+        assert "restarted: the process of the ServerApp ended" in (folder.path / "log.txt").read_text()
+        found, expected = folder.restore(), undisturbed(rounds)
+        assert found is not None and found.arrays == expected.arrays and found.metrics == expected.metrics
 
 
 def test_one_that_is_told_to_end_lets_go_of_its_runs_and_takes_them_up_again(tmp_path: Path) -> None:
