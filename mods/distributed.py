@@ -69,7 +69,7 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
                 context.mod_state(STATE)["spent"] = ConfigRecord(spending)
                 return reply
             update = _update(message.content, reply.content)
-            values = instruction.prepare(flatten(update), norm(update))
+            values = instruction.prepare(flatten(update), norm(update) if instruction.bit_weight else 0.0)
             vector, keys = _encoded(instruction, values, random)
             context.mod_state(STATE)["spent"] = ConfigRecord(spending)
         except PlanRefused as cause:
