@@ -72,13 +72,22 @@ def superlink(
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
-    asyncio.run(_serve(options, _launcher(isolation, place)))
+    asyncio.run(_serve(options, _launcher(isolation, place, keys)))
 
 
-def _launcher(isolation: str, home: Path) -> Launcher:
+def _launcher(isolation: str, home: Path, keys: Path | None) -> Launcher:
+    """Return what runs server apps; those in processes see neither keys nor what other runs have in the store."""
+    from privfed.runtime.confinement import Limits
     from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
 
-    return InlineLauncher() if isolation == "inline" else ProcessLauncher(home / "processes")
+    if isolation == "inline":
+        return InlineLauncher()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own = [home / name for name in ("arrays", "bundles", "incoming")]
+    for folder in own:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    hidden = tuple(str(folder.resolve()) for folder in [*own, *([keys] if keys is not None else [])])
+    return ProcessLauncher(home / "processes", Limits(hidden=hidden))
 
 
 async def _serve(options: SuperLinkOptions, launcher: Launcher) -> None:

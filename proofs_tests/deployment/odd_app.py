@@ -101,9 +101,15 @@ def look(message, context):
         network = "reached"
     except OSError as fault:
         network = type(fault).__name__
+    try:
+        with open(f"/proc/{context.node_config.get('parent', 1)}/mem", "rb"):
+            traced = "opened"
+    except OSError as fault:
+        traced = type(fault).__name__
     import resource
     return told(
         message,
+        traced=traced,
         environment=",".join(sorted(os.environ)),
         folder=os.getcwd(),
         home=os.environ.get("HOME", ""),

@@ -192,7 +192,7 @@ def test_an_app_sees_neither_keys_nor_environment_nor_network(
     with socket.create_server(("127.0.0.1", 0)) as server:
         context = Context(
             node_id=1,
-            node_config={"hidden": str(keys), "port": server.getsockname()[1]},
+            node_config={"hidden": str(keys), "port": server.getsockname()[1], "parent": os.getpid()},
             mod_states={"own": RecordDict({"c": ConfigRecord({"a": 1})})},
             identify=lambda: Identity(1, bytes(32), {}),
         )
@@ -205,6 +205,7 @@ def test_an_app_sees_neither_keys_nor_environment_nor_network(
     if confined():
         assert seen["seen"] in ("PermissionError", "")
         assert seen["network"] != "reached"
+        assert seen["traced"] == "PermissionError"
 
 
 def confined() -> bool:
