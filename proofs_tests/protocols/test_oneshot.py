@@ -190,7 +190,7 @@ def test_secure_sum_of_integers_and_floats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "corrupt", "least"), [(2, 0, 2), (3, 0, 2), (4, 0, 3), (5, 1, 4), (10, 3, 7), (9, 2, 6), (3, 2, 3)]
+    ("members", "corrupt", "least"), [(2, 0, 2), (3, 0, 2), (4, 0, 3), (5, 1, 4), (10, 3, 7), (9, 2, 6), (4, 2, 4)]
 )
 def test_threshold_lets_only_one_set_be_opened(members: int, corrupt: int, least: int) -> None:
     """2t > m + corrupt, and the refusal names the least threshold."""
@@ -255,10 +255,24 @@ def test_secrets_of_the_largest_cohort_fit_half_the_share_field() -> None:
     assert sharing.MAX_NODES * sampler.CUT < sharing.PRIME / 2 < (sharing.MAX_NODES + 1) * sampler.CUT
 
 
+@pytest.mark.parametrize("corrupt", range(6))
+def test_every_committee_has_two_honest_members(corrupt: int) -> None:
+    """Were it one, o and then p, sums o + p + A and p + A over one model would differ by the input of o alone."""
+    members = tuple(range(1, corrupt + 3))
+    with pytest.raises(LocalError, match="two honest ones" if corrupt else "2 to"):
+        OneShot(corrupt + 1 if corrupt else 2, committee=members[:-1], corrupt=corrupt).agree(session_of(10))
+    least = OneShot(corrupt + 2, committee=members, corrupt=corrupt).agree(session_of(10))
+    assert least.threshold - corrupt == 2, "and so two honest members open"
+
+
+def session_of(nodes: int) -> Session:
+    return Session(1, 1, "train", tuple(range(1, nodes + 1)), 4, 20, bytes(32))
+
+
 def test_every_sum_holds_two_honest_inputs() -> None:
     with pytest.raises(LocalError, match="fewer than two honest"):
         Cohort(4, OneShot(4, corrupt=3))
-    cohort = Cohort(5, OneShot(2, committee=(1, 2), corrupt=1), bits=20)
+    cohort = Cohort(5, OneShot(3, committee=(1, 2, 3), corrupt=1), bits=20)
     with pytest.raises(TooFewSurvivors) as raised:
         cohort.run({"send": {3, 4, 5}})
     assert (raised.value.have, raised.value.threshold) == (2, 3)

@@ -104,7 +104,8 @@ def check_session(session: Session) -> None:
 def resolve_threshold(threshold: int | float | None, members: int, corrupt: int) -> int:
     """Turn a count, a share of the committee or None (solved for 1/3 corrupt, 1/10 gone) into a count.
 
-    Raises LocalError unless t <= m, 2t > m + corrupt, and float64 can share among so many.
+    Raises LocalError unless m >= corrupt + 2, t <= m, 2t > m + corrupt, and float64 can share among so many. So at
+    least two honest members open every sum: a single one could be the difference of that sum and the next.
     """
     if threshold is None:
         t = graph.solve_full_graph(members, _SOLVED_CORRUPT, _SOLVED_DROPOUT, True).threshold
@@ -113,6 +114,8 @@ def resolve_threshold(threshold: int | float | None, members: int, corrupt: int)
         t = math.ceil(threshold * members) if isinstance(threshold, float) else threshold
     if not 2 <= members <= MAX_COMMITTEE:
         raise LocalError(f"committee= has {members} members; 2 to {MAX_COMMITTEE} can hold shares")
+    if members < corrupt + 2:
+        raise LocalError(f"committee= has {members} members, {corrupt} of them corrupt: two honest ones are needed")
     if not t <= members:
         raise LocalError(f"threshold={t} exceeds the {members} members of the committee")
     if 2 * t <= members + corrupt:
