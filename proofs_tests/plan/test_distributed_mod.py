@@ -71,13 +71,14 @@ def refusal(reply: Message) -> str:
         min_size=32, max_size=32
     )
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_an_instruction_is_what_was_written(
     clip: float, noise: float, nodes: int, size: int, insecure: bool, seed: bytes
 ) -> None:
     parameters = solve_noise(
-        clip=clip, noise_multiplier=noise, nodes=nodes, dimension=size, bits=32, max_dropped=nodes // 4, max_colluding=1
-    )
+        clip=clip, noise_multiplier=noise, nodes=nodes, dimension=size, bits=32, max_dropped=nodes // 4,
+        max_colluding=1, drop_levels=(0, nodes // 4),
+    )  # fmt: skip
     instruction = Instruction(parameters, seed, relation="replace_one", observer="output", insecure=insecure)
     assert Instruction.from_config(instruction.to_config()) == instruction
     assert {field.name for field in fields(NoiseParameters)} | {"mechanism", "seed", "insecure"} == {
@@ -88,6 +89,7 @@ def test_an_instruction_is_what_was_written(
 BAD: dict[str, Any] = {
     "mechanism": "gaussian", "clip": -1.0, "noise-multiplier": 0.0, "scale": 1, "beta": 2.0, "nodes": 3.0,
     "dimension": 0, "bits": 70, "max-dropped": 9, "max-colluding": -1, "seed": bytes(31), "insecure": 1, "unit": 1,
+    "drop-levels": [1, 0], "bit-weight": 1,
 }  # fmt: skip
 
 
