@@ -145,10 +145,13 @@ class SuperLink:
         """Take up renewed certificates and rosters, and warn of what expires."""
         credentials = self.options.credentials
         told: set[str] = set()
+        seen = credentials.trust.roster.version if credentials is not None else 0
         while credentials is not None:
             try:
-                if await self.dispatcher.in_thread(credentials.reload):
-                    log.info("certificates and roster were read again")
+                await self.dispatcher.in_thread(credentials.reload)
+                # A handshake may have read the files before this did.
+                if credentials.trust.roster.version != seen:
+                    seen = credentials.trust.roster.version
                     self._roster_changed()
             except CertificateError as fault:
                 log.warning("the new certificates are not used: %s", fault)
