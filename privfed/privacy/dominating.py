@@ -109,6 +109,8 @@ def _pairs(event: ev.Event, relation: str) -> tuple[Pair, Pair] | None:
 
         return allocation_pairs(event, relation)
     plain = _plain(event, relation)
+    if isinstance(event, ev.RandomizedResponse) and relation == "zero_out":  # a truth against a uniform report
+        return _directed(plain)
     return None if plain is None else (plain, plain)
 
 

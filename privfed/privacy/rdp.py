@@ -15,7 +15,7 @@ from scipy import special
 from privfed.privacy import events as ev
 from privfed.privacy.cumulant import Cumulants
 from privfed.privacy.dominating import gaussian_mu, pairs, silent
-from privfed.privacy.pair import Floats, NormalPair
+from privfed.privacy.pair import Floats, NormalPair, Pair
 
 ORDERS: tuple[float, ...] = tuple(
     [1 + x / 10 for x in range(1, 100)] + list(range(11, 65)) + [72, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024]
@@ -73,9 +73,40 @@ def pair_divergence(event: ev.Event, orders: Sequence[float], relation: str) -> 
             return np.full(len(orders), math.inf)
         cumulants = Cumulants(((pair, 1),))
         ceiling = pair.span(0.0)[1]
-        values = [ceiling if math.isinf(a) else max(0.0, cumulants.at(a - 1)[0]) / (a - 1) for a in orders]
-        out = np.maximum(out, values)
+        endless = _endless(pair)
+        for i, a in enumerate(orders):
+            if endless and (math.isinf(a) or not _kept(pair, a - 1)):
+                value = _unsampled(event, a, relation)
+            else:
+                value = ceiling if math.isinf(a) else max(0.0, cumulants.at(a - 1)[0]) / (a - 1)
+            out[i] = max(out[i], value)
     return out
+
+
+def _endless(pair: object) -> bool:
+    """Say whether some part of the pair left out outcomes too rare for floats."""
+    parts = [branch for _, branch in getattr(pair, "branches", ())] + [getattr(pair, "pair", None)]
+    return getattr(pair, "endless", False) or any(_endless(part) for part in parts if part is not None)
+
+
+def _kept(pair: Pair, power: float) -> bool:
+    """Say whether the mass that decides E exp(power L) lies well inside the outcomes that were kept."""
+    losses, weights = pair.nodes(0.0)
+    good = weights > 0
+    exponent = power * losses[good] + np.log(weights[good])
+    edge = exponent[losses[good] >= losses[good].max() - 1e-9]
+    return bool(exponent.max() - edge.max() > 40)
+
+
+def _unsampled(event: ev.Event, order: float, relation: str) -> float:
+    """Return the divergence of the noise without its sampler, which costs more: divergences are quasi-convex."""
+    inner = getattr(event, "inner", event)
+    displaced = relation == "replace_one" or isinstance(event, ev.TruncatedPoisson)
+    distance = (2 if displaced else 1) * getattr(inner, "sensitivity", 1)
+    if isinstance(inner, ev.DiscreteGaussian):  # [CKS20, Prop 5]
+        return order * (distance / inner.sigma) ** 2 / 2
+    assert isinstance(inner, ev.Skellam)
+    return float(_skellam(np.array([order]), distance, distance, inner.variance)[0])
 
 
 def divergence(event: ev.Event, orders: Sequence[float], relation: str) -> Floats:
@@ -97,10 +128,8 @@ def divergence(event: ev.Event, orders: Sequence[float], relation: str) -> Float
         return a * mu * mu / 2
     if isinstance(event, ev.ZCDP):
         return a * event.rho
-    if isinstance(event, ev.DistributedDiscreteGaussian):
-        return discrete_sum_divergence(event, a, relation)
-    if isinstance(event, ev.DistributedSkellam):
-        return skellam_divergence(event, a, relation)
+    if isinstance(event, ev.DistributedNoise):
+        return _distributed(event, a, relation)
     if isinstance(event, ev.PoissonSampled) and isinstance(event.inner, (ev.DistributedNoise, ev.ZCDP)):
         return amplified(event, a, relation)
     try:
@@ -108,6 +137,20 @@ def divergence(event: ev.Event, orders: Sequence[float], relation: str) -> Float
         return pair_divergence(event, orders, relation) if mixed is None else mixed
     except OverflowError:
         return np.full(len(a), math.inf)
+
+
+def _distributed(event: ev.DistributedNoise, orders: Floats, relation: str) -> Floats:
+    """Return the divergence of distributed noise; infinite where the formulas leave the range of floats."""
+    try:
+        with np.errstate(all="ignore"):
+            if isinstance(event, ev.DistributedSkellam):
+                found = skellam_divergence(event, orders, relation)
+            else:
+                assert isinstance(event, ev.DistributedDiscreteGaussian)
+                found = discrete_sum_divergence(event, orders, relation)
+    except (OverflowError, ZeroDivisionError):
+        return np.full(len(orders), math.inf)
+    return np.where(np.isnan(found), math.inf, np.maximum(found, 0.0))
 
 
 def _mixed_gaussians(event: ev.Event, orders: Floats, relation: str) -> Floats | None:
@@ -184,7 +227,7 @@ def amplified(event: ev.PoissonSampled, orders: Floats, relation: str) -> Floats
         factor = np.where(j > 2, math.log(3.0), 0.0)
         head = (a - 1) * math.log1p(-q) + math.log1p(a * q - q)
         table[a] = special.logsumexp(np.append(tail + factor, head)) / (a - 1)
-    return np.array([table[max(2, math.ceil(o))] if math.isfinite(o) else math.inf for o in orders])
+    return np.array([max(0.0, table[max(2, math.ceil(o))]) if math.isfinite(o) else math.inf for o in orders])
 
 
 def rounded_norm(l2: float, dimension: int, beta: float = math.exp(-0.5)) -> float:
@@ -246,7 +289,10 @@ def skellam_divergence(event: ev.DistributedSkellam, orders: Floats, relation: s
     variance = event.survivors * (event.local_stddev * event.scale) ** 2
     if variance == 0:
         return np.full(len(orders), math.inf)
-    l1, l2 = _sensitivities(event, relation)
+    return _skellam(orders, *_sensitivities(event, relation), variance)
+
+
+def _skellam(orders: Floats, l1: float, l2: float, variance: float) -> Floats:
     a = np.maximum(2.0, np.ceil(orders))
-    first = ((2 * a - 1) * l2**2 + 6 * l1) / (4 * variance**2)
-    return a * l2**2 / (2 * variance) + np.minimum(first, 3 * l1 / (2 * variance))
+    first = ((2 * a - 1) * l2**2 + 6 * l1) / (4 * variance**2) if variance**2 > 0 else math.inf
+    return np.asarray(a * l2**2 / (2 * variance) + np.minimum(first, 3 * l1 / (2 * variance)), dtype=np.float64)

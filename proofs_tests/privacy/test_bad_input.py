@@ -252,3 +252,11 @@ def test_infinite_epsilons() -> None:
     sampled = Accountant().step(ev.PoissonSampled(0.1, GAUSS), 3)
     assert sampled.delta(math.inf).upper == 0
     assert sampled.delta(-math.inf).lower == 1
+
+
+def test_randomized_response_against_a_uniform_report_costs_its_worse_direction() -> None:
+    """0.75 against 0.5 is a loss of log 1.5; 0.5 against 0.25, the other way round, one of log 2."""
+    found = Accountant(relation="zero_out").step(ev.RandomizedResponse(0.5, 2))
+    assert found.epsilon(0.0).upper == pytest.approx(math.log(2))
+    assert found.epsilon(1e-9).lower == pytest.approx(math.log(2), rel=1e-6)
+    assert found.divergence(50.0) > math.log(1.5)
