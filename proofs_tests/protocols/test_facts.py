@@ -154,7 +154,7 @@ def test_the_room_for_lightsecaggs_shares_is_bounded_too() -> None:
     ],
 )
 def test_a_buffered_run_of_other_facts_is_not_joined(policy: Policy, name: str) -> None:
-    terms = BufferTerms(run=1, nodes=(1, 2, 3, 4), dimension=20, bits=16, threshold=3, privacy=1)
+    terms = BufferTerms(run=1, nodes=(1, 2, 3, 4), dimension=20, bits=16, threshold=3, privacy=1, goal=3)
     BufferedNode(terms, identities(terms.nodes)[1], Policy(run=1, bits=16, dimension=20))
     with pytest.raises(LocalError, match=name):
         BufferedNode(terms, identities(terms.nodes)[1], policy)

@@ -101,6 +101,22 @@ def test_identities_must_be_the_rosters() -> None:
         LightSecAgg().client(3, policy=Policy(require_active=True))
 
 
+def test_active_security_wants_lying_reveals_noticed() -> None:
+    """As many as the policy assumes to collude, and one at least."""
+    nodes = (3, 4, 5, 6, 7, 8, 9)
+    known = identities(nodes)
+    for liars, corrupt, refused in ((0, 0.0, True), (1, 0.0, False), (1, 2 / 7, True), (2, 2 / 7, False)):
+        protocol = LightSecAgg(5, liars=liars)
+        policy = Policy(require_active=True, corrupt=corrupt)
+        client = protocol.client(3, identity=known[3], policy=policy, random=stream("x"))
+        request = first_request(protocol, nodes=nodes)
+        if refused:
+            told = refusal(lambda c=client, r=request: c.step(b"", r, lambda: np.zeros(5, np.uint64)))  # type: ignore[misc]
+            assert told == ("reveals-unchecked", (0,))
+        else:
+            assert client.step(b"", request, lambda: np.zeros(5, np.uint64))[1]
+
+
 # --- share: the keys ------------------------------------------------------------------------------------------
 
 

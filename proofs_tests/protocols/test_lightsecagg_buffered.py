@@ -14,13 +14,13 @@ from privfed.protocols import codec, keys
 from privfed.protocols.errors import LocalError, RemoteError, TooFewSurvivors
 from privfed.protocols.lightsecagg import buffered, messages
 from privfed.protocols.lightsecagg.buffer import BufferedServer, WeightedSum
-from privfed.protocols.lightsecagg.buffered import BufferedNode, BufferTerms
+from privfed.protocols.lightsecagg.buffered import BufferedNode, BufferTerms, Memory
 from privfed.protocols.lightsecagg.exact import Words
 from privfed.protocols.lightsecagg.messages import Advertisement
 from privfed.protocols.session import Buffer, Policy
 
 TERMS = BufferTerms(
-    run=7, nodes=(1, 2, 3, 4, 5), dimension=9, bits=32, threshold=4, privacy=2, weights=(8, 4, 2), goal=3
+    run=7, nodes=(1, 2, 3, 4, 5), dimension=9, bits=32, threshold=4, privacy=1, weights=(8, 4, 2), goal=3
 )
 BINDINGS = {version: bytes([version]) * 32 for version in range(40)}
 
@@ -419,3 +419,51 @@ def test_buffers_move_forward_and_answers_do_not_change() -> None:
     with pytest.raises(LocalError, match="version must exceed 2"):
         run.server.begin(2)
     np.testing.assert_array_equal(run.buffer(4).total, expected({1: 3, 2: 3, 3: 3}, 4))
+
+
+def test_a_version_stays_the_model_it_was_for_a_node() -> None:
+    """Two buffers, each of one model for itself, and a version that is another model in the second."""
+    run = Run()
+    for node in (1, 2, 3):
+        run.contribute(node, 3)
+    run.buffer(3)
+    for node in (4, 5):
+        forged = replace(Memory.decode(run.kept[node]), models={}).encode()  # as if it had not seen the first buffer
+        _, message = run.nodes[node].contribute(forged, 3, bytes(32), update(node, 3))
+        run.server.contribute(node, message)
+    run.contribute(1, 4)
+    request = run.server.begin(4)[2]
+    assert refusal(run, request, node=2) == "inconsistent-model"
+
+
+def test_a_node_holds_a_buffer_to_the_model_it_trained_on_itself() -> None:
+    run = Run()
+    run.contribute(5, 2)
+    for node in (1, 2, 3):
+        run.kept[node], message = run.nodes[node].contribute(run.kept[node], 2, bytes(32), update(node, 2))
+        run.server.contribute(node, message)
+    rows = run.server.begin(2)[5]
+    digest = bytes(rows[1:33])
+    current, entries = messages.body(rows, buffered.BUFFER, digest, buffered.read_buffer)
+    others = buffered.listing(current, tuple(entry for entry in entries if entry.node != 5))
+    assert refusal(run, messages.sealed(buffered.BUFFER, digest, others), node=5) == "inconsistent-model"
+
+
+def test_a_node_trains_no_version_that_was_another_model_before() -> None:
+    run = Run()
+    for node in (1, 2, 3):
+        run.contribute(node, 3)
+    run.buffer(3)
+    with pytest.raises(RemoteError, match="inconsistent-model"):
+        run.nodes[4].contribute(run.kept[4], 3, bytes(32), update(4, 3))
+    assert Memory.decode(run.kept[4]).models == {3: BINDINGS[3]}
+    for node in (1, 2, 3):
+        run.contribute(node, 9)
+    run.buffer(9)
+    assert Memory.decode(run.kept[4]).models == {9: BINDINGS[9]}, "what no buffer can hold any more is forgotten"
+
+
+def test_a_buffer_holds_two_more_than_may_collude() -> None:
+    with pytest.raises(LocalError, match="goal must be at least privacy"):
+        replace(TERMS, goal=TERMS.privacy + 1)
+    assert replace(TERMS, goal=TERMS.privacy + 2).goal == 3

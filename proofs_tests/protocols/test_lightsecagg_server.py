@@ -10,9 +10,10 @@ import pytest
 
 from privfed.audit.rehearsal import Rehearsal, Stage, stream
 from privfed.protocols import codec, keys
-from privfed.protocols.errors import LocalError
+from privfed.protocols.errors import LocalError, TooFewSurvivors
 from privfed.protocols.lightsecagg import LightSecAgg
 from privfed.protocols.lightsecagg.messages import Advertisement
+from privfed.protocols.lightsecagg.server import LightSecAggServer
 from privfed.protocols.session import Session
 from proofs_tests.protocols.lightsecagg_rehearsal import LOW_ORDER, PASSIVE, refusal
 
@@ -99,6 +100,51 @@ def test_a_wrong_sum_of_shares_is_noticed() -> None:
             server.close()
     assert refusal(server.close)[0] == "inconsistent-shares"
     assert server.result is None
+
+
+def served(liars: int, answering: tuple[int, ...], lying: tuple[int, ...] = ()) -> LightSecAggServer:
+    """A session of nodes 1 to 5, threshold 3, up to the last close: some answer the last stage, some of them lie."""
+    protocol, nodes = LightSecAgg(3, liars=liars), (1, 2, 3, 4, 5)
+    server = protocol.server(Session(1, 1, "train", nodes, 5, 16), random=stream("liars"))
+    clients = {node: protocol.client(node, random=stream(f"liars {node}")) for node in nodes}
+    kept = dict.fromkeys(nodes, b"")
+    for stage in protocol.stages:
+        for node, request in server.outbound().items():
+            if stage == "reveal" and node not in answering:
+                continue
+            kept[node], reply = clients[node].step(kept[node], request, lambda: np.ones(5, np.uint64))
+            lie = stage == "reveal" and node in lying
+            server.receive(node, bytes(reply)[:-1] + bytes([bytes(reply)[-1] ^ node]) if lie else reply)
+        if stage != "reveal":
+            server.close()
+    return server
+
+
+def test_with_liars_no_lie_passes_and_without_one_can() -> None:
+    """With exactly `threshold` answers nothing contradicts a lie: that many more are awaited as may lie."""
+    alone = served(0, (1, 2, 3), lying=(3,))
+    alone.close()
+    assert alone.result is not None
+    assert not np.array_equal(alone.result.total, np.full(5, 5)), "what liars > 0 is for"
+    with pytest.raises(TooFewSurvivors) as few:
+        served(1, (1, 2, 3), lying=(3,)).close()
+    assert (few.value.have, few.value.threshold) == (3, 4)
+    for liars, answering, lying in ((1, (1, 2, 3, 4), (3,)), (2, (1, 2, 3, 4, 5), (2, 5)), (1, (1, 2, 4, 5), (1,))):
+        server = served(liars, answering, lying)
+        assert refusal(server.close)[0] == "inconsistent-shares"
+        assert server.result is None
+    honest = served(1, (1, 2, 3, 4))
+    honest.close()
+    assert honest.result is not None
+    np.testing.assert_array_equal(honest.result.total, np.full(5, 5))
+
+
+def test_liars_beyond_the_cohort_are_refused() -> None:
+    with pytest.raises(LocalError, match="liars"):
+        LightSecAgg(4, liars=2).server(Session(1, 1, "train", (1, 2, 3, 4, 5), 5, 16))
+    for wrong in (-1, 0.5, True):
+        with pytest.raises(ValueError, match="liars"):
+            LightSecAgg(4, liars=wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_session_that_ended_takes_nothing() -> None:

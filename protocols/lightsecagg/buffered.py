@@ -27,7 +27,7 @@ from privfed.protocols.lightsecagg.secret import Secrets
 from privfed.protocols.session import Buffer, Identity, Policy, Random, os_random
 
 JOIN, ROSTER, CONTRIBUTION, BUFFER, SIGNED, OPEN, OPENED = range(0x40, 0x47)
-_NEVER = (1 << 64) - 1
+_NEVER = (1 << 63) - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,11 @@ class BufferTerms:
             raise LocalError("weights must be integers of 1 or more, the freshest first")
         if not 2 <= self.goal <= n or not 1 <= self.bits <= 64 or self.dimension < 0 or self.run < 0:
             raise LocalError(f"goal must be between 2 and {n}, bits between 1 and 64, dimension and run 0 or more")
+        if self.goal < self.privacy + 2:
+            raise LocalError(
+                f"goal must be at least privacy + 2 = {self.privacy + 2}: a buffer of {self.goal} updates may hold one "
+                f"honest node's and {self.goal - 1} that collude with the server"
+            )
         Code(n, self.threshold, self.privacy, self.bits)
 
     def digest(self) -> bytes:
@@ -129,7 +134,8 @@ class Memory:
     """What a node keeps between calls; persist `encode()` before a reply leaves.
 
     contributed: its own last version. opened: the last version opened, per node. confirmed: hash of the one buffer
-    it signed and has not opened yet. current: the version of the last buffer it signed.
+    it signed and has not opened yet. current: the version of the last buffer it signed. models: version -> hash of the
+    model it stands for, as this node was given it or confirmed it, while an update of that version may have a weight.
     """
 
     root: bytes = field(repr=False)
@@ -138,11 +144,13 @@ class Memory:
     current: int = -1
     confirmed: bytes = bytes(32)
     opened: Mapping[int, int] = field(default_factory=dict)
+    models: Mapping[int, bytes] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         numbers = codec.u64(self.contributed + 1) + codec.u64(self.current + 1)
         opened = codec.table((node, codec.u64(version)) for node, version in self.opened.items())
-        return self.root + self.confirmed + numbers + codec.blob(self.roster) + opened
+        models = codec.table((version + 1, binding) for version, binding in self.models.items())
+        return self.root + self.confirmed + numbers + codec.blob(self.roster) + opened + models
 
     @classmethod
     def decode(cls, kept: bytes) -> Memory:
@@ -151,7 +159,8 @@ class Memory:
             contributed, current = reader.number(8) - 1, reader.number(8) - 1
             roster = bytes(reader.blob())
             opened = {node: int.from_bytes(raw, "big") for node, raw in reader.table(8).items()}
-            return cls(root, roster, contributed, current, confirmed, opened)
+            models = {version - 1: bytes(raw) for version, raw in reader.table(32).items()}
+            return cls(root, roster, contributed, current, confirmed, opened, models)
 
         try:
             return codec.decode(kept, read)
@@ -253,11 +262,16 @@ class BufferedNode:
         return self._secrets(memory).channel(peer, self._peers(memory.roster)[peer].public_key, place)
 
     def contribute(self, kept: bytes, version: int, binding: bytes, vector: Words) -> tuple[bytes, bytes]:
-        """Mask an update trained on `version` and share the mask. A version is used once, and versions rise."""
+        """Mask an update trained on `version` and share the mask. A version is used once, and versions rise.
+
+        binding: hash of the model it was trained on; this node confirms no buffer in which the version is another one.
+        """
         memory, context = self._settled(kept)
         terms, bits = self.terms, self.terms.bits
         if not memory.contributed < version < _NEVER or len(binding) != 32:
             raise LocalError(f"version must exceed {memory.contributed}, the last contributed; got {version}")
+        if memory.models.get(version, binding) != binding:
+            raise deviation("inconsistent-model", f"version {version} was another model in a buffer this node signed")
         given = np.asarray(vector)
         if given.shape != (terms.dimension,) or given.dtype not in (np.uint32, np.uint64):
             raise LocalError(f"the update must be uint32 or uint64 of shape ({terms.dimension},)")
@@ -280,7 +294,8 @@ class BufferedNode:
             messages.encode_table(rows),
             messages.encode_vector(masked, bits),
         )
-        return replace(memory, contributed=version).encode(), reply
+        models = {**memory.models, version: binding}
+        return replace(memory, contributed=version, models=models).encode(), reply
 
     def _shares(self, memory: Memory, version: int, holders: list[int]) -> Words:
         code, dimension, bits = self.terms.code, self.terms.dimension, self.terms.bits
@@ -290,9 +305,9 @@ class BufferedNode:
         return code.encode(secrets.mask(dimension, bits), noise, places)
 
     def _check_buffer(self, memory: Memory, context: bytes, current: int, entries: tuple[Entry, ...]) -> None:
-        """Refuse entries that are stale, opened before, unsigned, or of two models under one version."""
+        """Refuse entries that are stale, opened before, unsigned, or of another model than their version was before."""
         peers = self._peers(memory.roster)
-        bindings: dict[int, bytes] = {}
+        bindings = dict(memory.models)
         if current <= memory.current:
             raise deviation("version-not-rising", f"a buffer at version {memory.current} was signed before")
         if len(entries) < max(self.terms.goal, self.policy.min_cohort, self.policy.min_survivors):
@@ -318,9 +333,12 @@ class BufferedNode:
             raise deviation("malformed-request", str(error)) from error
         self._check_buffer(memory, context, current, entries)
         statement = buffer_statement(context, current, entries)
+        models = {**memory.models, **{entry.version: entry.binding for entry in entries}}
+        oldest = current + 2 - len(self.terms.weights)  # what is older has no weight in any later buffer
         after = replace(
             memory,
             current=current,
+            models={version: binding for version, binding in models.items() if version >= oldest},
             confirmed=keys.digest(*statement),
             opened={**memory.opened, **{entry.node: entry.version for entry in entries}},
         )

@@ -112,13 +112,14 @@ def check_peers(
 
 @dataclass(frozen=True)
 class LightSecAggClient:
-    """One node's part in one session. expect: cohort size -> (threshold, privacy)."""
+    """One node's part in one session. expect: cohort size -> (threshold, privacy). liars: of LightSecAgg."""
 
     node: int
     expect: Callable[[int], tuple[int, int]] = field(repr=False)
     policy: Policy
     identity: Identity | None = field(repr=False)
     random: Random = field(repr=False)
+    liars: int = 0
 
     def __post_init__(self) -> None:
         if self.identity is None and self.policy.require_active:
@@ -155,7 +156,7 @@ class _View:
     def __init__(self, client: LightSecAggClient, state: Kept, request: Buffer) -> None:
         self.node, self.policy, self.identity = client.node, client.policy, client.identity
         self.roster = client.identity.roster if client.identity is not None else None
-        self.expect = client.expect
+        self.expect, self.liars = client.expect, client.liars
         self.requests = (*state.requests, request)
         self.terms = Terms.decode(self.requests[0])
         self.secrets = Secrets(state.root, self.terms.digest())
@@ -193,6 +194,10 @@ class _View:
         except LocalError as error:
             raise deviation("parameters-differ", str(error)) from error
         check_terms(self.terms, self.node, expected, self.policy, self.roster)
+        assumed = max(1, graph.count(len(self.session.nodes), self.policy.corrupt))
+        if self.policy.require_active and self.liars < assumed:
+            detail = f"wrong sums of {self.liars} nodes would be noticed, active security wants {assumed}: set liars"
+            raise deviation("reveals-unchecked", detail)
         reply = messages.ADVERTISE | messages.REPLY
         return messages.sealed(reply, self.secrets.digest, self._own_advertisement().encode())
 

@@ -30,12 +30,15 @@ class LightSecAgg:
     threshold: nodes that must answer the last stage, a count or a share of the cohort (rounded up); None: the least
     that protects against a third of corrupt nodes while a tenth may vanish. privacy: colluding nodes that learn
     nothing, at most and by default 2 threshold - n - 1; with 0, the server alone learns nothing.
+    liars: nodes whose wrong sums of shares are noticed, however they agree among one another: a session goes on only
+    while threshold + liars nodes answer. With 0 and exactly `threshold` answers one node can shift the sum unnoticed.
     Each node uploads n / (threshold - privacy) vectors of shares beside its masked input.
     Raises LocalError (from `resolve`, `server` and `client` steps) for cohorts these parameters do not suit.
     """
 
     threshold: int | float | None = None
     privacy: int | None = None
+    liars: int = 0
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not isinstance(self.threshold, int | float):
@@ -46,6 +49,9 @@ class LightSecAgg:
             raise ValueError(f"threshold must be at least 2 nodes, got {self.threshold}")
         if self.privacy is not None and (not isinstance(self.privacy, int) or self.privacy < 0):
             raise ValueError(f"privacy must be a number of nodes, got {self.privacy!r}")
+
+        if not isinstance(self.liars, int) or isinstance(self.liars, bool) or self.liars < 0:
+            raise ValueError(f"liars must be a number of nodes, got {self.liars!r}")
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -68,6 +74,11 @@ class LightSecAgg:
                 f"threshold {threshold} and privacy {privacy} do not suit {n} nodes: threshold <= n and "
                 f"2 threshold > n + privacy must hold, so set threshold between {(n + privacy) // 2 + 1} and {n}"
             )
+        if threshold + self.liars > n:
+            raise LocalError(
+                f"threshold {threshold} and {self.liars} liars need {threshold + self.liars} answers of {n} nodes: "
+                "lower one of them, or use more nodes"
+            )
         return threshold, privacy
 
     def server(self, session: Session, *, random: Random = os_random) -> LightSecAggServer:
@@ -83,7 +94,7 @@ class LightSecAgg:
         if len(session.action.encode()) > codec.MAX_ACTION:
             raise LocalError(f"session.action must have at most {codec.MAX_ACTION} bytes, got {session.action!r}")
         threshold, privacy = self.resolve(len(session.nodes))
-        return LightSecAggServer(Terms(session, threshold, privacy), random)
+        return LightSecAggServer(Terms(session, threshold, privacy), random, self.liars)
 
     def client(
         self,
@@ -93,5 +104,8 @@ class LightSecAgg:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> LightSecAggClient:
-        """Take part as `node`. Without an identity the server is trusted to relay keys unchanged."""
-        return LightSecAggClient(node, self.resolve, policy, identity, random)
+        """Take part as `node`. Without an identity the server is trusted to relay keys unchanged: semi-honest only.
+
+        A policy that requires active security refuses that, and sessions that would not notice lying reveals.
+        """
+        return LightSecAggClient(node, self.resolve, policy, identity, random, self.liars)

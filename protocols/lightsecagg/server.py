@@ -22,10 +22,11 @@ STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 class LightSecAggServer:
     """One session. `receive` in any order within a stage, `close` when no more replies are waited for."""
 
-    def __init__(self, terms: Terms, random: Random) -> None:
+    def __init__(self, terms: Terms, random: Random, liars: int = 0) -> None:
         session = terms.session
         self._terms, self._random, self._digest = terms, random, terms.digest()
         self._code = Code(len(session.nodes), terms.threshold, terms.privacy, session.bits)
+        self._needed = terms.threshold + liars
         self._stage = 0
         self._asked: tuple[int, ...] = session.nodes
         self._received: dict[int, bytes] = {}
@@ -81,8 +82,8 @@ class LightSecAggServer:
         if not self.stage:
             raise LocalError("the session is over")
         answered = tuple(node for node in self._asked if node in self._received)
-        if len(answered) < self._terms.threshold:
-            raise TooFewSurvivors(len(answered), self._terms.threshold, self.stage)
+        if len(answered) < self._needed:
+            raise TooFewSurvivors(len(answered), self._needed, self.stage)
         turn: Callable[[], None] = (
             self._ask_shares,
             self._ask_masks,
