@@ -12,10 +12,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import argparse
 import importlib.util
-import json
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -130,71 +127,36 @@ def best_session(protocol: Protocol, n: int, drop: float, repeats: int = 3) -> d
     return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
-PEER = """
-import json, os, sys, time
-import numpy as np
-from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
-from flwr.common.secure_aggregation.ndarrays_arithmetic import parameters_addition, parameters_subtraction
-from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, private_key_to_bytes
-
-def once(function, repeats=3):
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-n, threshold, size = map(int, sys.argv[1:])
-(own, public), (_, other) = generate_key_pairs(), generate_key_pairs()
-seed = generate_shared_key(own, other)
-key = private_key_to_bytes(own)
-shares = create_shares(key, threshold, n)
-vector = [np.zeros(size, dtype=np.int64)]
-sealed = encrypt(seed, shares[0] + shares[0])
-cost = {
-    "agree": once(lambda: generate_shared_key(own, other)),
-    "split": once(lambda: create_shares(key, threshold, n)) + once(lambda: create_shares(os.urandom(32), threshold, n)),
-    "combine": once(lambda: combine_shares(shares[:threshold])),
-    "mask": once(lambda: parameters_addition(vector, pseudo_rand_gen(seed, 1 << 32, [(size,)]))),
-    "unmask": once(lambda: parameters_subtraction(vector, pseudo_rand_gen(seed, 1 << 32, [(size,)]))),
-    "seal": once(lambda: encrypt(seed, shares[0] + shares[0])) + once(lambda: decrypt(seed, sealed)),
-    "add": once(lambda: parameters_addition(vector, vector)),
-}
-print(json.dumps(cost))
-"""
-
-
-def against_flwr(python: str, ours: dict[float, dict[str, float]]) -> None:
-    """Print our sessions beside flwr's secure aggregation, composed of what its own functions cost in this run.
-
-    flwr's figures leave out its messages and its control flow, so they are its least.
-    """
-    done = subprocess.run([python, "-c", PEER, "100", "51", str(MILLION)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"flwr could not be measured: {done.stderr.strip().splitlines()[-1]}")
-        return
-    cost = json.loads(done.stdout)
-    client = 2 * 99 * cost["agree"] + cost["split"] + 99 * cost["seal"] + 100 * cost["mask"]
-    for drop, mine in ours.items():
-        lost = round(100 * drop)
-        left = 100 - lost
-        server = 100 * cost["combine"] + left * (cost["add"] + cost["unmask"])
-        server += lost * left * (cost["agree"] + cost["unmask"])
+def against_flwr(n: int, dimension: int) -> None:
+    """Print our sessions beside flwr's own mod and workflow, both driven in this process over the full graph."""
+    if importlib.util.find_spec("flwr") is None:
         print(
-            f"flwr n=100 d=1M drop={drop:.0%}: client {client:.2f} s ({client / mine['client']:.0f} x ours), "
-            f"server {server:.1f} s ({server / mine['server']:.0f} x ours)"
+            "flwr is not installed in this Python: NO ratio table (pip install flwr, or run with a Python that has it)"
         )
+        return
+    import flwr
+    import flwr_secagg
+
+    print(f"flwr {flwr.__version__}, secaggplus_mod under SecAggPlusWorkflow, n={n} d={dimension:,}, once each:")
+    for drop in (0.0, 0.05):
+        threshold = round(0.51 * n)
+        mine = session(SecAgg(threshold=threshold), n, dimension, drop)
+        theirs = flwr_secagg.session(n, dimension, drop, threshold)
+        for role in ("client", "server"):
+            ratio = theirs[role] / mine[role]
+            print(f"  drop={drop:.0%} {role}: flwr {theirs[role]:.3f} s, ours {mine[role]:.4f} s, {ratio:.0f} x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--large", action="store_true", help="also 1,000 nodes on a sparse graph (needs 8 GB)")
-    parser.add_argument("--flwr-python", help="a Python that can import flwr: adds the ratio table")
+    parser.add_argument("--flwr-nodes", type=int, default=40, help="nodes in the ratio table; 100 take minutes")
+    parser.add_argument("--flwr-dimension", type=int, default=100_000, help="entries of a vector in the ratio table")
+    parser.add_argument("--only-flwr", action="store_true", help="the ratio table alone")
     options = parser.parse_args()
-    ours: dict[float, dict[str, float]] = {}
+    if options.only_flwr:
+        against_flwr(options.flwr_nodes, options.flwr_dimension)
+        return
     print(f"load average {os.getloadavg()[0]:.1f}")
     limit, mask = limit_per_mask(), masks()
     print(f"mask 1M uint32: {mask * 1e3:.3f} ms, limit {limit * 1e3:.3f} ms, ratio {mask / limit:.2f} (bar 1.5)")
@@ -207,7 +169,7 @@ def main() -> None:
             f"combine {found * 1e3:.3f} ms"
         )
     for drop, bar in ((0.0, 0.1), (0.05, 0.35), (0.3, 1.2)):
-        spent = ours[drop] = best_session(SecAgg(threshold=51), 100, drop)
+        spent = best_session(SecAgg(threshold=51), 100, drop)
         bound = (100 + 100 * drop * 100 * (1 - drop)) * limit
         print(
             f"secagg n=100 d=1M drop={drop:.0%}: client {spent['client']:.3f} s (bar 0.06), "
@@ -216,8 +178,7 @@ def main() -> None:
         )
     spent = best_session(SecAgg(threshold=0.7, mode="active"), 100, 0.05)
     print(f"secagg active n=100 d=1M drop=5%: client {spent['client']:.3f} s, server {spent['server']:.3f} s")
-    if options.flwr_python or importlib.util.find_spec("flwr"):
-        against_flwr(options.flwr_python or sys.executable, ours)
+    against_flwr(options.flwr_nodes, options.flwr_dimension)
     if options.large:
         spent = session(SecAggPlus(corrupt=0.05, dropout=0.05), 1000, MILLION, 0.05)
         print(f"secagg+ n=1000 d=1M drop=5%: client {spent['client']:.3f} s, server {spent['server']:.3f} s (bar 3.5)")
