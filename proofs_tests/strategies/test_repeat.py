@@ -50,7 +50,7 @@ def test_training_on_an_unchanged_model_says_cause_and_fix() -> None:
         Stuck(fraction_evaluate=0, stage=STAGES[0]()).start(grid, MODEL, 2)
     assert len(grid.sent) == 4 * 4
     # A server that does not remember hears it from the nodes, in the same words.
-    with pytest.raises(RunFailed, match="nodes open one sum .*SumAlreadyOpened") as caught:
+    with pytest.raises(RunFailed, match=r"nodes open one sum .*SumAlreadyOpened") as caught:
         Stuck(fraction_evaluate=0, stage=STAGES[0]()).start(grid, MODEL, 1)
     assert not isinstance(caught.value, QuorumError)
 
