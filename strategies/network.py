@@ -48,18 +48,23 @@ def comparators(n: int, ranks: tuple[int, ...], together: bool = False) -> tuple
     return tuple(reversed(kept))
 
 
-def run_network(network: tuple[Comparator, ...], rows: list[Floats], spare: Floats) -> list[Floats]:
-    """Apply a network to rows in place and return them in rank order; `spare` is one more row of scratch."""
-    rows = list(rows)
+def run_network(network: tuple[Comparator, ...], rows: list[Floats], spare: list[Floats]) -> list[Floats]:
+    """Return the rows in rank order. `spare` is scratch, one row more than there are; the rows are left as they are."""
+    rows, spare = list(rows), list(spare)
+    own = [False] * len(rows)  # rows in scratch may be written over, the first comparators write into it
     for a, b, low, high in network:
+        first, second = rows[a], rows[b]
         if low and high:
-            np.minimum(rows[a], rows[b], out=spare)
-            np.maximum(rows[a], rows[b], out=rows[b])
-            rows[a], spare = spare, rows[a]
+            rows[a] = np.minimum(first, second, out=spare.pop())
+            rows[b] = np.maximum(first, second, out=second if own[b] else spare.pop())
+            if own[a]:
+                spare.append(first)
         elif low:
-            np.minimum(rows[a], rows[b], out=rows[a])
+            rows[a] = np.minimum(first, second, out=first if own[a] else spare.pop())
         else:
-            np.maximum(rows[a], rows[b], out=rows[b])
+            rows[b] = np.maximum(first, second, out=second if own[b] else spare.pop())
+        own[a] = own[a] or low
+        own[b] = own[b] or high
     return rows
 
 
@@ -68,14 +73,14 @@ def by_rank(
 ) -> Floats:
     """Sort every column and return what a finisher makes of it: one number a column.
 
-    few: takes the rows in rank order (only `ranks` are right), each one block wide, and may write to them.
+    few: takes the rows in rank order (only `ranks` are right), each one block wide, and must not write to them.
     many: takes columns as sorted rows, shape (columns of the block, n). together: see `comparators`.
     """
     out = np.empty(matrix.size, matrix.work)
     n = matrix.count
     small = n <= NETWORK_ROWS
     network = comparators(n, ranks, together) if small else ()
-    width = matrix.width(16384) if small else matrix.width(2048)
+    width = matrix.width(32768) if small else matrix.width(2048)
     room = threading.local()
 
     def scratch(rows: int, columns: int) -> Floats:
@@ -88,9 +93,7 @@ def by_rank(
         block = matrix.block(start, stop)
         if small:
             taint_check(matrix, block)
-            lines = scratch(n + 1, stop - start)
-            lines[:n] = block
-            out[start:stop] = few(run_network(network, list(lines[:n]), lines[n]))
+            out[start:stop] = few(run_network(network, list(block), list(scratch(n + 1, stop - start))))
         else:
             turned = scratch(stop - start, n)
             turned[...] = block.T
