@@ -20,9 +20,8 @@ from privfed.errors import QuorumError, RunFailed
 from privfed.grid import Checkpoint, LocalGrid, MemoryRecorder
 from privfed.message import Message
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from privfed.strategies import FedAvg, PlainStage, Sum, Updates
+from privfed.strategies import FedAvg
 from privfed.strategies.cohort import cohort_size
-from privfed.strategies.strategy import Strategy
 
 Reply = Callable[[Message, int], RecordDict]
 
@@ -413,53 +412,3 @@ def test_constructor_refuses_nonsense() -> None:
         FedAvg().start(grid, ArrayRecord([np.zeros(1, bool)]))
     with pytest.raises(ValueError, match="timeout"):
         FedAvg().start(grid, ArrayRecord([np.zeros(1)]), timeout=0)
-
-
-class Largest(Strategy):
-    """A custom strategy that needs to see every update."""
-
-    needs = Updates
-
-    def update(self, server_round: int, arrays: ArrayRecord, view: Any) -> ArrayRecord:
-        assert isinstance(view, Updates)
-        return ArrayRecord([view.rows.max(axis=0).astype(np.float64)])
-
-
-class Apart(FedAvg):
-    """Tells every node something else."""
-
-    def configure_node(self, server_round: int, node: int, content: RecordDict) -> RecordDict:
-        made = RecordDict(dict(content))
-        made["own"] = ConfigRecord({"node": node})
-        return made
-
-
-class SumOnly(PlainStage):
-    offers = frozenset({Sum})
-    per_node = False
-
-
-def test_a_custom_strategy_sees_rows_in_the_order_of_the_nodes() -> None:
-    def reply(message: Message, node: int) -> RecordDict:
-        return content(ArrayRecord([np.array([node, -node], np.float64)]))
-
-    result = Largest(fraction_evaluate=0).start(LocalGrid(app_of(reply), 3), ArrayRecord([np.zeros(2)]), 1)
-    assert result.arrays == ArrayRecord([np.array([3.0, -1.0])])
-
-
-def test_a_stage_that_cannot_give_what_is_needed_is_refused_at_construction() -> None:
-    with pytest.raises(ValueError, match="Largest needs Updates"):
-        Largest(stage=SumOnly())
-    with pytest.raises(ValueError, match="configures nodes apart"):
-        Apart(stage=SumOnly())
-
-
-def test_nodes_may_be_configured_apart_in_the_clear() -> None:
-    seen = []
-
-    def reply(message: Message, node: int) -> RecordDict:
-        seen.append((node, message.content["own"]["node"]))
-        return content(ArrayRecord([np.zeros(1)]))
-
-    Apart(fraction_evaluate=0).start(LocalGrid(app_of(reply), 3), ArrayRecord([np.zeros(1)]), 1)
-    assert seen == [(1, 1), (2, 2), (3, 3)]
