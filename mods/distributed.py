@@ -69,7 +69,7 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
                 context.mod_state(STATE)["spent"] = ConfigRecord(spending)
                 return reply
             update = _update(message.content, reply.content)
-            values = instruction.prepare(flatten(update), norm(update) if instruction.bit_weight else 0.0)
+            values = instruction.prepare(_flat(update), norm(update) if instruction.bit_weight else 0.0)
             vector, keys = _encoded(instruction, values, random)
             context.mod_state(STATE)["spent"] = ConfigRecord(spending)
         except PlanRefused as cause:
@@ -108,7 +108,7 @@ def _instruction(message: Message) -> Instruction:
 
 
 def _encoded(
-    instruction: Instruction, values: NDArray[np.float64], random: Callable[[int], bytes]
+    instruction: Instruction, values: NDArray[Any], random: Callable[[int], bytes]
 ) -> tuple[NDArray[Any], list[bytes]]:
     """Return the ring vector, and the keys of those parts of its noise that may be taken off again."""
     asked = instruction.parameters
@@ -142,3 +142,11 @@ def _update(request: RecordDict, reply: RecordDict) -> ArrayRecord:
         return subtract(arrays, received)
     check_arrays(received, arrays, update=True)
     return ArrayRecord({name: arrays[name] for name in received})
+
+
+def _flat(update: ArrayRecord) -> NDArray[Any]:
+    """Return all elements in one vector: float32 where every array is, and float64 otherwise."""
+    if all(array.dtype == "float32" for array in update.values()):
+        parts = [array.view().reshape(-1) for array in update.values()]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return flatten(update)

@@ -19,8 +19,8 @@ from privfed.ring import SECURE
 NONE = {"fraction_evaluate": 0.0}
 
 
-def model(size: int) -> ArrayRecord:
-    return ArrayRecord({"w": Array(np.zeros(size - 1)), "b": Array(np.array(0.0))})
+def model(size: int, dtype: str = "float64") -> ArrayRecord:
+    return ArrayRecord({"w": Array(np.zeros(size - 1, dtype)), "b": Array(np.zeros((), dtype))})
 
 
 def flat(arrays: ArrayRecord) -> np.ndarray:
@@ -45,8 +45,12 @@ def app_of(
         received = message.content.array_records["arrays"]
         size = sum(array.numpy().size for array in received.values())
         change = update_of(context.node_id, size, length(context.node_id) if callable(length) else length)
+        old_w, old_b = received["w"].numpy(), received["b"].numpy()
         moved = ArrayRecord(
-            {"w": Array(received["w"].numpy() + change[:-1]), "b": Array(np.array(received["b"].numpy() + change[-1]))}
+            {
+                "w": Array((old_w + change[:-1]).astype(old_w.dtype)),
+                "b": Array(np.array(old_b + change[-1]).astype(old_b.dtype)),
+            }
         )
         metrics = MetricRecord({"num-examples": 10**6 * context.node_id, "loss": 0.123})
         return Message(RecordDict({"arrays": moved, "metrics": metrics}), reply_to=message)

@@ -16,7 +16,7 @@ from scipy import stats
 from privfed import mods
 from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import MemoryRecorder
-from privfed.plan import PrivacyPlan
+from privfed.plan import AdaptiveClip, PrivacyPlan
 from privfed.privacy.ledger import Ledger
 from privfed.privacy.sampling import AvailabilitySampler, FixedSizeSampler, PoissonSampler
 from privfed.protocols import LightSecAgg, SecAgg, SecAggPlus
@@ -69,6 +69,18 @@ def test_the_sum_carries_the_planned_noise_whoever_drops(protocol: Any, mechanis
     assert stats.kstest(noise / math.sqrt(planned), "norm").pvalue > 1e-8
     # Were one share missing or one too many, the first check would say so, but for the largest cohorts.
     assert abs(planned / (planned - 1.5**2 * 6 / 12) - 1) > SIGMAS * math.sqrt(2 / SIZE)
+
+
+@pytest.mark.parametrize("adaptive", [None, AdaptiveClip()])
+def test_short_floats_carry_the_same_noise(adaptive: AdaptiveClip | None) -> None:
+    strategy = secure(adaptive=adaptive)
+    result = strategy.start(Network(app_of(length=1.5), NODES), model(SIZE, "float32"), 1)
+    assert {array.dtype for array in result.arrays.values()} == {"float32"}
+    noise = flat(result.arrays) * NODES - sum(update_of(node, SIZE, 1.0) for node in range(1, NODES + 1))
+    planned = 1.5**2 * NODES / (NODES - 6 - 2)
+    if adaptive is not None:
+        planned *= 1 / (1 - 1 / 4)  # bits noised with deviation 1.5 leave 1.5 / sqrt(1 - 1/4) for the update
+    assert abs(np.mean(noise**2) / planned - 1) < SIGMAS * math.sqrt(2 / SIZE)
 
 
 def independent_epsilon(
