@@ -6,17 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "CanaryAudit": "privfed.audit.canary",
     "CheckFailed": "privfed.audit.protocol",
     "ModCheckFailed": "privfed.audit.mod",
     "ModReport": "privfed.audit.mod",
     "Report": "privfed.audit.protocol",
+    "audit_plan": "privfed.audit.canary",
     "check_mod": "privfed.audit.mod",
     "check_protocol": "privfed.audit.protocol",
 }
 
-__all__ = ["CheckFailed", "ModCheckFailed", "ModReport", "Report", "check_mod", "check_protocol"]
+__all__ = [
+    "CanaryAudit",
+    "CheckFailed",
+    "ModCheckFailed",
+    "ModReport",
+    "Report",
+    "audit_plan",
+    "check_mod",
+    "check_protocol",
+]
 
 if TYPE_CHECKING:
+    from privfed.audit.canary import CanaryAudit, audit_plan
     from privfed.audit.mod import ModCheckFailed, ModReport, check_mod
     from privfed.audit.protocol import CheckFailed, Report, check_protocol
 
