@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("privfed.cli.report", "report", "Write one self-contained HTML page about a run."),
     "build": ("privfed.cli.build", "build", "Pack an app into one deterministic, signed file."),
     "policy": ("privfed.cli.policy", "policy", "What this node lets anybody do with its data."),
+    "audit": ("privfed.cli.audit", "audit", "Audit privacy plans by experiment."),
     "verify": ("privfed.cli.verify", "verify", "Check audit logs and privacy ledgers."),
     "keys": ("privfed.cli.keys", "keys", "Make a federation's authority, certificates and roster."),
     "superlink": ("privfed.cli.superlink", "superlink", "Serve a federation across machines."),

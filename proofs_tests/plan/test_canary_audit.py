@@ -7,6 +7,7 @@ claimed) is caught with probability 0.9999.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -103,3 +104,16 @@ def test_bad_arguments_are_named() -> None:
     plan = PrivacyPlan(clip=1.0, epsilon=8.0)
     with pytest.raises(ValueError, match="runs"):
         audit_plan(plan, mods=[clip()], runs=1)
+
+
+def test_the_command_says_what_it_found() -> None:
+    from click.testing import CliRunner
+
+    from privfed.cli.audit import audit as command
+
+    done = CliRunner().invoke(command, ["canary", "--runs", "20", "--rounds", "2", "--format", "json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["holds"] is True
+    assert 7.9 < found["claimed-epsilon"] <= 8.0
+    assert (found["unit"], found["relation"], found["observer"]) == ("client", "add_remove", "output")
