@@ -8,8 +8,9 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -60,23 +61,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="On SIGTERM.")
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
-def supernode(
-    address: str,
-    keys: Path | None,
-    insecure: bool,
-    node_id: int | None,
-    policy_file: Path | None,
-    data: Path,
-    settings: tuple[str, ...],
-    isolation: str,
-    exec_socket: Path | None,
-    exec_group: str | None,
-    app_network: str | None,
-    slots: int,
-    task_seconds: float,
-    drain_seconds: float,
-    debug: bool,
-) -> None:
+def supernode(**given: Any) -> None:
     """Run a node: it connects to the SuperLink, takes tasks, and runs the apps its policy approves.
 
     \b
@@ -86,43 +71,65 @@ def supernode(
     SIGTERM and Ctrl-C let the tasks at work finish; a second one ends it at once. Nothing that was answered is lost
     either way. What apps print goes to DATA/log.
     """
+    _serve(_Asked(**given))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The options of the command."""
+
+    address: str
+    keys: Path | None
+    insecure: bool
+    node_id: int | None
+    policy_file: Path | None
+    data: Path
+    settings: tuple[str, ...]
+    isolation: str
+    exec_socket: Path | None
+    exec_group: str | None
+    app_network: str | None
+    slots: int
+    task_seconds: float
+    drain_seconds: float
+    debug: bool
+
+
+def _serve(asked: _Asked) -> None:
     from privfed.runtime.fleet import FleetClient, FleetOptions
     from privfed.runtime.node_store import NodeStore
     from privfed.runtime.supernode import NodeOptions, SuperNode, kill_at
 
-    _log_to_stderr(debug)
+    _log_to_stderr(asked.debug)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
-    credentials = _credentials(keys, insecure, node_id)
-    policy = _policy(policy_file, insecure)
+    credentials = _credentials(asked.keys, asked.insecure, asked.node_id)
+    policy, data = _policy(asked.policy_file, asked.insecure), asked.data
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    limits = _limits(policy, app_network, data, keys)
+    limits = _limits(policy, asked.app_network, data, asked.keys)
     store = NodeStore(data / "state")
-    launcher = _launcher(isolation, data, exec_socket, exec_group, limits)
-    audit = _audit(data, keys)
+    launcher = _launcher(asked.isolation, data, asked.exec_socket, asked.exec_group, limits)
+    audit = _audit(data, asked.keys)
+    longest = policy.limits.task_seconds if policy is not None else asked.task_seconds
     options = NodeOptions(
-        node_config=_node_config(settings),
+        node_config=_node_config(asked.settings),
         identity=_identity(credentials),
         wrap=_wrap(policy, data, audit),
         approve=_approve(policy, credentials, audit),
-        task_seconds=min(task_seconds, policy.limits.task_seconds) if policy is not None else task_seconds,
-        drain_seconds=drain_seconds,
+        task_seconds=min(asked.task_seconds, longest),
+        drain_seconds=asked.drain_seconds,
         failpoint=kill_at(os.environ.get("PRIVFED_FAILPOINT", "")),
     )
-    fleet = FleetClient(
-        address,
-        credentials,
-        node_id,
-        FleetOptions(
-            slots=slots,
-            holding=tuple(one.token for one in store.unsent()),
-            runs=tuple(store.runs()),
-            on_status=logging.getLogger("privfed.node").info,
-            cache=str(data / "cache"),
-        ),
+    connection = FleetOptions(
+        slots=asked.slots,
+        holding=tuple(one.token for one in store.unsent()),
+        runs=tuple(store.runs()),
+        on_status=logging.getLogger("privfed.node").info,
+        cache=str(data / "cache"),
     )
+    fleet = FleetClient(asked.address, credentials, asked.node_id, connection)
     node = SuperNode(fleet, store, launcher, data, options)
     _stop_on_signals(node.stop)
-    audit.record("node-started", version=__version__, superlink=address, isolation=isolation)
+    audit.record("node-started", version=__version__, superlink=asked.address, isolation=asked.isolation)
     try:
         node.run()
         audit.record("node-stopped")
