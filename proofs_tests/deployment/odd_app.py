@@ -131,6 +131,12 @@ def grow(message, context):
     return told(message, size=block.nbytes)
 
 
+@app.query("spin")
+def spin(message, context):
+    while True:
+        pass
+
+
 @app.query("flood")
 def flood(message, context):
     return Message(RecordDict({"a": ArrayRecord([np.zeros(1 << 21, np.uint8)])}), reply_to=message)
@@ -236,3 +242,38 @@ def write(folder: Path, *, client: str = CLIENT, server: str = SERVER, name: str
     (folder / f"{name}_client.py").write_text(client)
     (folder / f"{name}_server.py").write_text(server)
     return folder
+
+
+ACTIVE_CLIENT = '''
+import numpy as np
+from privfed import ArrayRecord, ClientApp, Context, Message, MetricRecord, RecordDict
+from privfed.mods import clip, secure_aggregation
+
+app = ClientApp(mods=[secure_aggregation(), clip(1.0)])
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Move away from where it was, by a vector of the node's own; refuse to work where the node's key is at hand."""
+    at_hand = context.identity() is not None or "secure_aggregation" in context.mod_states
+    if context.node_config.get("apart") and at_hand:
+        raise PermissionError
+    moved = message.content["arrays"].map(lambda values: values + context.rng("step").standard_normal(values.shape))
+    return Message(RecordDict({"arrays": moved, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+'''
+
+ACTIVE_SERVER = """
+import numpy as np
+from privfed import ArrayRecord, SecureStage, ServerApp
+from privfed.protocols import SecAgg
+from privfed.strategies import FedAvg
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    stage = SecureStage(SecAgg(threshold=3, mode="active"), max_value=1.0)
+    strategy = FedAvg(stage=stage, fraction_evaluate=0.0)
+    strategy.start(grid, ArrayRecord([np.zeros(50)]), num_rounds=int(context.run_config["rounds"]))
+"""

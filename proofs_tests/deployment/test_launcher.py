@@ -242,6 +242,14 @@ def test_memory_and_packets_are_bounded(app: Path, tmp_path: Path) -> None:
     made.close()
 
 
+def test_processor_time_is_bounded(app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = ProcessLauncher(tmp_path / "work", Limits(cpu=2))
+    worker = made.client(app, tmp_path / "log.txt")
+    assert worker.execute(ask("query.spin"), Context(node_id=1), 60).error.reason == "WorkerDied"
+    assert "killed by SIG" in caplog.text
+    made.close()
+
+
 def test_limits_are_checked() -> None:
     for wrong in ({"network": "maybe"}, {"files": 0}, {"memory": -1}, {"cpu": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

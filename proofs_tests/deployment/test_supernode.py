@@ -17,6 +17,7 @@ from privfed.apps import CallNext
 from privfed.cli.node_mod import node_wrap
 from privfed.runtime import node_blob
 from privfed.runtime.app_folder import AppFolder
+from privfed.runtime.identity import SimulatedIdentities
 from privfed.runtime.launcher import InlineLauncher, Launcher, ProcessLauncher
 from privfed.runtime.link import LinkGrid
 from privfed.runtime.node_store import NodeStore
@@ -134,6 +135,25 @@ def test_apps_mask_in_the_node_and_run_unchanged(tmp_path: Path, processes: Call
         assert "secure_aggregation" in "".join(store._blobs.records(mods))
         assert app is None, "the app of this example keeps nothing, and the node's mod keeps nothing there"
     store.close()
+    paper.close()
+
+
+def test_active_secure_aggregation_gives_the_bits_of_the_simulation_and_the_app_no_key(
+    tmp_path: Path, processes: Callable[[], Launcher]
+) -> None:
+    app = odd_app.write(tmp_path / "app", client=odd_app.ACTIVE_CLIENT, server=odd_app.ACTIVE_SERVER)
+    config = {"rounds": 2}
+    paper = PaperLink(app, 3, config)  # type: ignore[arg-type]  # a UserConfig
+    grid = grid_of(paper)
+    places = [Place(paper, node, tmp_path / str(node), processes) for node in (1, 2, 3)]
+    identify = SimulatedIdentities((1, 2, 3))
+    with running(*places, wrap=node_wrap(None), identity=identify, node_config={"apart": True}):
+        processes().serve(app, grid, Context(run_config=dict(config), seed=1), tmp_path / "server.txt")
+    expected = run_simulation(*AppFolder.open(app).load(), 3, run_config=config, seed=1)
+    found = grid.recorder.restore()
+    assert found is not None
+    assert found.arrays == expected.arrays
+    assert np.abs(found.arrays["0"].view()).max() > 0
     paper.close()
 
 
