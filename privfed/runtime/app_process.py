@@ -44,16 +44,20 @@ def start_process(home: Path, log: int, limits: Limits) -> tuple[subprocess.Pope
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-P", "-m", "privfed.runtime.worker", str(theirs.fileno())]
-        process = subprocess.Popen(
-            command,
-            cwd=home,
-            env=environment(home),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=home,
+                env=environment(home),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
     ours.sendall(json.dumps(limits.to_head()).encode() + b"\n")
     return process, ours
 

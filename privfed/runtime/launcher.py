@@ -154,7 +154,11 @@ class ProcessLauncher:
     ) -> _Running:
         self._prepare(Path(head["app"]))
         home = Path(tempfile.mkdtemp(prefix="app-", dir=self._homes))
-        process = self._spawn(home, log)
+        try:
+            process = self._spawn(home, log)
+        except BaseException:
+            shutil.rmtree(home, ignore_errors=True)
+            raise
         running = _Running(process, home, self._forget, host)
         with self._lock:
             self._open.add(process)
@@ -247,8 +251,11 @@ class _ProcessWorker:
             logger.error("the app took longer than %s s over message %s", timeout, message.metadata.message_id)
             self.close()
             return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "TimeoutError")
-        except (ChannelError, AppError, OSError) as fault:
-            fate = self._running.fate() if self._running is not None else ""
+        except (PrivfedError, OSError) as fault:
+            if self._running is None:
+                logger.error("the app's process was not started: %s", fault)
+                return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, type(fault).__name__)
+            fate = self._running.fate()
             logger.error("the app's process failed: %s (%s)", fault, fate)
             self.close()
             return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)

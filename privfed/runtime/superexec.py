@@ -262,6 +262,12 @@ class SuperExec:
     def run(self) -> None:
         """Serve one connection. Raises ExecError when it is refused or ends."""
         try:
+            self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> None:
+        try:
             self._connection.connect(str(self._path))
             _say(self._connection, {"token": self._token, "version": VERSION})
             answer, _ = _hear(self._connection)
@@ -279,8 +285,6 @@ class SuperExec:
                     self._kill(request["id"])
         except (OSError, KeyError, TypeError) as fault:
             raise ExecError(f"the connection to {self._path} ended: {fault}") from None
-        finally:
-            self.close()
 
     def _launch(self, request: dict[str, Any], log: int) -> None:
         number = request["id"]

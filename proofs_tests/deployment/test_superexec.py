@@ -1,0 +1,180 @@
+"""A superexec and its node: who may connect, what is started, and what happens when either goes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from privfed import ConfigRecord, Context, Message, RecordDict
+from privfed.runtime import superexec
+from privfed.runtime.confinement import Limits
+from privfed.runtime.launcher import ProcessLauncher
+from privfed.runtime.superexec import ExecError, ExecHost, SuperExec
+from proofs_tests.deployment import odd_app
+from proofs_tests.deployment.node_process import alive, eventually
+
+
+class Pair:
+    """The node's side, and a superexec in a thread."""
+
+    def __init__(self, folder: Path, limits: Limits | None = None, cap: Limits | None = None) -> None:
+        self.host = ExecHost(folder / "exec.sock", limits or Limits())
+        self.launcher = ProcessLauncher(folder / "work", limits, self.host.spawn, self.host.prepare, self.host.close)
+        self.cap = cap
+        self.faults: list[str] = []
+        self.connect()
+
+    def connect(self) -> None:
+        self.superexec = SuperExec(self.host.path, self.host.token_file.read_text(), self.cap)
+        threading.Thread(target=self._run, args=(self.superexec,), daemon=True).start()
+
+    def _run(self, one: SuperExec) -> None:
+        try:
+            one.run()
+        except ExecError as fault:
+            self.faults.append(str(fault))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(tmp_path)
+    yield made
+    made.launcher.close()
+    eventually(lambda: made.faults)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return odd_app.write(tmp_path_factory.mktemp("apps") / "odd")
+
+
+def ask(kind: str = "train") -> Message:
+    return Message(RecordDict({"q": ConfigRecord({"n": 1})}), 1, kind)
+
+
+def pid_of(reply: Message) -> int:
+    return int(str(reply.content.metric_records["metrics"]["pid"]))
+
+
+def test_a_worker_of_a_superexec_answers_dies_and_comes_again(
+    pair: Pair, app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, context = pair.launcher.client(app, tmp_path / "log.txt"), Context(node_id=1)
+    first = worker.execute(ask(), context)
+    assert worker.execute(ask("query.print"), context).has_content()
+    assert "out loud" in (tmp_path / "log.txt").read_text()
+    assert worker.execute(ask("query.die"), context).error.reason == "WorkerDied"
+    assert "killed by SIGKILL" in caplog.text, "how it ended is known, though it is nobody's child here"
+    again = worker.execute(ask(), context)
+    assert pid_of(again) != pid_of(first)
+    assert again.content.metric_records["metrics"]["seen"] == 2
+    worker.close()
+    assert not alive(pid_of(again)) or eventually(lambda: not alive(pid_of(again))) is None
+
+
+def test_a_slow_app_is_killed_through_the_superexec(pair: Pair, app: Path, tmp_path: Path) -> None:
+    worker = pair.launcher.client(app, tmp_path / "log.txt")
+    context = Context(node_id=1, node_config={"pids": str(tmp_path / "pids")})
+    assert worker.execute(ask(), Context(node_id=1)).has_content()
+    assert worker.execute(ask("query.sleep"), context, 1.0).error.reason == "TimeoutError"
+    for pid in (tmp_path / "pids").read_text().split():
+        eventually(lambda pid=pid: not alive(int(pid)), 10)
+    worker.close()
+
+
+def test_workers_end_with_their_superexec_and_the_next_one_goes_on(
+    pair: Pair, app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "privfed.exec")
+    worker, context = pair.launcher.client(app, tmp_path / "log.txt"), Context(node_id=1)
+    pid = pid_of(worker.execute(ask(), context))
+    pair.superexec.close()
+    eventually(lambda: not alive(pid) and pair.faults, 10)
+    eventually(lambda: "the superexec is gone" in caplog.text, 10)
+    pair.connect()
+    assert worker.execute(ask(), context).error.reason == "WorkerDied"
+    assert worker.execute(ask(), context).content.metric_records["metrics"]["seen"] == 2
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        json.dumps({"token": "x" * 64, "version": superexec.VERSION}),
+        json.dumps({"version": superexec.VERSION}),
+        json.dumps(["token"]),
+        "\x00\xff",
+    ],
+)
+def test_who_does_not_know_the_token_is_turned_away(pair: Pair, hello: str) -> None:
+    before = pair.host._connection
+    eventually(lambda: pair.host._connection is not None)
+    before = pair.host._connection
+    pair.superexec.close()  # the host serves one at a time
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.settimeout(10)
+        stranger.connect(str(pair.host.path))
+        stranger.send(hello.encode())
+        answer = stranger.recv(1 << 16)
+        assert not answer or json.loads(answer)["ok"] is False
+    eventually(lambda: pair.host._connection is not before)
+    assert pair.host._connection is None
+
+
+def test_a_superexec_of_another_version_is_told_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.superexec.close()
+    eventually(lambda: pair.faults)
+    with pytest.raises(ExecError, match="turns this superexec away: wrong token"):
+        SuperExec(pair.host.path, "wrong").run()
+    token = pair.host.token_file.read_text()
+    monkeypatch.setattr(
+        superexec, "_say", lambda one, told, fds=(): one.send(json.dumps({**told, "version": 9}).encode())
+    )
+    with pytest.raises(ExecError, match="or not version 1"):
+        SuperExec(pair.host.path, token).run()
+
+
+def test_the_socket_and_the_token_are_their_owners_alone(pair: Pair) -> None:
+    assert pair.host.path.stat().st_mode & 0o777 == 0o600
+    assert pair.host.token_file.stat().st_mode & 0o777 == 0o600
+    assert len(pair.host.token_file.read_text()) == 64
+
+
+def test_a_node_waits_for_its_superexec_and_says_when_there_is_none(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(superexec, "LAUNCH_SECONDS", 0.2)
+    host = ExecHost(tmp_path / "exec.sock", Limits())
+    launcher = ProcessLauncher(tmp_path / "work", None, host.spawn, host.prepare, host.close)
+    worker = launcher.client(app, tmp_path / "log.txt")
+    started = time.monotonic()
+    reply = worker.execute(ask(), Context(node_id=1))
+    assert (reply.error.code, reply.error.reason) == (1, "ExecError")
+    assert time.monotonic() - started < 5
+    assert "no superexec connected" in caplog.text
+    launcher.close()
+    assert not host.path.exists()
+    assert not host.token_file.exists()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_superexec_caps_what_a_node_asks_for(app: Path, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, Limits(files=500, network="on"), Limits(files=123, network="auto", memory=6 << 30))
+    worker = pair.launcher.client(app, tmp_path / "log.txt")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        context = Context(node_id=1, node_config={"port": server.getsockname()[1]})
+        seen = worker.execute(ask("query.look"), context).content.config_records["told"]
+    assert (seen["files"], seen["memory"]) == (123, 6 << 30)
+    pair.launcher.close()
+
+
+def test_a_launch_that_fails_is_told_with_its_cause(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ExecError, match="did not start a process: FileNotFoundError"):
+        pair.host.spawn(tmp_path / "nowhere", tmp_path / "log.txt")
+    assert list((tmp_path / "work").iterdir()) == []
