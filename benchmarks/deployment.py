@@ -316,13 +316,14 @@ def main() -> None:
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--nodes", type=int)
+    parser.add_argument("--seconds", type=float, default=20.0)
     asked = parser.parse_args()
     if asked.only in (None, "overhead"):
         overhead(asked.insecure)
     if asked.only in (None, "large"):
         large(asked.insecure, asked.megabytes, asked.nodes or 2)
     if asked.only in (None, "idle"):
-        idle(asked.insecure, asked.nodes or 1000, 20.0)
+        idle(asked.insecure, asked.nodes or 1000, asked.seconds)
 
 
 if __name__ == "__main__":

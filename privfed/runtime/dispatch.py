@@ -16,6 +16,7 @@ from typing import TypeVar
 from privfed.errors import PrivfedError
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.frame import Buffer, Down, Ended, Offer, parcel
+from privfed.runtime.patience import storage_fault
 from privfed.runtime.store import Lease
 
 T = TypeVar("T")
@@ -75,14 +76,15 @@ class Outbox:
 class Dispatcher:
     """Knows who is connected, and offers each node what is for it, `slots` tasks at a time.
 
-    progress: returns attempt and last committed round of a run. changed: called when a node comes or goes.
+    progress: returns the last committed round of a run when each attempt began, and now. changed: called when a node
+    comes or goes.
     """
 
     def __init__(
         self,
         link: FederationLink,
         threads: Executor,
-        progress: Callable[[int], tuple[int, int]],
+        progress: Callable[[int], tuple[tuple[int, ...], int]],
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.link = link
@@ -160,16 +162,20 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Offer tasks until cancelled."""
+        told = ""
         while True:
             await self._awake.wait()
             self._awake.clear()
             try:
                 await self._offer_all()
-            except PrivfedError as fault:
-                log.warning("tasks are not handed out: %s", fault)
-                self._loop.call_later(_RETRY_SECONDS, self._mark, list(self.sessions))
-            except Exception:
-                log.exception("tasks are not handed out; trying again")
+                told = ""
+            except Exception as fault:
+                text = storage_fault(fault) or (str(fault) if isinstance(fault, PrivfedError) else "")
+                if not text:
+                    log.exception("tasks are not handed out; trying again")
+                elif text != told:
+                    log.warning("tasks are not handed out: %s", text)
+                told = text
                 self._loop.call_later(_RETRY_SECONDS, self._mark, list(self.sessions))
 
     async def _offer_all(self) -> None:
@@ -195,7 +201,7 @@ class Dispatcher:
             session = current
         self.outbox.put(lease.token, session.node_id, outside)
         session.out.add(lease.token)
-        attempt, commit = self._progress(data.run_id)
+        began, commit = self._progress(data.run_id)
         session.queue.put_nowait(
-            Offer(token=lease.token, expires_at=data.expires_at, attempt=attempt, commit=commit, parcel=sealed)
+            Offer(token=lease.token, expires_at=data.expires_at, began=began, commit=commit, parcel=sealed)
         )

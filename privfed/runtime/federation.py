@@ -179,10 +179,10 @@ class Federation:
         here = self.connected()
         return run.waits_for(here.__contains__)
 
-    def progress(self, run_id: int) -> tuple[int, int]:
-        """Return attempt and last committed round of a run."""
+    def progress(self, run_id: int) -> tuple[tuple[int, ...], int]:
+        """Return the last committed round of a run when each attempt began, and now."""
         run = self._by_id.get(run_id)
-        return (run.attempt, run.commit) if run is not None else (0, 0)
+        return (run.began, run.commit) if run is not None else ((), 0)
 
     def grant(self, run_id: int, node: int) -> Grant | None:
         """Return what a node of a run is told of it; None for a node that has no part in it."""

@@ -13,14 +13,15 @@ import msgspec
 
 from privfed.context import Context
 from privfed.errors import PrivfedError, RunFailed, RunStopped
-from privfed.grid import Checkpoint
+from privfed.grid import Grid
 from privfed.message import SERVER_NODE_ID
 from privfed.runtime.channel import ChannelError
 from privfed.runtime.disk import write_atomically
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.launcher import Launcher
 from privfed.runtime.link import LinkGrid
-from privfed.runtime.run_folder import ENDED, RunFolder
+from privfed.runtime.patience import GivenUp, Patience, PatientGrid, PatientRecorder
+from privfed.runtime.run_folder import ENDED, RunFolder, Snapshot
 from privfed.runtime.store import NodeState, StoreError
 
 log = logging.getLogger("privfed.superlink")
@@ -32,29 +33,6 @@ _PATIENCE = 1.0
 
 class Interrupted(Exception):
     """The SuperLink shuts down; the run goes on when it is back."""
-
-
-class _Recorder:
-    """The run folder as the grid's recorder; knows the last committed round."""
-
-    def __init__(self, folder: RunFolder, commit: int) -> None:
-        self._folder = folder
-        self.last = commit
-        self.ledger_path: Path | None = folder.ledger_path
-        self.insecure_test_randomness: int | None = None
-
-    def journal_path(self, name: str) -> Path | None:
-        return self._folder.journal_path(name)
-
-    def restore(self) -> Checkpoint | None:
-        return self._folder.restore()
-
-    def commit(self, checkpoint: Checkpoint) -> None:
-        self.last = checkpoint.round
-        self._folder.commit(checkpoint)
-
-    def report(self, event: str, **fields: object) -> None:
-        self._folder.report(event, **fields)
 
 
 class FederationRun:
@@ -74,17 +52,24 @@ class FederationRun:
         self.folder = folder
         self.config: Mapping[str, Any] = folder.config
         self.run_id = int(self.config["run-id"])
-        self.attempt = self._read_attempt()
+        self.began = self._read_began()
         self._link = link
         self._launcher = launcher
         self._available = available
         self._change = change
         self._closing = False
         self._stopping = False
-        self._recorder: _Recorder | None = None
+        self._recorder: PatientRecorder | None = None
+        self._ended = threading.Event()
+        self._patiently = Patience(folder.name, self._ended)
         folder.listener = self._show
         self._events = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"privfed-run-{folder.name}", daemon=True)
+
+    @property
+    def attempt(self) -> int:
+        """How often the app was started."""
+        return len(self.began)
 
     @property
     def commit(self) -> int:
@@ -106,6 +91,7 @@ class FederationRun:
         """Let go of the run, which is not over; close the Link first."""
         with self._change:
             self._closing = True
+            self._ended.set()
             self._change.notify_all()
 
     def join(self, timeout: float) -> bool:
@@ -113,9 +99,10 @@ class FederationRun:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _read_attempt(self) -> int:
-        path = self.folder.path / "attempt"
-        return int(path.read_text()) if path.exists() else 0
+    def _read_began(self) -> tuple[int, ...]:
+        """Return the last committed round when each attempt began."""
+        path = self.folder.path / "attempts"
+        return tuple(map(int, path.read_text().split())) if path.exists() else ()
 
     def _show(self, event: str, fields: Mapping[str, object]) -> None:
         """Append an event for those who follow the run."""
@@ -129,7 +116,7 @@ class FederationRun:
         try:
             self._serve_until_done()
             state, reason = "completed", ""
-        except Interrupted:
+        except (Interrupted, GivenUp):
             self.folder.release()
             return
         except RunStopped as fault:
@@ -139,10 +126,11 @@ class FederationRun:
         except Exception as fault:
             log.exception("run %s broke", self.folder.name)
             reason = f"{type(fault).__name__}: {fault}"
-        self._end(state, reason)
+        with contextlib.suppress(GivenUp):
+            self._patiently(lambda: self._end(state, reason))
 
     def _end(self, state: str, reason: str) -> None:
-        with contextlib.suppress(StoreError):  # a run that never began is not in the store
+        with contextlib.suppress(StoreError):  # a run that never began is not in the store, or has ended there
             self._link.set_run_state(self.run_id, state, reason)
         self.folder.end(state, reason)
         self._show("ended", {"state": state, "rounds": self.commit, "folder": self.folder.name})
@@ -150,7 +138,7 @@ class FederationRun:
         log.info("run %s: %s %s", self.folder.name, state, reason)
 
     def _serve_until_done(self) -> None:
-        self._register(self._await_nodes)
+        self._patiently(self._register)
         restarts, reached = 0, -1
         while True:
             try:
@@ -188,12 +176,12 @@ class FederationRun:
                     self.folder.set_status(status)
                 self._change.wait(_PATIENCE)
 
-    def _register(self, choose: Callable[[], list[int]]) -> None:
+    def _register(self) -> None:
         """Put a new run into the store; of one that was there, whatever is still out is withdrawn."""
         try:
             info = self._link.run(self.run_id)
         except StoreError:
-            nodes = choose()
+            nodes = self._await_nodes()
             self._link.create_run(self.run_id, nodes)
             self._show("run", {"name": self.folder.name, "app": self.config["name"], "nodes": len(nodes)})
             return
@@ -202,10 +190,6 @@ class FederationRun:
 
     def _serve(self) -> None:
         """Serve the app from the last committed round on."""
-        self.attempt += 1
-        write_atomically(self.folder.path / "attempt", str(self.attempt).encode())
-        if self._link.run(self.run_id).state == "running":
-            self._link.set_run_state(self.run_id, "stopped", "the ServerApp is started again")
         seed = self.config["seed"]
         context = Context(self.run_id, SERVER_NODE_ID, run_config=dict(self.config["run-config"]), seed=seed)
 
@@ -213,12 +197,11 @@ class FederationRun:
             server = NodeState(context.state, context.mod_states)
             return {} if server.is_empty() else {SERVER_NODE_ID: server.copy()}
 
-        kept = self.folder.begin(snapshot).get(SERVER_NODE_ID)
+        kept = self._patiently(lambda: self._begin(snapshot)).get(SERVER_NODE_ID)
         if kept is not None:
             context.state, context.mod_states = kept.app, kept.mods
-        self._recorder = _Recorder(self.folder, self.folder.recorded_status.round)
-        self._link.set_run_state(self.run_id, "running")
-        grid = LinkGrid(self._link, self.run_id, self._recorder, seed)
+        self._recorder = PatientRecorder(self.folder, self._patiently, self.began[-1])
+        grid = PatientGrid(LinkGrid(self._link, self.run_id, self.folder, seed), self._recorder, self._patiently)
         before = self._link.traffic(self.run_id).messages_up
         self._run_app(grid, context)
         traffic = self._link.traffic(self.run_id)
@@ -226,10 +209,25 @@ class FederationRun:
             causes = "; ".join(f"{count} x {cause}" for cause, count in traffic.errors.most_common(5))
             raise RunFailed(f"no node gave a valid reply: {causes}")
 
-    def _run_app(self, grid: LinkGrid, context: Context) -> None:
+    def _begin(self, snapshot: Snapshot) -> Mapping[int, NodeState]:
+        """Begin another attempt; what was out in an earlier one is withdrawn."""
+        if self._link.run(self.run_id).state == "running":
+            self._link.set_run_state(self.run_id, "stopped", "the ServerApp is started again")
+        try:
+            kept = self.folder.begin(snapshot)
+            began = (*self._read_began(), self.folder.recorded_status.round)
+            write_atomically(self.folder.path / "attempts", " ".join(map(str, began)).encode())
+        except OSError:
+            self.folder.release()
+            raise
+        self.began = began
+        self._link.set_run_state(self.run_id, "running")
+        return kept
+
+    def _run_app(self, grid: Grid, context: Context) -> None:
         try:
             self._launcher.serve(Path(self.config["app"]), grid, context, self.folder.path / "server_app.txt")
-        except (RunFailed, RunStopped):
+        except (RunFailed, RunStopped, GivenUp):
             raise
         except Exception as fault:
             if self._closing:
@@ -241,6 +239,8 @@ class FederationRun:
         """Say what the run waits for now."""
         if self.folder.recorded_status.state in ENDED:
             return ""
+        if self._patiently.trouble:
+            return f"waits for its storage: {self._patiently.trouble}"
         asked = self._link.waits_for(self.run_id)
         if not asked:
             return self.folder.recorded_status.reason

@@ -62,16 +62,21 @@ F = TypeVar("F", bound=Frame)
 class Task:
     """One instruction to this node. expires_at: seconds since the epoch, after which no reply counts.
 
-    attempt: rises by one whenever the run is resumed after a crash. commit: the last committed round when the task was
-    handed out. State that the node kept under an earlier attempt and the same or a later commit belongs to a round
-    that is done again: the node goes on from the state it had when `commit` was first seen.
+    began: the last committed round when each attempt of the run began, in order; a run is attempted again after its
+    server app died. commit: the last committed round when the task was handed out. State that the node kept since an
+    attempt began that it had not seen belongs to a round that is done again: the node goes on from the state before.
     """
 
     token: str
     message: Message
     expires_at: float
-    attempt: int = 1
+    began: tuple[int, ...] = (0,)
     commit: int = 0
+
+    @property
+    def attempt(self) -> int:
+        """How often the run was started."""
+        return len(self.began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,8 @@ class FleetClient:
         self._runs: dict[int, RunGrant | None] = dict.fromkeys(self.options.runs)
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._welcomed = threading.Condition()
+        self._welcomes = 0
         self._fatal: Refused | None = None
         self._status = ""
         self._hangup: Callable[[], object] = bool
@@ -216,6 +223,8 @@ class FleetClient:
     def close(self) -> None:
         """Close the connection; whoever waits is released."""
         self._closing.set()
+        with self._welcomed:
+            self._welcomed.notify_all()
         self._hangup()
         self._channel.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
@@ -285,6 +294,9 @@ class FleetClient:
             return False
         if isinstance(frame, Welcome):
             self.node_id = frame.node_id
+            with self._welcomed:
+                self._welcomes += 1
+                self._welcomed.notify_all()
             self._update_roster(frame.roster)
             self._tell(f"connected to {frame.link} as node {frame.node_id}")
         elif isinstance(frame, Ended):
@@ -327,7 +339,7 @@ class FleetClient:
                     continue
                 if offer.token in self._fetching:
                     self._held.add(offer.token)
-                    self._tasks.put(Task(offer.token, message, offer.expires_at, offer.attempt, offer.commit))
+                    self._tasks.put(Task(offer.token, message, offer.expires_at, offer.began, offer.commit))
                 break
         except NetworkError as fault:
             self._tell(f"a task was lost: {fault}")
@@ -369,6 +381,7 @@ class FleetClient:
         """Do something over the network until it succeeds, is refused, or the client closes."""
         pause = _FIRST_PAUSE
         while not self._closing.is_set():
+            seen = self._welcomes
             try:
                 return attempt()
             except BlobError as fault:
@@ -380,6 +393,12 @@ class FleetClient:
             except ValueError:  # gRPC says so when its channel was closed meanwhile
                 if not self._closing.is_set():
                     raise
-            self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
-            pause = min(MAX_PAUSE, 2 * pause)
+            again = self._await_welcome(seen, pause * (0.5 + secrets.randbelow(1000) / 1000))
+            pause = _FIRST_PAUSE if again else min(MAX_PAUSE, 2 * pause)
         raise NetworkError("the connection was closed")
+
+    def _await_welcome(self, seen: int, seconds: float) -> bool:
+        """Wait, but not when the SuperLink welcomes the node again meanwhile; return whether it did."""
+        with self._welcomed:
+            self._welcomed.wait_for(lambda: self._welcomes != seen or self._closing.is_set(), seconds)
+            return self._welcomes != seen

@@ -125,11 +125,11 @@ class Welcome(Frame, frozen=True, tag=2):
 
 
 class Offer(Frame, frozen=True, tag=3):
-    """A task."""
+    """A task. began: the last committed round when each attempt of its run began; commit: the last one now."""
 
     token: str
     expires_at: float
-    attempt: int
+    began: tuple[int, ...]
     commit: int
     parcel: Parcel
 

@@ -16,6 +16,7 @@ from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Trust, peer_of
 from privfed.runtime.handshake import NODE, Refused, agree, greeting
+from privfed.runtime.patience import storage_fault
 from privfed.runtime.roster import Roster
 
 log = logging.getLogger("privfed.superlink")
@@ -148,7 +149,10 @@ class Gate:
         except grpc.aio.BaseError:  # the peer is gone, and nobody is left to be told
             log.debug("a peer went away")
             return b""
-        except Exception:
+        except Exception as fault:
+            text = storage_fault(fault)
+            if text:  # a named state: the peer keeps what it has, and tries again
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"the SuperLink waits for its storage: {text}")
             mark = secrets.token_hex(4)
             log.exception("a request failed; the peer was told the reference %s", mark)
             await context.abort(grpc.StatusCode.INTERNAL, f"the SuperLink failed; its log has the cause under {mark}")

@@ -98,14 +98,12 @@ class NodeStore:
             raise
         self._lock = threading.Lock()
 
-    def begin(
-        self, message: Message, token: str, attempt: int = 1, commit: int = 0, began: Sequence[int] = ()
-    ) -> Message | Kept:
+    def begin(self, message: Message, token: str, began: Sequence[int] = (0,), commit: int = 0) -> Message | Kept:
         """Take up a message: return the answer it was given before, or what the node keeps, for answering it.
 
-        token: the lease under which it came, and an answer is sent. attempt, commit: where its run stands. began: the
-        last committed round when each attempt of the run began, in order; what the app kept since then is undone. Of a
-        run that does not tell it, what was kept since `commit` is. Raises MessageReused, ReplyGone, StateGone.
+        token: the lease under which it came, and an answer is sent. began: the last committed round when each attempt
+        of the run began, in order; what the app kept since one that it had not seen began is undone. commit: the last
+        committed round now. Raises MessageReused, ReplyGone, StateGone.
         """
         run, node, _ = _here(message)
         with self._lock, self._blobs.transaction() as database:
@@ -122,15 +120,13 @@ class NodeStore:
                     "UPDATE answers SET token = ? WHERE run = ? AND node = ? AND message = ?", (token, *here)
                 )
                 return self._blobs.message(row[1])
-            app, mods = self._stand(run, node, attempt, commit, began)
+            app, mods = self._stand(run, node, began, commit)
             states = unpack_states(self._blobs.records(app)), unpack_states(self._blobs.records(mods))
             return Kept(states[0].get(0, NodeState()), states[1].get(0, NodeState()).mods)
 
-    def _stand(
-        self, run: str, node: str, attempt: int, commit: int, began: Sequence[int]
-    ) -> tuple[int | None, int | None]:
+    def _stand(self, run: str, node: str, began: Sequence[int], commit: int) -> tuple[int | None, int | None]:
         """Note where the run stands; return the blobs of the app's state to go on from, and of the mods'."""
-        database = self._blobs.database
+        database, attempt = self._blobs.database, len(began)
         row = database.execute(
             "SELECT attempt, round, pruned, app, mods FROM nodes WHERE run = ? AND node = ?", (run, node)
         ).fetchone()
@@ -142,7 +138,7 @@ class NodeStore:
             return None, None
         before, round_, pruned, app, mods = row
         if attempt > before:
-            back = min((*began[before:attempt], commit))
+            back = min(began[before:])
             if back <= round_:
                 app = self._go_back(run, node, back, pruned, app)
                 round_ = back

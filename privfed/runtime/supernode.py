@@ -228,7 +228,7 @@ class _Lane(threading.Thread):
         node, message = self._node, task.message
         try:
             self._check(message)
-            kept = self._on_disk(lambda: node.store.begin(message, task.token, task.attempt, task.commit))
+            kept = self._on_disk(lambda: node.store.begin(message, task.token, task.began, task.commit))
             if isinstance(kept, Message):
                 return kept
             reply, after = self._run_app(task, kept)

@@ -132,36 +132,36 @@ def test_a_failed_message_changes_no_state(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_back_to_the_state_of_its_round(tmp_path: Path) -> None:
     store = NodeStore(tmp_path)
 
-    def serve(number: int, attempt: int, commit: int) -> tuple[int, int]:
+    def serve(number: int, began: list[int], commit: int) -> tuple[int, int]:
         message = ask(number)
-        before = numbers(store.begin(message, "t", attempt, commit))
+        before = numbers(store.begin(message, "t", began, commit))
         store.commit(message, "t", answer(message, number), kept(number))
         store.settle(of(message), True)
         return before
 
-    assert serve(1, 1, 0) == (0, 0)
-    assert serve(2, 1, 1) == (1, 1)
-    assert serve(3, 1, 1) == (2, 2)
+    assert serve(1, [0], 0) == (0, 0)
+    assert serve(2, [0], 1) == (1, 1)
+    assert serve(3, [0], 1) == (2, 2)
     # The server died in the round after commit 1, and does it again.
-    assert serve(4, 2, 1) == (1, 3)
-    assert serve(5, 2, 1) == (4, 4)
-    assert serve(6, 2, 2) == (5, 5)
+    assert serve(4, [0, 1], 1) == (1, 3)
+    assert serve(5, [0, 1], 1) == (4, 4)
+    assert serve(6, [0, 1], 2) == (5, 5)
     # A commit the node saw, and a resume at that commit before the node did anything: nothing to undo but that.
-    assert serve(7, 3, 2) == (5, 6)
+    assert serve(7, [0, 1, 2], 2) == (5, 6)
     # A resume at a later commit keeps what was done.
-    assert serve(8, 4, 5) == (7, 7)
+    assert serve(8, [0, 1, 2, 5], 5) == (7, 7)
     # Back to a commit at which the node was not asked: what it had when it was next asked.
-    assert serve(9, 5, 4) == (7, 8)
+    assert serve(9, [0, 1, 2, 5, 4], 4) == (7, 8)
     store.close()
 
 
 def test_a_node_that_was_not_asked_when_the_run_resumed_goes_back_all_the_same(tmp_path: Path) -> None:
     """Its state is of a round that was done again without it; the task alone, of a later round, does not say so."""
     store, first = NodeStore(tmp_path), ask(1)
-    store.begin(first, "t", 1, 3, [0])
+    store.begin(first, "t", [0], 3)
     store.commit(first, "t", answer(first, 1), kept(1))
     store.settle(of(first), True)
-    assert numbers(store.begin(ask(2), "t", 3, 9, [0, 3, 7])) == (0, 1)
+    assert numbers(store.begin(ask(2), "t", [0, 3, 7], 9)) == (0, 1)
     store.close()
 
 
@@ -169,11 +169,11 @@ def test_a_run_cannot_go_back_further_than_the_node_remembers(tmp_path: Path) ->
     store = NodeStore(tmp_path)
     for commit in range(node_store.KEPT_COMMITS + 2):
         message = ask(commit)
-        store.begin(message, "t", 1, commit)
+        store.begin(message, "t", [0], commit)
         store.commit(message, "t", answer(message, commit), kept(commit + 1))
     with pytest.raises(StateGone, match="goes back to round 1"):
-        store.begin(ask(99), "t", 2, 1)
-    assert numbers(store.begin(ask(98), "t", 2, 2)) == (2, node_store.KEPT_COMMITS + 2)
+        store.begin(ask(99), "t", [0, 1], 1)
+    assert numbers(store.begin(ask(98), "t", [0, 2], 2)) == (2, node_store.KEPT_COMMITS + 2)
     store.close()
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_left_on_the_disk_of_a_run_that_is_forgotten(tmp_path: Path) 
     store = NodeStore(tmp_path)
     for number in range(1, 8):
         message = ask(number)
-        store.begin(message, "t", 1, number)
+        store.begin(message, "t", [0], number)
         store.commit(message, "t", answer(message, number, LARGE), kept(number, LARGE + 1))
         store.settle(of(message), number % 2 == 0)
     store.end(RUN, 0.0)
@@ -264,12 +264,12 @@ def test_any_history_with_crashes_agrees_with_the_model(steps: list[tuple[str, b
                 commit += 1
                 continue
             if step == "again" and last is not None:
-                found = store.begin(last, "again", len(began), commit, began)
+                found = store.begin(last, "again", began, commit)
                 assert isinstance(found, Message), "a message never runs twice"
                 continue
             number += 1
             last = message = ask(number)
-            found = store.begin(message, "t", len(began), commit, began)
+            found = store.begin(message, "t", began, commit)
             marks.setdefault(commit, app)
             assert numbers(found) == (app, mods)
             if step == "crash-before":  # nothing was kept: the message is not known
@@ -291,5 +291,5 @@ def test_any_history_with_crashes_agrees_with_the_model(steps: list[tuple[str, b
                 store.settle(of(message), counted)
                 app = number if counted and step != "fail" else app
                 assert store.unsent() == []
-        assert numbers(store.begin(ask(0), "end", len(began), commit, began)) == (app, mods)
+        assert numbers(store.begin(ask(0), "end", began, commit)) == (app, mods)
         store.close()
