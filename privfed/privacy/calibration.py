@@ -63,7 +63,8 @@ def calibrate_bound(
     move = tol / 4
     upper = math.exp(centre)
     for _ in range(40):
-        if at(upper).epsilon(delta, tol=tol).upper <= epsilon:
+        # Also as the accountant answers by default: who calibrates by one must be allowed to spend by the other.
+        if max(at(upper).epsilon(delta, tol=tol).upper, at(upper).epsilon(delta).upper) <= epsilon:
             break
         upper, move = math.exp(centre + move), move * 1.7
     else:
