@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from privfed.errors import PrivfedError, WireError
+from privfed.runtime.audit_log import AuditLog
 from privfed.runtime.bundle import MAX_BUNDLE
 from privfed.runtime.certificate import Peer
 from privfed.runtime.control import (
@@ -58,7 +59,9 @@ class ControlService:
         dispatcher: Dispatcher,
         take_roster: Callable[[bytes], int],
         reconsider: Callable[[], None],
+        audit: AuditLog,
     ) -> None:
+        self._audit = audit
         self._reconsider = reconsider
         self._take_roster = take_roster
         self._federation = federation
@@ -101,7 +104,14 @@ class ControlService:
         if hashlib.sha256(archive).digest() != head.digest:
             raise Denied("the archive does not have the hash it was announced with", grpc.StatusCode.DATA_LOSS)
         asked = Asked(bytes(archive), head.settings, head.seed, head.nodes, head.keep, peer.common_name)
-        return await self._done(lambda: self._federation.submit(asked))
+
+        def submit() -> RunFolder:
+            folder = self._federation.submit(asked)
+            facts = {"run": folder.name, "app": folder.config["name"][:200], "archive": head.digest.hex()}
+            self._audit.record("run-submitted", **facts, nodes=folder.config["nodes"], by=peer.common_name)
+            return folder
+
+        return await self._done(submit)
 
     async def _done(self, work: Callable[[], RunFolder]) -> bytes:
         try:
@@ -112,12 +122,16 @@ class ControlService:
     async def _resume(self, peer: Peer, request: bytes) -> bytes:
         name = _read(request, RunName).name
         await self._own(peer, name)
-        return await self._done(lambda: self._federation.resume(name))
+        return await self._done(lambda: self._noted("run-resumed", peer, self._federation.resume(name)))
 
     async def _stop(self, peer: Peer, request: bytes) -> bytes:
         name = _read(request, RunName).name
         await self._own(peer, name)
-        return await self._done(lambda: self._federation.stop(name))
+        return await self._done(lambda: self._noted("stop-asked", peer, self._federation.stop(name)))
+
+    def _noted(self, event: str, peer: Peer, folder: RunFolder) -> RunFolder:
+        self._audit.record(event, run=folder.name, by=peer.common_name)
+        return folder
 
     async def _own(self, peer: Peer, name: str) -> None:
         """Raise Denied unless the peer is an operator, or the submitter of the run."""
@@ -175,9 +189,14 @@ class ControlService:
     async def _node(self, peer: Peer, request: bytes) -> bytes:
         _need(peer, "operator")
         change = _read(request, NodeChange)
-        decide = self._register.approve if change.approve else self._register.revoke
+
+        def decide() -> None:
+            (self._register.approve if change.approve else self._register.revoke)(change.node_id)
+            event = "node-approved" if change.approve else "node-revoked"
+            self._audit.record(event, node=change.node_id, by=peer.common_name)
+
         try:
-            await self._dispatcher.in_thread(lambda: decide(change.node_id))
+            await self._dispatcher.in_thread(decide)
         except PrivfedError as fault:
             raise Denied(str(fault), grpc.StatusCode.INVALID_ARGUMENT) from None
         if not change.approve:
@@ -195,6 +214,8 @@ class ControlService:
             if len(document) > ROSTER_BYTES:
                 raise Denied(f"a roster is at most {ROSTER_BYTES >> 20} MiB")
         version = await self._dispatcher.in_thread(lambda: self._take_roster(bytes(document)))
+        audit = functools.partial(self._audit.record, "roster-handed-on", version=version, by=peer.common_name)
+        await self._dispatcher.in_thread(audit)
         return pack(RosterTaken(version=version))
 
     async def _follow(self, peer: Peer, request: bytes, context: Context) -> None:

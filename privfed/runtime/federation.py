@@ -59,6 +59,7 @@ class Federation:
         self.link = link
         self.change = threading.Condition()
         self.connected: Callable[[], set[int]] = set
+        self.noted: Callable[..., None] = lambda event, **fields: None
         self._launcher = launcher
         self._approved = approved
         self._active: dict[str, FederationRun] = {}
@@ -106,7 +107,7 @@ class Federation:
         return folder
 
     def _start(self, folder: RunFolder) -> None:
-        run = FederationRun(folder, self.link, self._launcher, self._available, self.change)
+        run = FederationRun(folder, self.link, self._launcher, self._available, self.change, self.noted)
         with self.change:
             self._active[folder.name] = self._by_id[run.run_id] = run
         run.start()

@@ -39,6 +39,7 @@ class FederationRun:
     """A run in its folder, in a thread of its own.
 
     available: returns the nodes that are approved and connected. change: notified whenever that may have changed.
+    noted: writes an event into the audit log.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class FederationRun:
         launcher: Launcher,
         available: Callable[[], set[int]],
         change: threading.Condition,
+        noted: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
+        self._noted = noted
         self.folder = folder
         self.config: Mapping[str, Any] = folder.config
         self.run_id = int(self.config["run-id"])
@@ -132,6 +135,7 @@ class FederationRun:
     def _end(self, state: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # a run that never began is not in the store, or has ended there
             self._link.set_run_state(self.run_id, state, reason)
+        self._noted("run-ended", run=self.folder.name, state=state, rounds=self.commit, reason=reason[:500])
         self.folder.end(state, reason)
         self._show("ended", {"state": state, "rounds": self.commit, "folder": self.folder.name})
         self._link.on_end(self.run_id)
@@ -222,6 +226,8 @@ class FederationRun:
             raise
         self.began = began
         self._link.set_run_state(self.run_id, "running")
+        facts = {"run": self.folder.name, "attempt": self.attempt, "round": began[-1]}
+        self._noted("run-attempted", **facts, nodes=len(self._link.nodes(self.run_id)))
         return kept
 
     def _run_app(self, grid: Grid, context: Context) -> None:

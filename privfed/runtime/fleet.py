@@ -144,6 +144,7 @@ class FleetClient:
         self._greeting = greeting(node_id=None if credentials else self.node_id)
         self._held = set(self.options.holding)
         self._fetching: set[str] = set()
+        self._holding, self._downloading = threading.Lock(), threading.Lock()
         self._runs: dict[int, RunGrant | None] = dict.fromkeys(self.options.runs)
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -272,8 +273,9 @@ class FleetClient:
 
         def say() -> Iterator[bytes]:
             runs = tuple(sorted(self._runs))
-            held = tuple(sorted(self._held))
-            self._fetching.clear()  # what was not received whole is handed out again
+            with self._holding:
+                held = tuple(sorted(self._held))
+                self._fetching.clear()  # what was not received whole is handed out again
             yield pack(Hello(slots=self.options.slots, holding=held, runs=runs))
             over.wait()
 
@@ -330,16 +332,19 @@ class FleetClient:
         try:
             for _ in range(_TRIES):
                 outside = offer.parcel.outside()
-                self._download(outside)
+                self._download(outside, lambda: offer.token in self._fetching)
+                if offer.token not in self._fetching:
+                    return
                 try:
                     message = offer.parcel.open(self._blobs)
                 except (WireError, KeyError) as fault:
                     self._blobs.drop([part.digest for part in outside])
                     self._tell(f"a task arrived damaged and is fetched again: {fault}")
                     continue
-                if offer.token in self._fetching:
-                    self._held.add(offer.token)
-                    self._tasks.put(Task(offer.token, message, offer.expires_at, offer.began, offer.commit))
+                with self._holding:
+                    if offer.token in self._fetching:
+                        self._held.add(offer.token)
+                        self._tasks.put(Task(offer.token, message, offer.expires_at, offer.began, offer.commit))
                 break
         except NetworkError as fault:
             self._tell(f"a task was lost: {fault}")
@@ -353,12 +358,15 @@ class FleetClient:
         except WireError as fault:
             raise NetworkError(f"{self.address}: {fault}") from None
 
-    def _download(self, parts: list[Part]) -> None:
+    def _download(self, parts: list[Part], going: Callable[[], bool] = lambda: True) -> None:
+        """Fetch what is not here yet. going: whether it is still wanted, which a reconnect may change."""
         call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
 
         def transfer() -> None:
-            missing = [part for part in parts if part.digest not in self._blobs]
-            if missing:
+            with self._downloading:  # what two tasks want is fetched once
+                missing = [part for part in parts if going() and part.digest not in self._blobs]
+                if not missing:
+                    return
                 have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
                 for frame in call(pack(wanted(missing, have)), metadata=self._greeting):
                     self._blobs.add(*read_chunk(frame))

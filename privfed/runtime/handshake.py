@@ -8,7 +8,7 @@ import grpc
 
 from privfed import __version__
 from privfed.errors import PrivfedError
-from privfed.runtime.frame import MAX_FRAME
+from privfed.runtime.frame import CHUNK, MAX_FRAME
 
 NEWEST, OLDEST = 1, 1
 """Protocol versions this release speaks: a release speaks its own and the one before."""
@@ -24,6 +24,17 @@ HANDSHAKE_SECONDS = 10
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
 IDLE_SECONDS = 120
+
+
+_TRANSFER: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_FRAME + 1024),
+    ("grpc.max_send_message_length", MAX_FRAME + 1024),
+    # A fixed window of a chunk, so that a cut connection loses little: one that grows with the line loses megabytes.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", CHUNK),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+]
 
 
 class NetworkError(PrivfedError):
@@ -66,15 +77,12 @@ def agree(metadata: Iterable[tuple[str, str | bytes]] | None, peer: str) -> int:
 def server_options() -> list[tuple[str, int]]:
     """Return what a listener allows, before it knows who calls."""
     return [
-        ("grpc.max_receive_message_length", MAX_FRAME + 1024),
-        ("grpc.max_send_message_length", MAX_FRAME + 1024),
+        *_TRANSFER,
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
         ("grpc.so_reuseport", 0),
     ]
@@ -83,10 +91,7 @@ def server_options() -> list[tuple[str, int]]:
 def channel_options() -> list[tuple[str, int]]:
     """Return what a caller allows; a peer that is silent for half a minute is gone."""
     return [
-        ("grpc.max_receive_message_length", MAX_FRAME + 1024),
-        ("grpc.max_send_message_length", MAX_FRAME + 1024),
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        *_TRANSFER,
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),

@@ -32,6 +32,8 @@ def storage_fault(fault: BaseException) -> str:
     """Say what is wrong with the storage, if that is what the fault is about; else nothing."""
     if isinstance(fault, OSError) and fault.errno in _NAMES:
         return _NAMES[fault.errno]
+    if isinstance(fault, OSError) and fault.args == ("the disk is full",):  # the audit log, of a line cut short
+        return _NAMES[errno.ENOSPC]
     if isinstance(fault, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
         return f"the database fails: {str(fault.orig).splitlines()[0][:200]}"
     return ""

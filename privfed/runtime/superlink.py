@@ -19,6 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from privfed.errors import PrivfedError
+from privfed.runtime.audit_log import AuditLog, own_key
 from privfed.runtime.certificate import USERS, CertificateError
 from privfed.runtime.control_service import ControlService
 from privfed.runtime.credentials import Credentials
@@ -84,6 +85,8 @@ class SuperLink:
         self.link = FederationLink(self._store)
         self.register = NodeRegister(home / "nodes.json", trust)
         self.federation = Federation(home, self.link, launcher, self.register.approved)
+        self.audit = AuditLog(home / "audit.jsonl", own_key(home / "audit.key"))
+        self.federation.noted = self.audit.record
         self._gates = {"fleet": Gate(trust, {"node"}), "control": Gate(trust, USERS)}
         self._started = time.monotonic()
         self._servers: list[grpc.aio.Server] = []
@@ -103,7 +106,7 @@ class SuperLink:
         self.fleet = FleetService(
             self.name, self.dispatcher, self.register, self.federation, incoming, options.limits, options.credentials
         )
-        decide = self._take_roster, self.fleet.reconsider
+        decide = self._take_roster, self.fleet.reconsider, self.audit
         control = ControlService(self.federation, self.register, self.dispatcher, *decide)
         self._offering = asyncio.create_task(self.dispatcher.run())
         self._watching = asyncio.create_task(self._watch_credentials())
@@ -119,6 +122,7 @@ class SuperLink:
         write_atomically(options.home / "addresses.json", json.dumps(self.addresses).encode())
         count = self.federation.take_up()
         self._fault = ""
+        self.audit.record("superlink-started", name=self.name, runs=count, insecure=options.credentials is None)
         log.info("serving %s; %d runs go on", self.addresses, count)
 
     async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str) -> str:
@@ -199,6 +203,8 @@ class SuperLink:
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)
         self._store.close()
+        self.audit.record("superlink-ended")
+        self.audit.close()
         os.close(self._lock)
 
 

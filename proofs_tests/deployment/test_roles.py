@@ -9,6 +9,7 @@ import grpc
 import msgspec
 import pytest
 
+from privfed.runtime.audit_log import verify_log
 from privfed.runtime.authority import Authority, make_request
 from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.credentials import Credentials, accept_answer
@@ -92,7 +93,6 @@ def test_a_revoked_node_is_cut_off_and_stays_out(link: LocalLink, members: Membe
 def test_roles_bound_what_users_do(link: LocalLink, members: Members) -> None:
     app = Submission(open_app(EXAMPLES / "minimal"), {}, nodes=1)
     with (
-        control(link, members.join("operator", "olga")) as operator,
         control(link, members.join("submitter", "sam")) as sam,
         control(link, members.join("submitter", "sue")) as sue,
         control(link, members.join("viewer", "vera")) as viewer,
@@ -112,7 +112,17 @@ def test_roles_bound_what_users_do(link: LocalLink, members: Members) -> None:
         with pytest.raises(NetworkError, match="user-sue may only stop runs of its own"):
             sue.stop(name)
         assert sam.stop(name).name == name
-        operator.submit(app)
+        eventually(lambda: sam.show(name).state == "stopped")
+        log = link.options.home / "audit.jsonl"
+        lines = [msgspec.json.decode(line) for line in log.read_bytes().splitlines()]
+        assert [(line["event"], line["fields"].get("by")) for line in lines] == [
+            ("log-opened", None),
+            ("superlink-started", None),
+            ("run-submitted", "user-sam"),
+            ("stop-asked", "user-sam"),
+            ("run-ended", None),
+        ]
+        assert verify_log(log, key=link.link.audit.key).lines == len(lines)
 
 
 def test_no_listener_serves_the_role_of_another(link: LocalLink, members: Members) -> None:
