@@ -105,7 +105,7 @@ class GroupedStage(SecureStage):
             total = sum((decoded.total for decoded in groups.values()), np.zeros(layout.dimension))
             if private:
                 whole = Decoded(total, 1.0, weight, MetricRecord(), 0.0)
-                outcome.view = Unreleased(noise_releaser(whole, layout, bound))
+                outcome.view = Unreleased(noise_releaser(whole, layout, bound), layout.step)
                 return outcome
             scale = next(iter(groups.values())).scale
             total *= scale / weight
