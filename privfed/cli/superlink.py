@@ -52,7 +52,9 @@ def superlink(
     Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
     """
     from privfed.cli.journal import configure
-    from privfed.runtime.credentials import Credentials
+    from privfed.runtime.credentials import Credentials, require_tls_1_3
+
+    require_tls_1_3()
     from privfed.runtime.run_folder import home as default_home
     from privfed.runtime.superlink import SuperLinkOptions
 

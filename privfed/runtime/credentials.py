@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import ssl
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,20 @@ _NO_TLS_1_2 = "ECDHE-RSA-AES256-GCM-SHA384"
 def require_tls_1_3() -> None:
     """Make TLS 1.3 the least gRPC speaks in this process; gRPC reads this once, before its first TLS connection."""
     os.environ["GRPC_SSL_CIPHER_SUITES"] = _NO_TLS_1_2
+
+
+def speaks_tls_1_2(host: str, port: int, folder: Path) -> bool:
+    """Return whether a listener lets a member in by TLS 1.2: gRPC may have been set up before `require_tls_1_3`."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+    context.check_hostname = False  # this asks which versions are spoken, and the chain is checked all the same
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host, port), timeout=10) as raw, context.wrap_socket(raw, server_hostname=host):
+            return True
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

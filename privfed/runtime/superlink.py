@@ -22,7 +22,7 @@ from privfed.errors import PrivfedError
 from privfed.runtime.audit_log import AuditLog, own_key
 from privfed.runtime.certificate import USERS, CertificateError
 from privfed.runtime.control_service import ControlService
-from privfed.runtime.credentials import Credentials
+from privfed.runtime.credentials import Credentials, speaks_tls_1_2
 from privfed.runtime.disk import write_atomically
 from privfed.runtime.dispatch import Dispatcher
 from privfed.runtime.federation import Federation
@@ -140,6 +140,14 @@ class SuperLink:
         except RuntimeError as fault:
             raise SuperLinkError(f"cannot listen on {address}: {fault}") from None
         await server.start()
+        if credentials is not None:
+            target = host.strip("[]") if host.strip("[]") not in ("", "0.0.0.0", "::", "*") else "localhost"
+            folder = credentials.folder
+            if await self.dispatcher.in_thread(lambda: speaks_tls_1_2(target, port, folder)):
+                raise SuperLinkError(
+                    f"{address} would speak TLS 1.2: gRPC was used in this process before the SuperLink; call "
+                    "privfed.runtime.credentials.require_tls_1_3() first of all"
+                )
         for service in ("", name):
             await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._servers.append(server)
