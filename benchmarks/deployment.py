@@ -3,6 +3,7 @@
     python benchmarks/deployment.py                    round overhead, 100 MB model, idle nodes
     python benchmarks/deployment.py --only large --megabytes 1000 --nodes 4
     python benchmarks/deployment.py --only idle --nodes 5000
+    python benchmarks/deployment.py --only active --nodes 500
 
 Everything is mutual TLS with SQLite on disk, unless --insecure. A node here is `privfed.runtime.fleet` and a thread
 that answers at once with what it was sent, so what is measured is the runtime and not an app.
@@ -160,11 +161,36 @@ def serve_node(address: str, node: int, keys: str) -> None:
     from privfed.runtime.fleet import FleetClient
 
     client = FleetClient(address, None if keys == "-" else Credentials.load(Path(keys)), node)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     while True:
         task = client.receive(3600)
         if task is not None:
             client.reply(task.token, Message(task.message.content, reply_to=task.message))
+
+
+def serve_nodes(address: str, first: int, count: int) -> None:
+    """Be many nodes, each with a connection and a thread of its own."""
+    import threading
+
+    for node in range(first + 1, first + count):
+        threading.Thread(target=serve_node, args=(address, node, "-"), daemon=True).start()
+    serve_node(address, first, "-")
+
+
+def active(nodes: int, size: int = 1_000_000) -> None:
+    """Run rounds over many nodes that answer at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), nodes, True, "inline")
+        for first in range(1, nodes + 1, 50):
+            count = str(min(50, nodes + 1 - first))
+            words = [sys.executable, __file__, "--serve", bench.addresses["fleet"], str(first), count]
+            bench.processes.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log))
+        seconds = bench.run(2, size)
+        peak = status(bench.link.pid, "VmHWM")
+        bench.end()
+    print(
+        f"{nodes} active nodes, {size / 1e6:g} MB: rounds of {', '.join(f'{one:.1f}' for one in seconds)} s; "
+        f"peak memory of SuperLink and ServerApp {peak:.0f} MB"
+    )
 
 
 def status(process: int, key: str) -> float:
@@ -257,7 +283,7 @@ def idle(insecure: bool, nodes: int, seconds: float) -> None:
             process.wait()
         bench.end()
     print(
-        f"{nodes} idle nodes, {'plain' if insecure else 'mutual TLS'}: {share * 100:.2f} % of a core over {seconds:g} s, "
+        f"{nodes} idle nodes, {'plain' if insecure else 'TLS'}: {share * 100:.2f} % of a core over {seconds:g} s, "
         f"{(memory - before) * 1024 / nodes:.0f} kB each; all came within {took:.0f} s"
     )
 
@@ -305,6 +331,9 @@ def serve_crowd(address: str, first: int, count: int, keys: str) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        serve_nodes(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return
     if sys.argv[1:2] == ["--node"]:
         serve_node(sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
@@ -312,7 +341,7 @@ def main() -> None:
         serve_crowd(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["overhead", "large", "idle"])
+    parser.add_argument("--only", choices=["overhead", "large", "idle", "active"])
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--nodes", type=int)
@@ -322,6 +351,8 @@ def main() -> None:
         overhead(asked.insecure)
     if asked.only in (None, "large"):
         large(asked.insecure, asked.megabytes, asked.nodes or 2)
+    if asked.only == "active":
+        active(asked.nodes or 500)
     if asked.only in (None, "idle"):
         idle(asked.insecure, asked.nodes or 1000, asked.seconds)
 
