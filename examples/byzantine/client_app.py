@@ -4,12 +4,13 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from task import CLASSES, SHAPE, partition, train
+from task import CLASSES, SHAPE, aggregators, partition, train
 
 from privfed import ArrayRecord, ClientApp, Context, Message, MetricRecord, RecordDict
 from privfed.apps import CallNext
 from privfed.attacks import forgery
 from privfed.attacks.client import flip_labels, forge
+from privfed.attacks.search import strongest_inner_product, strongest_little
 
 FORGERIES: dict[str, forgery.Attack] = {
     "sign flip": lambda honest: forgery.sign_flip(honest, scale=4.0),
@@ -17,7 +18,8 @@ FORGERIES: dict[str, forgery.Attack] = {
     "IPM": lambda honest: forgery.inner_product(honest, 0.8),
     "mimic": lambda honest: forgery.mimic(honest, None),
 }
-ATTACKS = ("none", "label flip", *FORGERIES)
+SEARCHES = {"ALIE searched": strongest_little, "IPM searched": strongest_inner_product}
+ATTACKS = ("none", "label flip", *FORGERIES, *SEARCHES)
 
 
 @lru_cache(maxsize=4)
@@ -43,11 +45,31 @@ def known(message: Message, context: Context) -> NDArray[np.float32]:
     )
 
 
+FOUND: dict[tuple[str, str, bytes], forgery.Row] = {}  # the last search: all attackers send its row
+
+
+def searched(attack: str, rule: str, model: bytes, f: int, honest: NDArray[np.float32]) -> forgery.Row:
+    """Return the row of the strength that moves the rule in use farthest: these attackers know the rule too."""
+    key = (attack, rule, model)
+    if key not in FOUND:
+        FOUND.clear()
+        FOUND[key] = SEARCHES[attack](honest, f, aggregators(f)[rule]).row
+    return FOUND[key]
+
+
 def byzantine(message: Message, context: Context, call_next: CallNext) -> Message:
-    attack = FORGERIES.get(str(message.content["config"]["attack"]))
-    if attack is None or not is_byzantine(context):
+    own, f = message.content["config"], int(context.run_config["attackers"])
+    name = str(own["attack"])
+    if name in SEARCHES and is_byzantine(context):
+        rule, model = str(own["rule"]), message.content["arrays"]["0"].numpy().tobytes()
+
+        def attack(honest: NDArray[np.float32]) -> forgery.Row:
+            return searched(name, rule, model, f, honest)
+
+        return forge(attack, known)(message, context, call_next)
+    if name not in FORGERIES or not is_byzantine(context):
         return call_next(message, context)
-    return forge(attack, known)(message, context, call_next)
+    return forge(FORGERIES[name], known)(message, context, call_next)
 
 
 def is_byzantine(context: Context) -> bool:

@@ -54,7 +54,7 @@ def strategies(f: int, nodes: int) -> dict[str, Callable[[], Strategy]]:
 
 
 def contexts(context: Context, nodes: int) -> dict[int, Context]:
-    """Return the contexts of nodes in this process: 156 short runs need no federation and no checkpoints."""
+    """Return the contexts of nodes in this process: 208 short runs need no federation and no checkpoints."""
     return {
         node: Context(
             node_id=node,
@@ -77,14 +77,14 @@ def main(grid: Grid, context: Context) -> None:
     for skew, alpha in skews.items():
         table = np.empty((len(made), len(ATTACKS)))
         print(f"\ntest accuracy in %, {skew} data, {config['attackers']} of {nodes} nodes Byzantine")
-        print(f"{'':22}" + "".join(f"{attack:>12}" for attack in (*ATTACKS, "worst")))
+        print(f"{'':22}" + "".join(f"{attack:>14}" for attack in (*ATTACKS, "worst")))
         for line, (name, make) in enumerate(made.items()):
             for column, attack in enumerate(ATTACKS):
-                order = ConfigRecord({"attack": attack, "alpha": alpha})
+                order = ConfigRecord({"attack": attack, "rule": name, "alpha": alpha})
                 local = LocalGrid(client_app, contexts(context, nodes), seed=context.seed)
                 result = make().start(local, initial, int(config["num-rounds"]), train_config=order)
                 table[line, column] = accuracy(result.arrays.to_numpy_ndarrays()[0], rows, labels)
-            print(f"{name:22}" + "".join(f"{100 * value:12.1f}" for value in (*table[line], table[line].min())))
+            print(f"{name:22}" + "".join(f"{100 * value:14.1f}" for value in (*table[line], table[line].min())))
         tables[skew] = table
     if config["picture"]:
         print("\n" + draw(Path(str(config["picture"])), tables, list(made), list(ATTACKS)))

@@ -1,6 +1,8 @@
 """The data and the model: softmax regression on scikit-learn's digits, dealt out evenly or by label skew."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from privfed.context import derived_rng
 from privfed.partition import dirichlet, iid
+from privfed.strategies import rules
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -47,3 +50,19 @@ def train(weights: Floats, rows: Floats, labels: Labels, steps: int, rate: float
 
 def accuracy(weights: Floats, rows: Floats, labels: Labels) -> float:
     return float(np.mean((rows @ weights).argmax(axis=1) == labels))
+
+
+def aggregators(f: int) -> dict[str, Callable[[Any], Any]]:
+    """Return what each strategy of the table makes of the updates: what an attacker tries its strength against."""
+    plain: dict[str, Callable[[Any], Any]] = {
+        "median": rules.median,
+        "trimmed mean": lambda X: rules.trimmed_mean(X, f),
+        "geometric median": rules.geometric_median,
+        "Krum": lambda X: rules.krum(X, f),
+        "multi-Krum": lambda X: rules.multi_krum(X, f),
+        "Bulyan": lambda X: rules.bulyan(X, f),
+    }
+    made = {"mean": rules.mean, **plain}
+    for name, rule in plain.items():
+        made[f"NNM + {name}"] = lambda X, rule=rule: rule(rules.lazy_mixing(X, f))
+    return made
