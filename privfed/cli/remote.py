@@ -30,7 +30,7 @@ def superlink_options(command: F) -> F:
         "--superlink", metavar="HOST:PORT", help="The control address of a SuperLink; without it: this machine."
     )
     keys = click.option(
-        "--keys", type=click.Path(path_type=Path), help="Your key folder, made with `privfed keys` [default: no TLS]."
+        "--keys", type=click.Path(path_type=Path), help="Your key folder, or one with `ca.pem` and a bearer `token`."
     )
     return link(keys(command))
 
@@ -38,11 +38,13 @@ def superlink_options(command: F) -> F:
 def connect(superlink: str, keys: Path | None) -> ControlClient:
     """Return a connection to a SuperLink."""
     from privfed.runtime.control import ControlClient
-    from privfed.runtime.credentials import Credentials
+    from privfed.runtime.credentials import BearerToken, Credentials
 
     host, colon, port = superlink.rpartition(":")
     if not (host and colon and port.isdecimal()):
         raise AppError(f"--superlink {superlink!r}: write HOST:PORT, the control address the SuperLink prints")
+    if keys is not None and BearerToken.holds(keys):
+        return ControlClient(superlink, BearerToken(keys))
     return ControlClient(superlink, Credentials.load(keys) if keys is not None else None)
 
 

@@ -100,10 +100,10 @@ def _run_there(
         return
     if app is None:
         raise AppError("say which app: `privfed run FOLDER --superlink HOST:PORT` (or --resume RUN)")
-    from privfed.runtime.credentials import Credentials
+    from privfed.runtime.credentials import BearerToken, Credentials
 
     seed, nodes, keep = how
-    signer = Credentials.load(keys) if keys is not None else None
+    signer = Credentials.load(keys) if keys is not None and not BearerToken.holds(keys) else None
     submission = Submission(open_app(app, signer), _pairs(settings), seed, nodes, keep)
     remote.submit(superlink, keys, submission, detach, form)
 

@@ -15,6 +15,7 @@ from privfed.errors import AppError
 
 if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
+    from privfed.runtime.oidc import Tokens
     from privfed.runtime.superlink import SuperLinkOptions
 
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     "--control", default="127.0.0.1:7811", show_default=True, metavar="HOST:PORT", help="Where users connect."
 )
 @click.option("--monitor", metavar="HOST:PORT", help="Serve /healthz and /metrics there [default: nowhere].")
+@click.option("--token-control", metavar="HOST:PORT", help="Where users with bearer tokens connect; needs --oidc.")
+@click.option("--oidc", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Whose tokens are taken.")
 @click.option("--keys", type=click.Path(path_type=Path), help="The SuperLink's key folder, made with `privfed keys`.")
 @click.option("--insecure", is_flag=True, help="No encryption, no identities; on loopback only.")
 @click.option("--force-insecure", is_flag=True, help="Let --insecure listen where others can reach it.")
@@ -38,6 +41,8 @@ def superlink(
     fleet: str,
     control: str,
     monitor: str | None,
+    token_control: str | None,
+    oidc: Path | None,
     keys: Path | None,
     insecure: bool,
     force_insecure: bool,
@@ -61,6 +66,8 @@ def superlink(
     del debug
     if insecure == (keys is not None):
         raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
+    if (token_control is None) != (oidc is None):
+        raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
     configure(log_format)
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
@@ -68,6 +75,8 @@ def superlink(
         fleet=fleet,
         control=control,
         monitor=monitor,
+        token_control=token_control,
+        tokens=_tokens(oidc),
         database=database,
         credentials=Credentials.load(keys) if keys is not None else None,
         force_insecure=force_insecure,
@@ -75,6 +84,12 @@ def superlink(
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
     asyncio.run(_serve(options, _launcher(isolation, place, keys)))
+
+
+def _tokens(oidc: Path | None) -> Tokens | None:
+    from privfed.runtime.oidc import Tokens
+
+    return Tokens(oidc) if oidc is not None else None
 
 
 def _launcher(isolation: str, home: Path, keys: Path | None) -> Launcher:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import grpc
 
-from privfed.runtime.credentials import Credentials
+from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
 from privfed.runtime.handshake import agree, connect, explain, greeting
 
@@ -127,7 +127,7 @@ class Submission:
 class ControlClient:
     """Speaks to a SuperLink on behalf of a user. Raises NetworkError, with what the SuperLink said."""
 
-    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+    def __init__(self, address: str, credentials: Credentials | BearerToken | None = None) -> None:
         self.address = address
         self._channel = connect(address, credentials.channel_credentials() if credentials else None)
 

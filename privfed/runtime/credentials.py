@@ -39,6 +39,7 @@ _NO_TLS_1_2 = "ECDHE-RSA-AES256-GCM-SHA384"
 def require_tls_1_3() -> None:
     """Make TLS 1.3 the least gRPC speaks in this process; gRPC reads this once, before its first TLS connection."""
     os.environ["GRPC_SSL_CIPHER_SUITES"] = _NO_TLS_1_2
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that is turned away is no line on stderr
 
 
 def speaks_tls_1_2(host: str, port: int, folder: Path) -> bool:
@@ -228,8 +229,11 @@ class Credentials:
         )
         return credentials
 
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """Return mutual TLS 1.3 for a server; a renewed certificate is taken up by the next handshake."""
+    def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials:
+        """Return TLS 1.3 for a server; a renewed certificate is taken up by the next handshake.
+
+        mutual: clients must show a certificate; False is for listeners that know their clients by tokens.
+        """
         require_tls_1_3()
         import grpc
 
@@ -247,7 +251,7 @@ class Credentials:
             return held[0]
 
         credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-            held[0], fetch, require_client_authentication=True
+            held[0], fetch, require_client_authentication=mutual
         )
         return credentials
 
@@ -256,6 +260,30 @@ class Credentials:
 
         pair = (_read(self.folder / "key.pem"), _read(self.folder / "certificate.pem"))
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=_read(self.folder / "ca.pem"))
+
+
+@dataclass(frozen=True, slots=True)
+class BearerToken:
+    """A user without a certificate: a folder with the authority's `ca.pem` and a bearer token in `token`."""
+
+    folder: Path
+
+    @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """Return whether a folder is one of a token and not of keys."""
+        return (folder / "token").exists() and not (folder / "key.pem").exists()
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Return TLS that trusts this federation's authority and shows the token with every call."""
+        require_tls_1_3()
+        import grpc
+
+        token = _read(self.folder / "token").decode("ascii", errors="replace").strip()
+        tls = grpc.ssl_channel_credentials(root_certificates=_read(self.folder / "ca.pem"))
+        credentials: grpc.ChannelCredentials = grpc.composite_channel_credentials(
+            tls, grpc.access_token_call_credentials(token)
+        )
+        return credentials
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Trust, peer_of
 from privfed.runtime.handshake import NODE, Refused, agree, greeting
+from privfed.runtime.oidc import TokenRefused, Tokens, bearer
 from privfed.runtime.patience import storage_fault
 from privfed.runtime.roster import Roster
 
@@ -58,16 +59,19 @@ class Gate:
             agree(metadata, "the caller")
         except Refused as fault:
             raise Denied(str(fault), grpc.StatusCode.FAILED_PRECONDITION) from None
-        if self._trust is None:
-            return self._claimed(dict(metadata))
-        try:
-            peer = self._certified(context, self._trust)
-        except CertificateError as fault:
-            raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None
+        peer = self._identify(context, dict(metadata))
         if peer.role not in self._roles:
             wanted = " or ".join(sorted(self._roles))
             raise Denied(f"{peer.common_name} is a {peer.role}; this listener serves the roles {wanted}")
         return peer
+
+    def _identify(self, context: Context, metadata: dict[str, str | bytes]) -> Peer:
+        if self._trust is None:
+            return self._claimed(metadata)
+        try:
+            return self._certified(context, self._trust)
+        except CertificateError as fault:
+            raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None
 
     def _certified(self, context: Context, trust: Trust) -> Peer:
         """Judge the caller's certificate; once for many calls, until the roster changes or it expires."""
@@ -156,3 +160,17 @@ class Gate:
             mark = secrets.token_hex(4)
             log.exception("a request failed; the peer was told the reference %s", mark)
             await context.abort(grpc.StatusCode.INTERNAL, f"the SuperLink failed; its log has the cause under {mark}")
+
+
+class TokenGate(Gate):
+    """Lets users in by bearer tokens, where nobody shows a certificate."""
+
+    def __init__(self, tokens: Tokens, roles: Collection[str]) -> None:
+        super().__init__(None, roles)
+        self._tokens = tokens
+
+    def _identify(self, context: Context, metadata: dict[str, str | bytes]) -> Peer:
+        try:
+            return self._tokens.authenticate(bearer(metadata))
+        except TokenRefused as fault:
+            raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None

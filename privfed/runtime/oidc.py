@@ -30,7 +30,7 @@ from privfed.runtime.certificate import NAME, USERS, Peer
 
 ALGORITHMS = ("ES256", "ES384", "ES512", "EdDSA", "Ed25519", "PS256", "PS384", "PS512", "RS256", "RS384", "RS512")
 """Of public keys only: a set that holds a public key as a shared secret must not let anybody in."""
-MAX_TOKEN = 16 * 1024
+MAX_TOKEN = 12 * 1024
 LEEWAY_SECONDS = 60
 MAX_LIFE_SECONDS = 24 * 3600
 

@@ -28,11 +28,12 @@ from privfed.runtime.dispatch import Dispatcher
 from privfed.runtime.federation import Federation
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.fleet_service import FleetLimits, FleetService
-from privfed.runtime.gate import Gate
+from privfed.runtime.gate import Gate, TokenGate
 from privfed.runtime.handshake import server_options
 from privfed.runtime.launcher import Launcher
 from privfed.runtime.monitor import Monitor
 from privfed.runtime.node_register import NodeRegister
+from privfed.runtime.oidc import Tokens
 from privfed.runtime.sqlstore import SqlStore
 
 log = logging.getLogger("privfed.superlink")
@@ -51,6 +52,7 @@ class SuperLinkOptions:
     """Where a SuperLink listens and keeps things. Addresses are "host:port"; port 0 lets the system choose.
 
     database: the URL of a PostgreSQL database instead of the file `link.db` in home.
+    token_control: where users connect who have bearer tokens and no certificates; tokens: judges them.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
     """
 
@@ -58,6 +60,8 @@ class SuperLinkOptions:
     fleet: str = "127.0.0.1:7810"
     control: str = "127.0.0.1:7811"
     monitor: str | None = None
+    token_control: str | None = None
+    tokens: Tokens | None = None
     database: str | None = None
     credentials: Credentials | None = None
     force_insecure: bool = False
@@ -76,6 +80,10 @@ class SuperLink:
                         f"{address} can be reached by others, and without keys anybody may do anything there: "
                         f"give --keys (see `privfed keys`), or listen on 127.0.0.1"
                     )
+        if (options.tokens is None) != (options.token_control is None):
+            raise SuperLinkError("tokens need an address to be shown at, and that address a policy for tokens")
+        if options.tokens is not None and options.credentials is None:
+            raise SuperLinkError("bearer tokens are shown to nobody who has no keys: give --keys")
         home = options.home
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _take_lock(home / "lock")
@@ -115,6 +123,12 @@ class SuperLink:
         self.addresses["control"] = await self._listen(
             options.control, control.handlers(self._gates["control"]), "privfed.Control"
         )
+        if options.tokens is not None and options.token_control is not None:
+            gate = self._gates["token-control"] = TokenGate(options.tokens, USERS)
+            handlers = control.handlers(gate)
+            self.addresses["token-control"] = await self._listen(
+                options.token_control, handlers, "privfed.Control", mutual=False
+            )
         self._monitor = Monitor(self.values, lambda: self._fault)
         if options.monitor is not None:
             host, _, port = options.monitor.rpartition(":")
@@ -125,7 +139,7 @@ class SuperLink:
         self.audit.record("superlink-started", name=self.name, runs=count, insecure=options.credentials is None)
         log.info("serving %s; %d runs go on", self.addresses, count)
 
-    async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str) -> str:
+    async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str, *, mutual: bool = True) -> str:
         server = grpc.aio.server(options=server_options())
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -136,7 +150,7 @@ class SuperLink:
             if credentials is None:
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, credentials.server_credentials())
+                port = server.add_secure_port(address, credentials.server_credentials(mutual=mutual))
         except RuntimeError as fault:
             raise SuperLinkError(f"cannot listen on {address}: {fault}") from None
         await server.start()
