@@ -78,7 +78,9 @@ class Accountant:
         """Return a copy to which the event was added; this accountant stays as it is."""
         return self.copy().step(event, count)
 
-    def _planned(self) -> Plan:
+    @property
+    def plan(self) -> Plan:
+        """The composition so far, ready for questions."""
         if self._plan is None:
             self._plan = Plan(dict(self._counts), self.relation)
         return self._plan
@@ -86,16 +88,16 @@ class Accountant:
     def epsilon(self, delta: float, *, tol: float | None = None) -> Bound:
         """Return the epsilon at which everything so far has this delta; 0 <= delta < 1."""
         delta = number("delta", delta, 0, 1, below=True)
-        return self._planned().epsilon(delta, self.tol if tol is None else _tolerance(tol))
+        return self.plan.epsilon(delta, self.tol if tol is None else _tolerance(tol))
 
     def delta(self, epsilon: float, *, tol: float | None = None) -> Bound:
         """Return the delta of everything so far at this epsilon, which may be negative."""
         epsilon = number("epsilon", epsilon)
-        return self._planned().delta(epsilon, self.tol if tol is None else _tolerance(tol))
+        return self.plan.delta(epsilon, self.tol if tol is None else _tolerance(tol))
 
     def estimate(self, delta: float) -> float:
         """Return the estimate of epsilon alone: accurate, fast, and no guarantee."""
-        return self._planned().estimate(number("delta", delta, 0, 1, below=True))
+        return self.plan.estimate(number("delta", delta, 0, 1, below=True))
 
     def divergence(self, order: float) -> float:
         """Return the Renyi divergence of everything so far at one order above 1."""

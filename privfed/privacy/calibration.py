@@ -46,7 +46,11 @@ def calibrate_bound(
     observer: str = "output",
     tol: float = 1e-4,
 ) -> Bound:
-    """Return the same parameter from both sides: at `lower` the budget is surely exceeded, at `upper` surely kept."""
+    """Return the same parameter from both sides: at `lower` the budget is surely exceeded, at `upper` surely kept.
+
+    `lower` is 0 for plans with Renyi bounds: what they cost at least is not known. Where other parts are mixed with
+    them, `upper` keeps the budget by the moments of all parts, and the accountant may certify a little less than that.
+    """
     epsilon = number("epsilon", epsilon, 0, math.inf, above=True, below=True)
     delta = number("delta", delta, 0, 1, below=True)
     count = whole("count", count, 1)
@@ -56,7 +60,7 @@ def calibrate_bound(
         return Accountant(unit, relation, observer).step(plan(parameter), count)
 
     def excess(log_parameter: float) -> float:
-        value = at(math.exp(log_parameter)).estimate(delta)
+        value = at(math.exp(log_parameter)).plan.rough_epsilon(delta)
         return math.log(value / epsilon) if 0 < value < math.inf else (-50.0 if value == 0 else 50.0)
 
     centre = _located(excess)
@@ -69,12 +73,11 @@ def calibrate_bound(
         upper, move = math.exp(centre + move), move * 1.7
     else:
         raise ValueError(f"epsilon: no parameter near {math.exp(centre):g} is certified to cost at most {epsilon}")
-    lower, move = math.exp(centre - tol / 4), tol / 4
-    for _ in range(40):
-        if at(lower).epsilon(delta, tol=tol).lower > epsilon:
-            break
+    lower, move = 0.0, tol / 4
+    while lower == 0 and move < 1:  # where only an upper bound is proved, no parameter is surely too small
+        near = math.exp(centre - move)
+        lower = near if at(near).epsilon(delta, tol=tol).lower > epsilon else 0.0
         move *= 2
-        lower = math.exp(centre - move)
     return Bound(lower, min(max(math.exp(centre), lower), upper), upper, "root of the estimate, certified", "")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from privfed.privacy.closed_form import root
 from privfed.privacy.pair import Floats, Pair
 
 Part = tuple[Pair, int]
+_SETTLED = -26.0  # nats that the integrand must have fallen by at the end of its line
+_LOST = -45.0  # nats below which a point of the line no longer counts
 _MAX_REACH = 2.0**14  # beyond it, what decides is the largest loss itself
 
 
@@ -27,6 +30,7 @@ class Cumulants:
     parts: Sequence[Part]
     reach: float = 0.0
     wave: float = 0.0
+    limits: Sequence[float] = ()  # leave out the losses of each part beyond its limit
     _nodes: list[tuple[float, Floats, Floats]] = field(default_factory=list)
 
     def extend(self, reach: float, wave: float = 0.0) -> None:
@@ -34,21 +38,12 @@ class Cumulants:
         if reach > self.reach or wave > self.wave:
             self.reach, self.wave = max(reach, 16.0, self.reach), max(wave, self.wave)
             self._nodes = []
-            for pair, count in self.parts:
+            for number, (pair, count) in enumerate(self.parts):
                 losses, weights = pair.nodes(self.reach, self.wave)
                 keep = weights > 0
+                if self.limits:
+                    keep &= losses <= max(self.limits[number], float(losses[keep].min()))
                 self._nodes.append((float(count), losses[keep], weights[keep]))
-
-    @property
-    def smooth(self) -> Cumulants:
-        """Return those of the parts that are not made of atoms alone; itself if no part is."""
-        kept = [part for part in self.parts if not _discrete(part[0])]
-        return self if len(kept) == len(self.parts) else Cumulants(kept)
-
-    @property
-    def size(self) -> int:
-        """Number of nodes."""
-        return sum(len(losses) for _, losses, _ in self._nodes)
 
     def at(self, order: float) -> tuple[float, float, float]:
         """Return K, K', K'' at a real order."""
@@ -75,12 +70,12 @@ class Cumulants:
                 return top + math.log(float(np.exp(exponent - top).sum()))
         raise KeyError(pair)
 
-    def along(self, order: float, step: float, count: int) -> np.ndarray:
-        """Return K(order + iu) - K(order) at u = 0, step, ..., (count - 1) step."""
+    def lines(self, order: float, step: float, count: int) -> list[np.ndarray]:
+        """Return, for one use of each part, K(order + iu) - K(order) at u = 0, step, ..., (count - 1) step."""
         self.extend(order * 1.5 + 1, step * count)
         u = step * np.arange(count)
-        out = np.zeros(count, dtype=np.complex128)
-        for times, losses, weights in self._nodes:
+        out = []
+        for _, losses, weights in self._nodes:
             exponent = order * losses + np.log(weights)
             tilted = np.exp(exponent - exponent.max())
             tilted /= tilted.sum()
@@ -92,7 +87,7 @@ class Cumulants:
             else:
                 values = gridded(kept - mean, tilted, step, count)
             with np.errstate(divide="ignore"):
-                out += times * (np.log(values) + 1j * u * mean)
+                out.append(np.log(values) + 1j * u * mean)
         return out
 
     def order_for_delta(self, log_delta: float) -> float:
@@ -143,23 +138,44 @@ class Inversion:
 
     def log_delta(self, epsilon: float) -> float:
         """Return log delta(epsilon); the trapezoid rule in u converges faster than any power of its step."""
+        return self.sure_log_delta(epsilon)[0]
+
+    def sure_log_delta(self, epsilon: float) -> tuple[float, bool]:
+        """Return the same, and whether digits are left after what cancels."""
         s = self.order + 1j * self.u
         terms = (np.exp(self.along - 1j * self.u * epsilon) / (s * (s + 1))).real
         total = float(terms.sum() - terms[0] / 2) * self.step / math.pi
-        return self.value - self.order * epsilon + math.log(total) if total > 0 else -math.inf
+        sure = total > 1e-11 * float(np.abs(terms).sum()) * self.step
+        return self.value - self.order * epsilon + math.log(total) if total > 0 else -math.inf, sure
 
-    def epsilon(self, log_delta: float, guess: float, spread: float, xtol: float = 0.0) -> float:
-        """Return the epsilon of a delta, near the guess."""
-        return root(lambda epsilon: self.log_delta(epsilon) - log_delta, guess - spread, guess + spread, xtol)
+    def epsilon(
+        self, log_delta: float, guess: float, spread: float, xtol: float = 0.0, most: float = math.inf
+    ) -> float:
+        """Return the epsilon of a delta, near the guess; most: an upper bound on it."""
+        low, high = guess - spread, guess + spread
+        at_low, sure = self.sure_log_delta(low)
+        if not (sure and at_low >= log_delta >= self.log_delta(high)) and math.isfinite(most):
+            low, high = self._located(log_delta, low, high, most)
+        return root(lambda epsilon: self.log_delta(epsilon) - log_delta, low, high, xtol)
+
+    def _located(self, log_delta: float, low: float, high: float, most: float) -> tuple[float, float]:
+        """Return neighbours on a grid between which delta is crossed, the lower with digits left."""
+        shares = np.array([-0.5, -0.2, -0.05, 0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        grid = np.unique(np.concatenate((most * shares, np.linspace(low, high, 9)))).tolist()
+        for here, there in pairwise(grid):
+            value, sure = self.sure_log_delta(here)
+            if sure and value >= log_delta > self.log_delta(there):
+                return here, there
+        return low, high
 
 
-def _discrete(pair: Pair) -> bool:
+def discrete(pair: Pair) -> bool:
     """Say whether a pair is made of atoms alone, however wrapped."""
     inner = getattr(pair, "pair", None) or getattr(pair, "above", None)
     branches = getattr(pair, "branches", None)
     if branches is not None:
-        return any(_discrete(branch) for _, branch in branches)
-    return _discrete(inner) if inner is not None else hasattr(pair, "q")
+        return any(discrete(branch) for _, branch in branches)
+    return discrete(inner) if inner is not None else hasattr(pair, "q")
 
 
 def gridded(places: Floats, weights: Floats, step: float, count: int) -> np.ndarray:
@@ -191,36 +207,88 @@ def reaches(cumulants: Cumulants, order: float, log_tail: float, whole: bool = F
     value, slope, bend = cumulants.at(order)
     sd = math.sqrt(bend) or 1e-12
     low, high = -math.inf, math.inf
+    most = 1e4 + 30 * order  # any shift bounds; where the law hardly varies, a larger one would cost memory alone
     for factor in (0.1, 0.3, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0):
-        shift = factor / sd if whole else min(order, factor / sd)
+        rise = min(factor / sd, most)
+        shift = rise if whole else min(order, rise)
         below = cumulants.at(order - shift)[0] - value
-        above = cumulants.at(order + factor / sd)[0] - value
+        above = cumulants.at(order + rise)[0] - value
         low = max(low, -(below - log_tail) / shift)
-        high = min(high, (above - log_tail) * sd / factor)
+        high = min(high, (above - log_tail) / rise)
     return min(low, slope - 5 * sd), max(high, slope + 5 * sd)
 
 
-def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversion:
-    """Return K along the line at `order`, as far as it matters; `settled` is False if the effort did not reach.
+@dataclass(frozen=True)
+class Lines:
+    """K of one use of each part along one tilted line, for counts from the least to the largest."""
+
+    order: float
+    step: float
+    u: Floats
+    single: list[np.ndarray]
+    moments: list[tuple[float, float, float]]
+    decays: list[Floats]  # real parts near the end of the line, of parts that have densities
+    orders: Floats  # for an upper bound on epsilon: orders, and the log moments of every part there
+    table: Floats
+
+    def line(self, counts: Sequence[int]) -> Inversion:
+        """Return the line for these counts."""
+        along = counts[0] * self.single[0]
+        for count, line in zip(counts[1:], self.single[1:], strict=True):
+            along = along + count * line
+        value = sum(count * moment[0] for count, moment in zip(counts, self.moments, strict=True))
+        end = int(np.flatnonzero(along.real > _LOST)[-1]) + 1
+        return Inversion(self.order, value, self.step, self.u[:end], along[:end], self.settled_at(counts))
+
+    def slope(self, counts: Sequence[int]) -> float:
+        """Return K' for these counts."""
+        return sum(count * moment[1] for count, moment in zip(counts, self.moments, strict=True))
+
+    def bend(self, counts: Sequence[int]) -> float:
+        """Return K'' for these counts."""
+        return sum(count * moment[2] for count, moment in zip(counts, self.moments, strict=True))
+
+    def most(self, counts: Sequence[int], log_delta: float) -> float:
+        """Return an upper bound on epsilon, by Chernoff."""
+        return float(np.min((np.asarray(counts, dtype=float) @ self.table - log_delta) / self.orders))
+
+    def settled_at(self, counts: Sequence[int]) -> bool:
+        """Say whether the integrand has vanished where the line ends."""
+        end = self.step * len(self.u)
+        lasting = sum(count * decay for count, decay in zip(counts, self.decays, strict=True))
+        spread = math.sqrt(self.bend(counts)) or 1e-9
+        return float(np.max(lasting)) - 2 * math.log(end / (self.order + 1 / spread)) < _SETTLED
+
+
+def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int = 1 << 16) -> Lines:
+    """Return K of one use along the line at `order`, as far as matters for the least of two sets of counts.
 
     Moments of atoms may vanish and come back (on a lattice they do, with its period), so only the decay of the parts
-    that have densities counts.
+    that have densities counts. Its points are as close as the largest counts need.
     """
-    value, slope, bend = cumulants.at(order)
-    smooth = cumulants.smooth
-    sd = max(math.sqrt(bend), 1e-9)
-    low, high = reaches(cumulants, order, -34.0)
-    step = 2 * math.pi / (1.05 * max(high - slope, slope - low) + 4 * sd)
-    if not smooth.parts:
+    alone = [Cumulants(((pair, 1),)) for pair, _ in least.parts]
+    orders = order * np.array([4.0, 2.0, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25])
+    table = np.array([[one.at(float(a))[0] for a in orders] for one in alone])
+    moments = [one.at(order) for one in alone]
+    _, slope, bend = most.at(order)
+    low, high = reaches(most, order, -34.0)
+    step = 2 * math.pi / (1.05 * max(high - slope, slope - low) + 4 * max(math.sqrt(bend), 1e-9))
+    smooth = [not discrete(pair) for pair, _ in least.parts]
+    if not any(smooth):
         effort = min(effort, 1 << 12)
-    count = min(effort, max(16, math.ceil(9 / sd / step)))
+    counts = [count for _, count in least.parts]
+    size = min(effort, max(16, math.ceil(9 / max(math.sqrt(least.at(order)[2]), 1e-9) / step)))
     while True:
-        along = cumulants.along(order, step, count)
-        end = step * count
-        lasting = along if smooth is cumulants else smooth.along(order, step, count)
-        decay = float(lasting[-(count // 5) :].real.max()) - 2 * math.log(end / (order + 1 / sd))
-        settled = decay < -26
-        if settled or count >= effort:
-            break
-        count = min(effort, count * 2)
-    return Inversion(order, value, step, np.linspace(0.0, step * (count - 1), count), along, settled)
+        single = most.lines(order, step, size)
+        decays = [
+            (line.real if kind else 0 * line.real)[-(size // 5) :] for line, kind in zip(single, smooth, strict=True)
+        ]
+        lines = Lines(order, step, np.linspace(0.0, step * (size - 1), size), single, moments, decays, orders, table)
+        if lines.settled_at(counts) or size >= effort:
+            return lines
+        size = min(effort, size * 2)
+
+
+def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversion:
+    """Return K along the line at `order`, as far as it matters; `settled` is False if the effort did not reach."""
+    return invert_between(cumulants, cumulants, order, effort).line([count for _, count in cumulants.parts])

@@ -12,12 +12,10 @@ import numpy as np
 from privfed.privacy import lattice, pld
 from privfed.privacy.atoms import Atoms, atoms_of, certain_of
 from privfed.privacy.closed_form import root
-from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert, reaches
+from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert
 from privfed.privacy.pair import ULP, Pair
-
-LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there is charged
-_FIRST, _LARGEST = 2**12, 2**20  # points of the composed lattice
-_ROUNDS = 6  # of refinement
+from privfed.privacy.stretch import Stretch, bracket_delta, stretch
+from privfed.privacy.window import refined, tilt
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,21 @@ class Direction:
 
     def __init__(self, parts: tuple[Part, ...]) -> None:
         self.parts = _enumerated(tuple(part for part in parts if part[1]))
+        self.pairs = tuple(pair for pair, _ in self.parts)
+        self.counts = tuple(count for _, count in self.parts)
         self.cumulants = Cumulants(self.parts)
         self._lines: dict[float, Inversion] = {}
+        self._near: dict[tuple[float, float], tuple[float, bool]] = {}
 
     @cached_property
     def certain(self) -> float:
         """Probability of an outcome that only P has."""
         return _once(tuple((certain_of(pair), count) for pair, count in self.parts))
+
+    @cached_property
+    def _mixed(self) -> bool:
+        """Whether kinds of mechanism meet of which some have single outcomes: see `privfed.privacy.window`."""
+        return len(self.parts) > 1 and any(atoms_of(pair) for pair in self.pairs)
 
     @cached_property
     def surely(self) -> float:
@@ -98,6 +104,17 @@ class Direction:
         line, slope, spread = self.line(log_delta)
         return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, 0.0 if line.settled else 1e-4), line.settled
 
+    def near_epsilon(self, delta: float, tol: float) -> tuple[float, bool]:
+        """Return the same from what a bracket to `tol` prepares anyway."""
+        if self.certain >= delta or self.single or self._mixed or self._exact() is not None:
+            return self.estimate_epsilon(delta)
+        peak = self._peak(delta)
+        if peak is not None and _close(peak.lower, peak.upper, 1e-9, 1e-9):
+            return peak.upper, True
+        if (delta, tol) not in self._near:
+            self._near[delta, tol] = self._stretch(delta, tol).estimate(self.counts, self._finite(delta))
+        return self._near[delta, tol]
+
     def estimate_delta(self, epsilon: float) -> tuple[float, bool]:
         """Return delta(epsilon) and whether the inversion resolved it."""
         if self.single:
@@ -114,7 +131,7 @@ class Direction:
 
     def bracket_epsilon(self, delta: float, tol: float, enough: float = -math.inf) -> Bracket:
         """Bracket epsilon(delta); stop early when the upper bound is at most `enough`."""
-        estimate, settled = self.estimate_epsilon(delta)
+        estimate, settled = self.near_epsilon(delta, tol)
         if math.isinf(estimate):
             lower = math.inf if self.surely * (1 - 1e-11) >= delta else 0.0
             return Bracket(lower, math.inf, math.inf, True)
@@ -131,15 +148,42 @@ class Direction:
         exact = self._exact()
         if exact is not None:
             return _meet(self._lattice_epsilon(exact, delta, estimate), peak)
-        log_delta = math.log(delta)
-        shift = tol * max(estimate, 1e-3)
-
-        def read(composition: pld.Composition, upper: bool) -> float:
-            return composition.epsilon(log_delta, estimate, upper)
-
         target = estimate if settled else None
-        found = self._refined(estimate, target, delta, shift, tol, 1e-3, read, enough)
+        if self._mixed:
+            log_delta, shift = math.log(delta), tol * max(estimate, 1e-3)
+            lower, upper, done = refined(
+                self.parts,
+                estimate,
+                target,
+                delta,
+                shift,
+                (tol, 1e-3),
+                lambda composition, upper: composition.epsilon(log_delta, estimate, upper),
+                enough,
+            )
+        else:
+            lower, upper, done = self._stretch(delta, tol).bracket(
+                self.counts, target, enough, lambda counts: self._elsewhere(counts, delta, tol)
+            )
+        if settled or not math.isfinite(upper - lower):
+            middle = min(max(estimate, lower), upper)
+        else:
+            middle = (lower + upper) / 2
+        found = Bracket(lower, middle, upper, done)
         return _meet(_meet(found, peak), Bracket(-math.inf, limit, limit, True))
+
+    def _stretch(self, delta: float, tol: float) -> Stretch:
+        most = tuple(1 << (count - 1).bit_length() for count in self.counts)
+        alone = Direction(tuple(zip(self.pairs, most, strict=True))).certain >= delta if self.certain else False
+        return stretch(self.pairs, self.counts, delta, tol, alone)
+
+    def _finite(self, delta: float) -> float:
+        """Return the log of the delta that the finite losses may have, given that the loss is finite."""
+        return math.log((delta - self.certain) / (1 - self.certain))
+
+    def _elsewhere(self, counts: tuple[int, ...], delta: float, tol: float) -> float:
+        other = Direction(tuple(zip(self.pairs, counts, strict=True)))
+        return self._stretch(delta, tol).estimate(counts, other._finite(delta))[0]
 
     def _peak(self, delta: float) -> Bracket | None:
         """Bracket by the largest possible loss: the outcome that has it in every use already costs nearly that."""
@@ -187,16 +231,16 @@ class Direction:
 
     def _lattice_delta(self, parts: list[tuple[lattice.Lattice, int]], epsilon: float) -> Bracket:
         step = float(getattr(self.parts[0][0], "spacing", 0.0))
-        order, window = self._tilt(epsilon)
+        order, window = tilt(self.parts, self.cumulants, epsilon)
         composition = pld.compose(parts, step, order, window)
         room = 4 * ULP * sum(count for _, count in parts) * max(1.0, abs(epsilon))
         upper = composition.delta(epsilon - room, True)
         lower = composition.delta(epsilon + room, False)
-        return Bracket(lower, (lower + upper) / 2, upper, True)
+        return Bracket(lower, (lower + upper) / 2, upper, _close(lower, upper, 1e-2, 1e-300))
 
     def _lattice_epsilon(self, parts: list[tuple[lattice.Lattice, int]], delta: float, near: float) -> Bracket:
         step = float(getattr(self.parts[0][0], "spacing", 0.0))
-        order, window = self._tilt(near)
+        order, window = tilt(self.parts, self.cumulants, near)
         composition = pld.compose(parts, step, order, window)
         upper = composition.epsilon(math.log(delta), near, True)
         lower = composition.epsilon(math.log(delta), near, False)
@@ -206,6 +250,7 @@ class Direction:
     def bracket_delta(self, epsilon: float, tol: float) -> Bracket:
         """Bracket delta(epsilon)."""
         estimate, settled = self.estimate_delta(epsilon)
+        estimate = min(estimate, 1.0)
         if self.single:
             wrong = _profile_error(self.parts[0][0], epsilon)
             return Bracket(max(0.0, estimate - wrong), estimate, min(1.0, estimate + wrong), True)
@@ -219,102 +264,24 @@ class Direction:
         if exact is not None:
             return self._lattice_delta(exact, epsilon)
 
-        def read(composition: pld.Composition, upper: bool) -> float:
-            return composition.delta(epsilon, upper)
-
-        order = self.cumulants.order_for_epsilon(epsilon)
-        floor = 1e-300
-        target = estimate if settled else None
-        return self._refined(epsilon, target, max(estimate, floor), tol / order, tol, floor, read, -math.inf)
-
-    def _refined(
-        self,
-        near: float,
-        target: float | None,
-        delta: float,
-        shift: float,
-        tol: float,
-        floor: float,
-        read: Callable[[pld.Composition, bool], float],
-        enough: float,
-    ) -> Bracket:
-        """Take smaller steps until the bounds meet: tilt for losses near `near`, tolerate `shift` in the loss.
-
-        target: where the answer surely is, if that is known; a bound that is close enough to it is left alone.
-        """
-        order, window = self._tilt(near)
-        allowed = shift / (4 * (order + 1))
-        total = sum(count for _, count in self.parts)
-        bend = self.cumulants.at(order)[2]
-        step = min((window[1] - window[0]) / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(bend) / 2)
-        step = max(step, (window[1] - window[0]) / (_FIRST * 16))
-        lower, upper, done = -math.inf, math.inf, False
-        spans = [found for found in (atoms_of(pair) for pair, _ in self.parts) if found]
-        ends = min(spans, key=lambda span: span[1] - span[0], default=None)
-        for _ in range(_ROUNDS):
-            step = max(step, (window[1] - window[0]) / (2 * _LARGEST))
-            step = lattice.aligned_step(step, ends) if ends else step
-            if (window[1] - window[0]) / step > 16 * _LARGEST:
-                break
-            highs, lows, narrow = self._lattices(step, order, delta, allowed)
-            room = 0.0 if target is None else 0.5 * tol * max(target, floor)
-            if target is None or not upper - target < room:
-                upper = min(upper, read(pld.compose(highs, step, order, window), True))
-            if upper > enough and (target is None or not target - lower < room):
-                lower = max(lower, read(pld.compose(lows, step, order, window), False))
-            done = _close(lower, upper, tol, floor) or upper <= enough
-            if done or (window[1] - window[0]) / step > _LARGEST:
-                break
-            ratio = (upper - lower) / (tol * max(lower, floor)) if upper < math.inf else 16.0
-            if narrow:
-                step /= min(6.0, max(1.5, 1.2 * ratio))
-            allowed /= min(32.0, max(2.0, 2.5 * ratio))
-        middle = (lower + upper) / 2 if target is None and math.isfinite(upper - lower) else target or 0.0
+        if self._mixed:
+            shift = tol / self.cumulants.order_for_epsilon(epsilon)
+            lower, upper, done = refined(
+                self.parts,
+                epsilon,
+                estimate if settled else None,
+                max(estimate, 1e-300),
+                shift,
+                (tol, 1e-300),
+                lambda composition, upper: composition.delta(epsilon, upper),
+                -math.inf,
+            )
+            middle = estimate if settled or not math.isfinite(upper - lower) else (lower + upper) / 2
+            return Bracket(lower, min(max(middle, lower), upper), upper, done)
+        line = self._line_at(self.cumulants.order_for_epsilon(epsilon))
+        lower, upper, done = bracket_delta(self.pairs, self.counts, epsilon, estimate, settled, tol, line)
+        middle = estimate if settled else (lower + upper) / 2
         return Bracket(lower, min(max(middle, lower), upper), upper, done)
-
-    def _tilt(self, near: float) -> tuple[float, tuple[float, float]]:
-        """Return the order to tilt to, and the window of losses where the tilted law then has its mass.
-
-        The saddle point is most accurate; but with rare large losses a smaller order, at the price of a few digits,
-        leaves them out and makes the window many times smaller.
-        """
-        spacing = max(float(getattr(pair, "spacing", 0.0)) for pair, _ in self.parts)
-        saddle = min(self.cumulants.order_for_epsilon(near), 20 / spacing if spacing else math.inf)
-        best = saddle, self._window(saddle, near, LOG_TAIL)
-        least = self.cumulants.at(saddle)[0] - saddle * near
-        for factor in (0.97, 0.93, 0.9, 0.86, 0.8, 0.75, 0.7):
-            order = factor * saddle
-            cost = self.cumulants.at(order)[0] - order * near - least
-            if cost > 0.4:
-                break
-            window = self._window(order, near, LOG_TAIL - cost)
-            if window[1] - window[0] < 0.7 * (best[1][1] - best[1][0]):
-                best = order, window
-        return best
-
-    def _window(self, order: float, near: float, log_tail: float) -> tuple[float, float]:
-        low, high = reaches(self.cumulants, order, log_tail, whole=True)
-        return min(low, near - 2 / order), max(high, near + 8 / order)
-
-    def _lattices(
-        self, step: float, order: float, delta: float, allowed: float
-    ) -> tuple[list[tuple[lattice.Lattice, int]], list[tuple[lattice.Lattice, int]], bool]:
-        highs, lows, narrow = [], [], False
-        for pair, count in self.parts:
-            share = allowed / (len(self.parts) * count)
-            high = pair.span(min(1e-3, delta * 1e-6 / count))[1]
-            low = pair.span(1e-14 / count)[0]
-            if max(high, -low) > lattice.WIDEST_LOSS:
-                raise OverflowError("losses beyond the range of floats")
-            moment = self.cumulants.of(pair, order)
-            cells = lattice.refine(pair, step, low, high, order, moment, share)
-            narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
-            highs.append((lattice.spread(cells, certain_of(pair), order, moment), count))
-            below = getattr(pair, "below", pair)
-            if below is not pair:
-                cells = lattice.Cells(step, cells.index, below.masses(cells.edges), cells.offset)
-            lows.append((lattice.merge(below, cells, certain_of(below), order, moment), count))
-        return highs, lows, narrow
 
 
 def _enumerated(parts: tuple[Part, ...]) -> tuple[Part, ...]:

@@ -9,7 +9,8 @@ Cells are narrow where the tilted law has its mass and wide where it has little,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,7 @@ class Cells:
     index: Ints
     masses: Masses
     offset: float = 0.0
+    coarse: bool = False  # the step itself is what keeps cells from being fine enough
 
     @property
     def edges(self) -> Floats:
@@ -87,17 +89,22 @@ def bulk(pair: Pair, step: float, low: float, high: float) -> float:
     return math.log(p[1] / q[1]) if p[1] > 0 and q[1] > 0 else centre
 
 
-def refine(pair: Pair, step: float, low: float, high: float, order: float, log_moment: float, allowed: float) -> Cells:
-    """Return cells over [low, high] whose spreading adds at most about `allowed` variance to the tilted law."""
+def refine(
+    pair: Pair, step: float, low: float, high: float, log_weight: Callable[[Floats], Floats], allowed: float
+) -> Cells:
+    """Return cells over [low, high] whose spreading adds at most about `allowed` to the weighted variance.
+
+    log_weight: by how much variance at a loss matters.
+    """
     ends = atoms_of(pair)
     if ends is not None and ends[1] - ends[0] > step:
-        return _refined(pair, step, *_aligned(step, ends), order, log_moment, allowed)
+        return _refined(pair, step, *_aligned(step, ends), log_weight, allowed)
     offset = bulk(pair, step, low, high)
     first, last = min(0, math.floor((low - offset) / step)), max(0, math.ceil((high - offset) / step))
     stride = 1 << max(0, math.ceil(math.log2(max(1, (last - first) / 96))))
     first, last = first // stride, -(-last // stride)
     index = stride * np.arange(first, max(last, first + 1) + 1, dtype=np.int64)
-    return _refined(pair, step, offset, index, order, log_moment, allowed)
+    return _refined(pair, step, offset, index, log_weight, allowed)
 
 
 def aligned_step(step: float, ends: tuple[float, float]) -> float:
@@ -117,20 +124,20 @@ def _aligned(step: float, ends: tuple[float, float]) -> tuple[float, Ints]:
 
 
 def _refined(
-    pair: Pair, step: float, offset: float, index: Ints, order: float, log_moment: float, allowed: float
+    pair: Pair, step: float, offset: float, index: Ints, log_weight: Callable[[Floats], Floats], allowed: float
 ) -> Cells:
     """Split cells until little variance is added; see `refine`."""
     while True:
         cells = Cells(step, index, pair.masses(places(offset, step, index)), offset)
         lower, upper = spread_parts(cells)
         width = np.diff(index)
-        tilt = np.exp(np.minimum(order * cells.edges - log_moment, 700.0))
-        light, heavy = lower * tilt[:-1], upper * tilt[1:]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        weight = np.exp(np.minimum(log_weight(cells.edges), 700.0))
+        light, heavy = lower * weight[:-1], upper * weight[1:]
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             added = np.where(light + heavy > 0, light * heavy / (light + heavy), 0.0) * (width * step) ** 2
         split = (added > allowed / (2 * len(width))) & (width > 1)
         if not split.any() or added.sum() <= allowed or len(index) > 60_000:
-            return cells
+            return replace(cells, coarse=bool(added[width == 1].sum() > allowed / 4))
         quarter = split & (width > 2) & (added > 4 * allowed / len(width))
         middles = index[:-1][split] + width[split] // 2
         extra = [index[:-1][quarter] + width[quarter] // 4, index[:-1][quarter] + 3 * (width[quarter] // 4)]

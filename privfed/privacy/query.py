@@ -98,6 +98,12 @@ class Plan:
             return closed_form.gaussian_epsilon(self.mu, delta)
         return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
 
+    def rough_epsilon(self, delta: float) -> float:
+        """Return an epsilon for searches: the estimate, or where parts have Renyi bounds only, the moments of all."""
+        if self.renyi and self._parts[0] and delta > 0 and not self.infinite:
+            return self._coarse(delta).upper
+        return self.estimate(delta)
+
     def rough_delta(self, epsilon: float) -> float:
         """Return the estimate of delta."""
         if self.infinite or self.renyi or self.gaussian:
@@ -132,7 +138,7 @@ class Plan:
 
     def _worst(self, delta: float, tol: float, directions: tuple[Direction, ...]) -> Bracket:
         """Return the bracket of the maximum over directions; the lesser ones only until they are seen to be less."""
-        ranked = sorted(directions, key=lambda d: -d.estimate_epsilon(delta)[0])
+        ranked = sorted(directions, key=lambda d: -d.near_epsilon(delta, tol)[0])
         best = ranked[0].bracket_epsilon(delta, tol)
         for direction in ranked[1:]:
             best = _largest(best, direction.bracket_epsilon(delta, tol, enough=best.lower))

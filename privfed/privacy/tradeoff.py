@@ -44,7 +44,7 @@ def tradeoff(accountant: Accountant, alpha: float, tol: float) -> Bound:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: must be in [0, 1], not {alpha}")
     reach = max(1.0, min(accountant.estimate(1e-12), 600.0))
-    plan = accountant._planned()
+    plan = accountant.plan
 
     def value(x: float) -> float:
         return 1 - plan.rough_delta(x) - math.exp(x) * alpha
@@ -105,7 +105,7 @@ def gdp_mu(accountant: Accountant, fpr_range: tuple[float, float] = (0.0, 1.0), 
     low, high = max(fpr_range[0], 1e-12), min(fpr_range[1], 1 - 1e-12)
     if not 0 < low < high < 1:
         raise ValueError(f"fpr_range: must be an interval inside [0, 1], not {fpr_range}")
-    plan = accountant._planned()
+    plan = accountant.plan
     reach = max(1.0, min(accountant.estimate(1e-12), 600.0))
     losses = np.linspace(-reach, reach, 1501)
     caught = 1 - np.array([plan.rough_delta(float(x)) for x in losses])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,6 +181,33 @@ def test_calibration_is_certified_and_nearly_least(rate: float, count: int, budg
     found = calibrate_bound(plan, count=count, epsilon=budget, delta=delta)
     assert found.lower <= found.estimate <= found.upper == noise
     assert found.upper <= found.lower * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda z: ev.ZCDP(1 / z),
+        lambda z: ev.PoissonSampled(0.1, ev.ZCDP(1 / z)),
+        lambda z: ev.DistributedSkellam(z, 1.0, 100.0, 1000, 50, 2**20),
+    ],
+)
+def test_noise_and_rounds_are_found_where_only_a_renyi_bound_is_proved(plan: Callable[[float], ev.Event]) -> None:
+    """The parameter keeps the budget, a little less does not, and nothing is claimed from below."""
+    found = calibrate_bound(plan, count=4, epsilon=3.0, delta=1e-6)
+    spent = [Accountant().step(plan(found.upper * share), 4).epsilon(1e-6, tol=1e-4).upper for share in (1.0, 0.998)]
+    assert spent[0] <= 3.0 < spent[1]
+    assert found.lower == 0.0
+    rounds = calibrate_steps(plan(found.upper), epsilon=3.0, delta=1e-6)
+    assert rounds >= 3
+    assert Accountant().step(plan(found.upper), rounds).epsilon(1e-6).upper <= 3.0
+    assert Accountant().step(plan(found.upper), rounds + 1).epsilon(1e-6).upper > 3.0
+
+
+@pytest.mark.long
+def test_noise_is_found_for_renyi_bounds_beside_other_parts() -> None:
+    found = calibrate_bound(lambda z: ev.Composed(((ev.ZCDP(1 / z), 2), (ev.Laplace(z), 3))), epsilon=3.0, delta=1e-6)
+    plan = ev.Composed(((ev.ZCDP(1 / found.upper), 2), (ev.Laplace(found.upper), 3)))
+    assert 3.0 * 0.9 < Accountant().step(plan).epsilon(1e-6, tol=1e-4).upper <= 3.0
 
 
 def test_calibrated_steps_are_the_last_that_fit() -> None:
