@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from privfed.apps import CallNext, Mod, wrap
 from privfed.context import Context
-from privfed.distributed import PlanLimits
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
-from privfed.mods import clip, distributed_dp, local_dp, privacy_budget, secure_aggregation
+from privfed.mods import clip, secure_aggregation
 from privfed.plan import CENTRAL, SHARED
-from privfed.privacy.events import Gaussian
-from privfed.privacy.ledger import Entry
 from privfed.protocols.session import Policy
 from privfed.record import ConfigRecord
 from privfed.ring import SECURE
@@ -29,6 +27,10 @@ from privfed.runtime.audit_log import Value
 from privfed.runtime.policy import NodePolicy
 from privfed.update import PLAN
 
+if TYPE_CHECKING:
+    from privfed.privacy.ledger import Entry
+
+# What accounts for privacy is large and is loaded with the first message that needs it: an idle node stays small.
 log = logging.getLogger("privfed.node")
 _DAY = 86_400
 
@@ -195,42 +197,62 @@ def _budgets(policy: NodePolicy, ledgers: Path | None, record: Record | None) ->
             record("charged", run=int(entry.run), round=entry.round, spent=entry.spent, entry=entry.hash)
 
     limits = ((privacy.max_epsilon_per_period, period), (privacy.max_epsilon_per_run, run))
-    return [
-        privacy_budget(
-            limit,
-            privacy.delta,
-            relation=privacy.relation,
-            observer=privacy.observer,
-            ledgers=folder,
-            min_separation=privacy.min_separation if folder is run or privacy.max_epsilon_per_run is None else 1,
-            unaccounted=privacy.unaccounted,
-            without_plan=Gaussian(own) if own is not None else None,
-            on_charge=note,
-        )
-        for limit, folder in limits
-        if limit is not None
-    ]
+
+    @cache
+    def made() -> list[Mod]:
+        from privfed.mods import privacy_budget
+        from privfed.privacy.events import Gaussian
+
+        return [
+            privacy_budget(
+                limit,
+                privacy.delta,
+                relation=privacy.relation,
+                observer=privacy.observer,
+                ledgers=folder,
+                min_separation=privacy.min_separation if folder is run or privacy.max_epsilon_per_run is None else 1,
+                unaccounted=privacy.unaccounted,
+                without_plan=Gaussian(own) if own is not None else None,
+                on_charge=note,
+            )
+            for limit, folder in limits
+            if limit is not None
+        ]
+
+    def count(message: Message, context: Context, call_next: CallNext) -> Message:
+        return wrap(made(), call_next)(message, context)
+
+    return [count]
 
 
 def _noise(policy: NodePolicy) -> Mod:
     """Add the noise that is the node's to add: its share of a distributed plan, or its own."""
     privacy, mods = policy.privacy, policy.mods
-    share = distributed_dp(
-        PlanLimits(min_nodes=max(2, privacy.min_cohort), corrupt=policy.secure_aggregation.corrupt, delta=privacy.delta)
-    )
-    own = (
-        local_dp(mods.clip, noise_multiplier=mods.local_noise_multiplier, delta=privacy.delta)
-        if mods.clip is not None and mods.local_noise_multiplier is not None
-        else None
-    )
+
+    @cache
+    def share() -> Mod:
+        from privfed.distributed import PlanLimits
+        from privfed.mods import distributed_dp
+
+        corrupt = policy.secure_aggregation.corrupt
+        return distributed_dp(PlanLimits(min_nodes=max(2, privacy.min_cohort), corrupt=corrupt, delta=privacy.delta))
+
+    @cache
+    def own() -> Mod | None:
+        if mods.clip is None or mods.local_noise_multiplier is None:
+            return None
+        from privfed.mods import local_dp
+
+        return local_dp(mods.clip, noise_multiplier=mods.local_noise_multiplier, delta=privacy.delta)
 
     def add(message: Message, context: Context, call_next: CallNext) -> Message:
         if not _is_train(message):
             return call_next(message, context)
         kind = kind_of_plan(message)
         if kind == "distributed":
-            return share(message, context, call_next)
-        return own(message, context, call_next) if kind == "none" and own is not None else call_next(message, context)
+            return share()(message, context, call_next)
+        mod = own() if kind == "none" else None
+        return mod(message, context, call_next) if mod is not None else call_next(message, context)
 
     return add
 
