@@ -114,6 +114,7 @@ class ExecHost:
         self._lock = threading.Lock()
         self._there = threading.Condition(self._lock)
         self._connection: socket.socket | None = None
+        self._closed = False
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -158,6 +159,9 @@ class ExecHost:
     def _serve(self, connection: socket.socket) -> None:
         logger.info("a superexec is connected")
         with self._there:
+            if self._closed:
+                connection.close()
+                return
             self._connection = connection
             self._there.notify_all()
         try:
@@ -237,6 +241,7 @@ class ExecHost:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
+            self._closed = True
             connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
