@@ -7,24 +7,22 @@ CPU time of one thread, best of the repeats. Peers: dp-accounting's PLD (default
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[name] = "1"
+import threads  # noqa: F401 - fixes the number of threads before numpy is loaded
 
-import argparse  # noqa: E402 - threads are fixed before numpy loads
-import json  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from importlib.util import find_spec  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-from privfed.privacy import Accountant, Gaussian, PoissonSampled, RandomAllocation, calibrate  # noqa: E402
-from privfed.privacy.dominating import _pairs  # noqa: E402
+from privfed.privacy import Accountant, Gaussian, PoissonSampled, RandomAllocation, calibrate, stretch
+from privfed.privacy.dominating import _pairs
+from privfed.privacy.events import Event
 
 GRID = Path(__file__).parents[1] / "proofs_tests" / "vectors" / "dp_grid.json"
 EXACT = Path(__file__).parents[1] / "proofs_tests" / "vectors" / "dp_reference.json"
@@ -35,6 +33,7 @@ def best(work: Callable[[], Any], repeat: int) -> tuple[float, Any]:
     times, result = [], None
     for _ in range(repeat):
         _pairs.cache_clear()
+        stretch.forget()
         start = time.process_time()
         result = work()
         times.append(1e3 * (time.process_time() - start))
@@ -100,20 +99,20 @@ def grid(repeat: int) -> list[dict[str, Any]]:
     return out
 
 
-def incremental(total: int = 100_000, asked: int = 100) -> float:
-    """Return milliseconds per step + epsilon in a training loop of `total` steps that asks at every one of them.
+def incremental(events: tuple[Event, ...], total: int = 100_000, delta: float = 1e-5) -> tuple[float, float, float]:
+    """Run a loop of `total` steps that asks for the certified bracket after every one, the events taking turns.
 
-    Measured over evenly spread moments, each asked after one more step.
+    Return CPU milliseconds per step + epsilon, the slowest of all, and the widest relative gap.
     """
-    accountant, event = Accountant(), PoissonSampled(0.01, Gaussian(5.0))
-    spent = 0.0
-    for _ in range(asked):
-        accountant.step(event, total // asked - 1)
-        start = time.process_time()
-        accountant.step(event)
-        accountant.estimate(1e-6)
-        spent += time.process_time() - start
-    return 1e3 * spent / asked
+    stretch.forget()
+    accountant = Accountant()
+    slowest = widest = 0.0
+    begun = last = time.process_time()
+    for turn in range(total):
+        bound = accountant.step(events[turn % len(events)]).epsilon(delta)
+        now = time.process_time()
+        slowest, widest, last = max(slowest, now - last), max(widest, bound.gap), now
+    return 1e3 * (last - begun) / total, 1e3 * slowest, widest
 
 
 def import_time() -> float:
@@ -137,6 +136,8 @@ def main() -> None:
         lambda: calibrate(lambda z: PoissonSampled(0.04, Gaussian(z)), count=2000, epsilon=8.0, delta=1e-5), 3
     )
     allocation, bound = best(lambda: Accountant().step(RandomAllocation(1000, Gaussian(1.0))).epsilon(1e-5), 1)
+    one = PoissonSampled(0.01, Gaussian(1.0))
+    alone, mixed = incremental((one,)), incremental((one, PoissonSampled(0.02, Gaussian(2.0))))
     summary = {
         "worst_gap": max(row["gap"] for row in rows),
         "median_ms": statistics.median(times),
@@ -146,7 +147,12 @@ def main() -> None:
         "calibrated_noise": noise,
         "allocation_ms": allocation,
         "allocation_gap": bound.gap,
-        "step_and_estimate_ms": incremental(),
+        "step_and_epsilon_ms": alone[0],
+        "step_and_epsilon_slowest_ms": alone[1],
+        "step_and_epsilon_gap": alone[2],
+        "mixed_step_and_epsilon_ms": mixed[0],
+        "mixed_step_and_epsilon_slowest_ms": mixed[1],
+        "mixed_step_and_epsilon_gap": mixed[2],
         "import_ms": import_time(),
     }
     print(json.dumps(summary, indent=1))
