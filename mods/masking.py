@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +18,12 @@ from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.mods.level import Levels
+from privfed.mods.participation import BEACON, Makers, as_drawn, make_protocol, place_of
 from privfed.mods.refusal import (
     BindingMismatch,
     LayoutMismatch,
     NodePolicyTooWeak,
     NoiseMissing,
-    NotGrouped,
     Refused,
     SecureAggregationRequired,
     SessionOutOfOrder,
@@ -33,27 +32,22 @@ from privfed.mods.refusal import (
     WeakSession,
 )
 from privfed.plan import joint_clip, tracked
-from privfed.protocols.beacon import group_of
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
-from privfed.protocols.session import FACTS, Identity, Policy, Protocol
+from privfed.protocols.session import FACTS, Identity, Policy
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
 from privfed.ring import BUFFER, DEMANDS, NOISED, REMOVED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
 from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
 
 log = logging.getLogger("privfed.mods")
 
-STATE, BEACON = "secure_aggregation", "Beacon"
-KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot", BEACON)
+STATE = "secure_aggregation"
 KINDS = ("train", "evaluate", "query")
-LOCAL = ("threads",)
-"""Parameters that are each party's own business: no server names them."""
 _SLACK = 1 + 2.0**-30
 _MARK_BYTES = 16
 # The session's own layout depends on the cohort, and so does its binding: the mark must not.
 _ANY_LAYOUT = Layout(32, 2, 0, 1.0, None, ())
 
 Identities = Identity | Callable[[Context], Identity | None] | None
-Makers = Mapping[str, Protocol | Callable[..., Protocol]]
 
 
 class _Failed(Exception):
@@ -193,7 +187,8 @@ def _covers(outer: Policy, inner: Policy) -> bool:
         "corrupt",
     )
     higher = all(getattr(outer, name) >= getattr(inner, name) for name in floors)
-    known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in (*FACTS, "binding", "nodes"))
+    names = (*FACTS, "binding", "nodes", "committee")
+    known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in names)
     return higher and known and outer.max_dimension <= inner.max_dimension
 
 
@@ -235,17 +230,20 @@ class _Session:
             raise SessionOutOfOrder(f"stage {stage.stage} of a session this node did not join")
         if stage.stage == 0:
             policy = self._with_facts(policy)
-            kept = self._beacon()
-            if stage.protocol != BEACON:
-                policy, kept = _in_group(policy, kept), b""
+            if stage.protocol == BEACON:
+                kept = self._drawn(place_of(stage.parameters))
+            else:
+                policy = as_drawn(policy, stage.parameters, self._drawn)
             self._levels.forget()
         floor = max(policy.min_survivors, stage.layout.min_survivors, self._levels.floor(stage.stage, stage.keep))
         policy = replace(policy, min_survivors=floor)
-        protocol = make_protocol(stage.protocol, stage.parameters, protocols)
+        protocol = make_protocol(stage.protocol, stage.parameters, protocols, policy)
         known = identity(self._context) if callable(identity) else identity or self._context.identity()
         client = protocol.client(self._context.node_id, identity=known, policy=policy)
         try:
             after, reply = client.step(kept, stage.request, self._source)
+            if stage.with_input and not self._mark:  # a member of a committee that gives no input helps to open it
+                self._admit()
         except (RemoteError, DecodeError) as cause:
             if kept and isinstance(last, ConfigRecord):  # a server that broke a rule gets no second try
                 self._state["session"] = ConfigRecord({**last, "kept": b""})
@@ -263,8 +261,8 @@ class _Session:
             "kept": b"" if over else bytes(after),
             "mark": self._mark,
         }
-        if stage.protocol == BEACON:  # a node's group outlives the session that drew it
-            self._state["beacon"] = ConfigRecord({"kept": bytes(after)})
+        if stage.protocol == BEACON:  # what was drawn outlives the session that drew it
+            self._state[place_of(stage.parameters)] = ConfigRecord({"kept": bytes(after)})
         if over:
             self._state["opened"] = ConfigRecord({"marks": self._opened() + self._mark})
         self._state["session"] = ConfigRecord(remembered)
@@ -302,9 +300,9 @@ class _Session:
             raise SessionOutOfOrder(f"session {number} is over")
         return kept
 
-    def _beacon(self) -> bytes:
-        """Return what this node kept of the run's beacons."""
-        record = self._state.get("beacon")
+    def _drawn(self, place: str) -> bytes:
+        """Return what this node kept of the run's beacons of a kind."""
+        record = self._state.get(place)
         kept = record["kept"] if isinstance(record, ConfigRecord) else b""
         assert isinstance(kept, bytes)
         return kept
@@ -343,8 +341,8 @@ class _Session:
             content[REMOVED] = removed
         return Message(content, reply_to=self._message)
 
-    def _source(self) -> NDArray[np.uint64]:
-        """Run the app and return its reply as a ring vector."""
+    def _admit(self) -> RecordDict:
+        """Return what the app is asked, once it is what the session is for and no sum over it was opened."""
         stage, message, kind = self._stage, self._message, self._stage.kind
         if not stage.with_input:
             raise SessionOutOfOrder("the protocol asks for the input at a stage that came without the instructions")
@@ -353,7 +351,12 @@ class _Session:
         inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
         self._check_layout(inner)
         self._open_once(kind, inner)
-        reply = self._call_next(message.with_content(inner), self._context)
+        return inner
+
+    def _source(self) -> NDArray[np.uint64]:
+        """Run the app and return its reply as a ring vector."""
+        stage, inner = self._stage, self._admit()
+        reply = self._call_next(self._message.with_content(inner), self._context)
         if reply.has_error():
             raise _Failed(reply.error)
         if stage.layout.integers:
@@ -390,14 +393,6 @@ class _Session:
         return update
 
 
-def _in_group(policy: Policy, beacon: bytes) -> Policy:
-    """Return the policy with the group that a beacon gave this node as the only cohort it joins."""
-    group = group_of(beacon)
-    if group is None and policy.grouped:
-        raise NotGrouped("no beacon has drawn groups in this run")
-    return policy if group is None else replace(policy, nodes=group)
-
-
 def _clip_of(request: RecordDict) -> tuple[float, float]:
     """Return the plan's bound on an update, infinity without a plan, and the weight of its bit."""
     plan = request.get(PLAN)
@@ -419,22 +414,3 @@ def _numbers(content: RecordDict) -> dict[str, object]:
         for name, value in record.items():
             found.setdefault(name, value)
     return found
-
-
-def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers | None) -> Protocol:
-    """Build the protocol a session names. Raises Refused when this node does not take part in it."""
-    maker: Protocol | Callable[..., Protocol] | None
-    if protocols is not None and (name in protocols or name != BEACON):  # a beacon opens nothing
-        maker = protocols.get(name)
-    else:
-        maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None
-    if maker is None:
-        raise Refused(f"this node does not take part in protocol {name!r}")
-    if named := [parameter for parameter in LOCAL if parameter in parameters]:
-        raise Refused(f"{', '.join(named)} of {name} are this node's own business")
-    if not callable(maker):  # pinned: its client refuses a session under other parameters
-        return maker
-    try:
-        return maker(**parameters)
-    except (TypeError, ValueError) as cause:
-        raise Refused(f"{name} cannot be set up as asked: {cause}") from cause

@@ -39,6 +39,10 @@ class NotGrouped(Refused):
     """This node's policy wants sums over a group that a beacon drew, and none was drawn in this run."""
 
 
+class CommitteeNamed(Refused):
+    """The server names a committee that no beacon drew, to a node that neither pins it nor counts corrupt members."""
+
+
 class NoiseMissing(Refused):
     """The session sums vectors that carry their noise: put mods.distributed_dp() inside mods.secure_aggregation()."""
 

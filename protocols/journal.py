@@ -92,11 +92,11 @@ class JournalServer:
         self, protocol: Protocol, session: Session, append: Append, *, random: Random = os_random, _seed: bytes = b""
     ) -> None:
         seed = _seed or random(32)
-        self._inner: Server = protocol.server(session, random=_stream(seed))
+        self.inner: Server = protocol.server(session, random=_stream(seed))
         self._append = append
         self._taken: dict[int, bytes] = {}
         self.replayed: dict[str, int] = {}
-        """Stage -> replies that `resume` found in the journal."""
+        """Stage -> replies of the session's nodes that `resume` found in the journal."""
         if not _seed:
             append(_record(OPENED, 0, seed + encode_session(session) + repr(protocol).encode()))
 
@@ -114,11 +114,12 @@ class JournalServer:
         for entry in entries[1:]:
             try:
                 if entry.kind == REPLY:
-                    server._inner.receive(entry.node, entry.body)
+                    server.inner.receive(entry.node, entry.body)
                     server._taken[entry.node] = hashlib.sha256(entry.body).digest()
-                    server.replayed[server.stage] = server.replayed.get(server.stage, 0) + 1
+                    counted = server.replayed.get(server.stage, 0) + (entry.node in session.nodes)
+                    server.replayed[server.stage] = counted
                 else:
-                    server._inner.close()
+                    server.inner.close()
                     server._taken.clear()
             except RemoteError as fault:
                 raise LocalError(f"the journal does not replay: {fault}") from fault
@@ -126,18 +127,18 @@ class JournalServer:
 
     @property
     def stage(self) -> str:
-        return self._inner.stage
+        return self.inner.stage
 
     @property
     def result(self) -> RingSum | None:
-        return self._inner.result
+        return self.inner.result
 
     def outbound(self) -> dict[int, Buffer]:
         """Return the requests of the open stage; after `resume` the very bytes sent before the crash.
 
         Nodes whose reply is in the journal are not asked again.
         """
-        return {node: request for node, request in self._inner.outbound().items() if node not in self._taken}
+        return {node: request for node, request in self.inner.outbound().items() if node not in self._taken}
 
     def receive(self, node: int, reply: Buffer) -> None:
         """Take a reply and write it down. Once this returns the reply may be acknowledged.
@@ -146,11 +147,11 @@ class JournalServer:
         """
         if self._taken.get(node) == hashlib.sha256(reply).digest():
             return
-        self._inner.receive(node, reply)
+        self.inner.receive(node, reply)
         self._append(_record(REPLY, node, reply))
 
     def close(self) -> None:
         """End the stage. What ended the session is not written down: it ends the same way when replayed."""
-        self._inner.close()
+        self.inner.close()
         self._taken.clear()
         self._append(_record(CLOSED, 0, b""))

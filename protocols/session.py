@@ -64,6 +64,14 @@ class Identity:
     roster: Mapping[int, bytes] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A committee that a beacon drew: its members, ascending, and how many nodes they were drawn from."""
+
+    members: tuple[int, ...]
+    nodes: int
+
+
 FACTS = ("run", "round", "action", "bits", "dimension")
 """What of a session a node can know without the server: fields of Session and of Policy."""
 
@@ -83,6 +91,7 @@ class Policy:
 
     nodes: the only cohort it joins, its group when a beacon drew groups (`privfed.protocols.beacon`); None: any.
     grouped: it joins no session before a beacon gave it a group.
+    committee: the only committee it shares a secret with, as it saw a beacon draw it; None: it saw none.
     """
 
     min_cohort: int = 2
@@ -102,6 +111,7 @@ class Policy:
     dimension: int | None = None
     nodes: tuple[int, ...] | None = None
     grouped: bool = False
+    committee: Drawn | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:

@@ -63,6 +63,11 @@ class GroupedStage(SecureStage):
             raise ValueError(f"group_size must be >= 2: a group of one is no group, got {group_size}")
         if not 0 <= corrupt < 1:
             raise ValueError(f"corrupt must be a share of the nodes in [0, 1), got {corrupt}")
+        if getattr(protocol, "beacon", None) is not None:
+            raise ValueError(
+                f"{protocol!r}: its committee would be drawn from all nodes and open the sums of every group; leave "
+                "committee at None, then each group is its own"
+            )
         if redraw:
             raise PlanRefused(
                 "redraw: groups that change every round let the server average a node out of their means, unless every "

@@ -13,6 +13,7 @@ from privfed.protocols.errors import LocalError, ProtocolError, TooFewSurvivors
 from privfed.protocols.session import Protocol, RingSum, Server, Session
 from privfed.record import ConfigRecord
 from privfed.ring import Decoded, Layout, bind
+from privfed.strategies.drawing import Drawing
 from privfed.strategies.endpoint import Endpoint, PresentServer
 from privfed.strategies.exchange import Exchange, SharedNoise
 from privfed.strategies.journal import SessionJournal, journal_path
@@ -46,6 +47,11 @@ class SecureStage(Stage):
     Guarantees: the mean's fixed-point error per element is at most `error-bound` in the round's metrics, which is
     survivors * step / 2 * max_weight / total weight; sums never wrap.
 
+    A protocol that names a number of committee members, `OneShot(committee=20)`, has a commit-reveal beacon draw them
+    from the nodes that are connected when the run first needs them; the committee stays for the run, and its members
+    help to open every sum, also of exchanges that their input is not asked for. A node that saw no draw, as one that
+    connects later, refuses the session and is left out.
+
     Where the run's recorder has a place for it (`journal_path`), every reply is on the disk before the stage acts on
     it, and a run that is resumed after a crash finishes the session that was cut off; if too many nodes lost what they
     kept of it, it begins anew with fresh keys.
@@ -77,6 +83,8 @@ class SecureStage(Stage):
         }
         self._number = 0
         self._repeats = Repeats()
+        beacon = getattr(protocol, "beacon", None)
+        self._drawing = None if beacon is None else Drawing(beacon, "committee", self.next_number, stage_timeout)
         describe_protocol(protocol)
         for kind in self._metrics:  # ranges and caps are checked now, with the smallest cohort
             Layout(bits, 2, 0, self.max_value, self.max_weight, self._metrics[kind])
@@ -192,10 +200,11 @@ class SecureStage(Stage):
         """Run a session over the exchange's nodes. Raises QuorumError or RunFailed; nothing is revealed then."""
         where = f"{exchange.kind} round {exchange.round}"
         drive = self.session(exchange, layout, exchange.nodes)
+        parties = dict.fromkeys((*exchange.nodes, *self.committee), drive)
         try:
             while drive.server.stage:
                 self._authorise(exchange, drive)
-                run_stage(exchange, dict.fromkeys(exchange.nodes, drive), layout.size, self.stage_timeout)
+                run_stage(exchange, parties, layout.size, self.stage_timeout)
                 drive.close()
         except TooFewSurvivors as cause:
             if drive.journal.replayed:  # nodes lost what they kept of it: fresh keys, unless they opened it
@@ -219,6 +228,20 @@ class SecureStage(Stage):
         if drive.server.stage == stages[-1]:
             noise.charge(drive.binding)
 
+    @property
+    def committee(self) -> tuple[int, ...]:
+        """The committee that a beacon drew for the run; empty before its first exchange, and where none is drawn."""
+        groups = () if self._drawing is None else self._drawing.outcome.groups
+        return groups[0] if groups else ()
+
+    def _agreed(self, exchange: Exchange) -> Protocol:
+        """Return the protocol with what its beacon draws for the run."""
+        if self._drawing is None:
+            return self.protocol
+        bare: Any = self.protocol  # the contract of a protocol that has a beacon: with_drawn
+        agreed: Protocol = bare.with_drawn(self._drawing.of(exchange).committee)
+        return agreed
+
     def session(
         self, exchange: Exchange, layout: Layout, nodes: tuple[int, ...], *, present: Set[int] = ALL, part: str = ""
     ) -> JournaledDrive:
@@ -226,6 +249,11 @@ class SecureStage(Stage):
 
         present: nodes that are asked; the others count as dropped out. part: of the journal's name.
         """
+        where = f"{exchange.kind} round {exchange.round}"
+        try:
+            protocol = self._agreed(exchange)
+        except LocalError as cause:
+            raise RunFailed(f"{where}: {self.protocol!r} cannot run: {cause}") from cause
         journal = self.journal(exchange, part)
         session = Session(
             run=exchange.grid.run_id,
@@ -240,14 +268,13 @@ class SecureStage(Stage):
             session = replace(session, round=self.next_number())
 
         def make(agreed: Session) -> Server:
-            server = journal.serve(self.protocol, agreed)
+            server = journal.serve(protocol, agreed)
             return server if present is ALL else PresentServer(server, present)
 
         try:
-            endpoint = Endpoint(self.protocol, make)
+            endpoint = Endpoint(protocol, make)
             return JournaledDrive(exchange, endpoint, session, layout, describe_protocol(self.protocol), journal)
         except LocalError as cause:
-            where = f"{exchange.kind} round {exchange.round}"
             raise RunFailed(f"{where}: {self.protocol!r} cannot run with {len(nodes)} nodes: {cause}") from cause
 
     def result(self, drive: SessionDrive, where: str) -> RingSum:

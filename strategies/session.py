@@ -71,7 +71,7 @@ class SessionDrive:
         self._silent.discard(node)
         try:
             self.server.receive(node, self._buffer(message))
-            self.inputs += stage == self._input
+            self.inputs += stage == self._input and node in self._session.nodes
             if self._exchange.noise is not None and stage == self._stages[-1]:
                 self._take_removed(node, message, self._exchange.noise)
         except BadReply as cause:

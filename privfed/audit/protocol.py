@@ -265,7 +265,9 @@ def _skipped_stages(lab: Rehearsal, exhaustive: bool) -> Problems:
     run = lab.run()
     for role in run.roles():
         for later in range(role.stage + 1, len(lab.protocol.stages)):
-            request = run.requests[later][role.node]
+            request = run.requests[later].get(role.node)
+            if request is None:  # a node that is on no committee is asked no more
+                continue
             yield from _refused(
                 partial(role.step, request),
                 f"the request of {lab.protocol.stages[later]!r} in place of {role.name!r}",

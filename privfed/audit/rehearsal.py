@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from privfed.protocols.beacon import Beacon
+from privfed.protocols.loop import draw
 from privfed.protocols.session import Buffer, Client, Identity, Policy, Protocol, Random, RingSum, Session
 
 Vector = NDArray[np.uint64]
@@ -164,6 +167,17 @@ class Rehearsal:
         fill = np.uint64(0) if kind == "zero" else largest
         return {node: np.full(self.dimension, fill, dtype=np.uint64) for node in self.nodes}
 
+    def agreed(self) -> Rehearsal:
+        """Return the rehearsal with what the protocol's beacon draws, if it has one: all nodes saw it drawn."""
+        beacon: Beacon | None = getattr(self.protocol, "beacon", None)
+        if beacon is None:
+            return self
+        known = identities(self.nodes)
+        clients = {node: beacon.client(node, identity=known[node], random=stream(f"draw {node}")) for node in known}
+        drawn, _ = draw(beacon, self.session(), clients, set(), {}, {})
+        bare: Any = self.protocol  # the contract of a protocol that has a beacon
+        return replace(self, protocol=bare.with_drawn(drawn), policy=replace(self.policy, committee=drawn))
+
     def client(self, node: int, label: str, impostor: int = 0) -> Client:
         known = identities(self.nodes, impostor) if self.active else {}
         return self.protocol.client(
@@ -186,6 +200,17 @@ class Rehearsal:
         vanish: node -> index of the stage before which it is gone. Hooks see each reply before and after it is
         handed to the server.
         """
+        agreed = self.agreed()
+        if agreed is not self:
+            return agreed.run(
+                inputs=inputs,
+                vanish=vanish,
+                label=label,
+                round_offset=round_offset,
+                impostor=impostor,
+                before_reply=before_reply,
+                after_reply=after_reply,
+            )
         self.counter[0] += 1
         run = Run(self, dict(inputs if inputs is not None else self.inputs("random")))
         server = self.protocol.server(self.session(round_offset), random=stream(f"{label} server"))

@@ -19,6 +19,7 @@ from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.mods import clip, secure_aggregation
+from privfed.mods.participation import BEACON
 from privfed.plan import CENTRAL, SHARED
 from privfed.protocols.session import Policy
 from privfed.record import ConfigRecord
@@ -135,7 +136,7 @@ def _masking(policy: NodePolicy | None) -> Mod:
         described = message.content.get(SECURE + ".protocol")
         if policy is not None and isinstance(described, ConfigRecord):
             name = described.get("name")
-            if name not in policy.secure_aggregation.protocols:
+            if name not in (*policy.secure_aggregation.protocols, BEACON):  # a beacon opens nothing
                 return _refuse(message, ProtocolRefused(f"protocol {name!r} is not in the node's policy"))
         if required or SECURE in message.content:
             return mod(message, context, call_next)

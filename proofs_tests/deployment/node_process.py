@@ -12,12 +12,15 @@ from pathlib import Path
 
 
 class NodeProcess:
-    """A node over loopback without keys. options: more of the command line."""
+    """A node over loopback, without keys unless it is given some. options: more of the command line."""
 
-    def __init__(self, folder: Path, address: str, node_id: int, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, address: str, node_id: int, options: Sequence[str] = (), keys: Path | None = None
+    ) -> None:
         self.folder, self.options = folder, list(options)
         self._command = [sys.executable, "-m", "privfed.cli.main", "supernode", "--superlink", address]
-        self._command += ["--insecure", "--node-id", str(node_id), "--data", str(folder)]
+        self._command += ["--insecure", "--node-id", str(node_id)] if keys is None else ["--keys", str(keys)]
+        self._command += ["--data", str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str, failpoint: str = "") -> None:

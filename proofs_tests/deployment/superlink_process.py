@@ -12,16 +12,17 @@ from pathlib import Path
 
 
 class SuperLinkProcess:
-    """`privfed superlink --insecure` in a home folder."""
+    """`privfed superlink` in a home folder, without keys unless it is given some."""
 
-    def __init__(self, home: Path, isolation: str = "inline") -> None:
+    def __init__(self, home: Path, isolation: str = "inline", keys: Path | None = None) -> None:
         self.home = home
+        self._keys = ["--insecure"] if keys is None else ["--keys", str(keys)]
         self._isolation = isolation
         self._process: subprocess.Popen[bytes] | None = None
         self.fleet = self.control = "127.0.0.1:0"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "privfed.cli.main", "superlink", "--insecure", "--home", str(self.home)]
+        command = [sys.executable, "-m", "privfed.cli.main", "superlink", *self._keys, "--home", str(self.home)]
         command += ["--fleet", self.fleet, "--control", self.control, "--isolation", self._isolation]
         (self.home / "addresses.json").unlink(missing_ok=True)
         self.home.mkdir(exist_ok=True)

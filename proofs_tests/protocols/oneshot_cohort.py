@@ -16,7 +16,7 @@ from privfed.protocols.errors import RemoteError
 from privfed.protocols.keys import signing_public
 from privfed.protocols.oneshot import OneShot, committee, sealing
 from privfed.protocols.oneshot.messages import Bundle
-from privfed.protocols.session import Buffer, Identity, Policy, Random, RingSum, Session
+from privfed.protocols.session import Buffer, Drawn, Identity, Policy, Random, RingSum, Session
 
 Words = NDArray[np.uint64]
 
@@ -43,7 +43,11 @@ def roster_of(nodes: Collection[int]) -> dict[int, bytes]:
 
 
 class Cohort:
-    """Nodes 1..n (or `nodes`) that all run `protocol`; `seed` makes every random byte reproducible."""
+    """Nodes 1..n (or `nodes`) that all run `protocol`; `seed` makes every random byte reproducible.
+
+    Where a beacon drew the committee (`protocol.committee` is a `Drawn`), every party saw it drawn and is set up with
+    the number of members alone; members may be other nodes than those of the session.
+    """
 
     def __init__(
         self,
@@ -60,15 +64,19 @@ class Cohort:
         self.session = replace(session, **facts)
         self.protocol = protocol
         self.policy = policy
-        self.roster = roster_of(self.session.nodes)
-        self.identities = {node: Identity(node, secret_key(node), self.roster) for node in self.session.nodes}
-        randoms = {node: {"random": seeded(f"{seed} {node}")} if seed else {} for node in self.session.nodes}
+        drawn, own = protocol.committee, protocol
+        if isinstance(drawn, Drawn):
+            own, self.policy = replace(protocol, committee=len(drawn.members)), replace(policy, committee=drawn)
+        self.parties = sorted({*self.session.nodes, *(drawn.members if isinstance(drawn, Drawn) else ())})
+        self.roster = roster_of(self.parties)
+        self.identities = {node: Identity(node, secret_key(node), self.roster) for node in self.parties}
+        randoms = {node: {"random": seeded(f"{seed} {node}")} if seed else {} for node in self.parties}
         self.clients = {
-            node: protocol.client(node, identity=self.identities[node], policy=policy, **randoms[node])
-            for node in self.session.nodes
+            node: own.client(node, identity=self.identities[node], policy=self.policy, **randoms[node])
+            for node in self.parties
         }
         self.server = protocol.server(self.session)
-        self.kept: dict[int, bytes] = dict.fromkeys(self.session.nodes, b"")
+        self.kept: dict[int, bytes] = dict.fromkeys(self.parties, b"")
         generator = np.random.default_rng(n * 1000 + dimension)
         self.inputs = {
             node: generator.integers(0, 1 << bits, dimension, dtype=np.uint64) for node in self.session.nodes

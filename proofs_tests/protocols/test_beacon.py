@@ -1,7 +1,8 @@
-"""The beacon: what a node refuses of a server that draws groups, and what the groups are worth."""
+"""The beacon: what a node refuses of a server that draws groups or a committee, and what they are worth."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import count
 from math import comb
@@ -12,9 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.protocols import Beacon, codec, keys
-from privfed.protocols.beacon import ATTEMPTS, COMMIT, REVEAL, SETTLE, SETTLED, anonymity, draw_groups, group_of
+from privfed.protocols.beacon import (
+    ATTEMPTS,
+    COMMIT,
+    REVEAL,
+    SETTLE,
+    SETTLED,
+    anonymity,
+    committee_of,
+    corrupt_members,
+    draw_committee,
+    draw_groups,
+    group_of,
+)
 from privfed.protocols.errors import LocalError, RemoteError, TooFewSurvivors
-from privfed.protocols.session import Identity, Policy, Session
+from privfed.protocols.session import Drawn, Identity, Policy, Session
 
 NODES = (2, 3, 5, 7, 11, 13)
 SIGNING = {node: bytes([node]) * 32 for node in (*NODES, 17)}
@@ -25,15 +38,17 @@ numbers = count(1)
 class Run:
     """Nodes and an honest server, whose requests a test may spoil."""
 
-    def __init__(self, identities: bool = True, policy: Policy = Policy()) -> None:
+    def __init__(self, identities: bool = True, policy: Policy = Policy(), committee: int = 0) -> None:
         self.kept = dict.fromkeys(NODES, b"")
+        self.beacon = Beacon(committee=committee) if committee else Beacon(3)
         self.clients = {
-            n: Beacon(3).client(n, identity=Identity(n, SIGNING[n], ROSTER) if identities else None, policy=policy)
+            n: self.beacon.client(n, identity=Identity(n, SIGNING[n], ROSTER) if identities else None, policy=policy)
             for n in NODES
         }
 
-    def start(self, nodes: tuple[int, ...] = NODES, size: int = 3) -> Any:
-        return Beacon(size).server(Session(1, next(numbers), "train", nodes, 0, 32))
+    def start(self, nodes: tuple[int, ...] = NODES, size: int = 0) -> Any:
+        beacon = Beacon(size) if size else self.beacon
+        return beacon.server(Session(1, next(numbers), "train", nodes, 0, 32))
 
     def ask(self, node: int, request: Any) -> bytes:
         self.kept[node], reply = self.clients[node].step(self.kept[node], request, _none)
@@ -150,12 +165,30 @@ def test_what_a_node_does_not_join() -> None:
         (Policy(run=2), small, 3, "wrong-run"),
         (Policy(), Session(1, 1, "train", NODES[1:], 0, 32), 3, "foreign-session"),
     ):
-        request = bytes([COMMIT]) + codec.encode_session(session) + codec.u32(size)
-        assert refusal(Run(policy=policy), 2, request) == deviation
+        assert refusal(Run(policy=policy), 2, asked(session, size, 0)) == deviation
     with pytest.raises(LocalError, match="identity"):
-        Run(identities=False, policy=Policy(require_active=True)).ask(
-            2, bytes([COMMIT]) + codec.encode_session(small) + codec.u32(3)
-        )
+        Run(identities=False, policy=Policy(require_active=True)).ask(2, asked(small, 3, 0))
+
+
+def asked(session: Session, size: int, committee: int) -> bytes:
+    return bytes([COMMIT]) + codec.encode_session(session) + codec.u32(size) + codec.u32(committee)
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "committee", "deviation"),
+    [
+        (Policy(), 0, 1, "committee-too-small"),
+        (Policy(), 0, 7, "committee-too-small"),
+        (Policy(min_neighbours=4), 0, 4, "committee-too-small"),
+        (Policy(min_cohort=7), 0, 4, "group-too-small"),
+        (Policy(run=2), 0, 4, "wrong-run"),
+        (Policy(), 0, 0, "malformed"),
+        (Policy(), 3, 4, "malformed"),
+    ],
+)
+def test_what_committee_a_node_does_not_draw(policy: Policy, size: int, committee: int, deviation: str) -> None:
+    session = Session(1, 1, "train", NODES, 0, 32)
+    assert refusal(Run(policy=policy, committee=4), 2, asked(session, size, committee)) == deviation
 
 
 def test_the_server_refuses_what_no_honest_node_sends() -> None:
@@ -179,9 +212,103 @@ def test_a_node_that_lies_about_its_group_does_not_change_the_others() -> None:
     server = Beacon(3).server(Session(1, 1, "train", NODES, 0, 32))
     claims = {2: (2, 3, 5), 3: (2, 3, 5), 5: (5, 7, 11), 7: (7, 11, 13), 11: (7, 11, 13)}
     for node, group in claims.items():
-        server.receive(node, bytes([SETTLED]) + codec.node_list(group))
+        server.receive(node, bytes([SETTLED]) + codec.u32(6) + codec.node_list(group))
     server.close()
     assert server.groups == ((2, 3, 5), (7, 11, 13))
+
+
+def settled(run: Run) -> Any:
+    server = run.start()
+    while server.stage:
+        run.stage(server)
+    return server
+
+
+@pytest.mark.parametrize("identities", [True, False])
+def test_all_nodes_settle_on_the_same_committee(identities: bool) -> None:
+    run = Run(identities, committee=4)
+    drawn = settled(run).drawn
+    assert len(drawn.members) == 4
+    assert set(drawn.members) < set(NODES)
+    assert drawn.nodes == len(NODES)
+    assert {committee_of(run.kept[node]) for node in NODES} == {drawn}
+    again = run.start(NODES[:3] + NODES[4:])
+    run.stage(again)
+    assert again.stage == ""
+    assert again.drawn == drawn, "a settled committee is told, and not drawn again"
+    with pytest.raises(LocalError, match="more than"):
+        Beacon(committee=7).server(Session(1, 1, "train", NODES, 0, 32))
+    with pytest.raises(LocalError, match="no committee"):
+        _ = run.start().drawn
+
+
+def test_a_node_that_lies_about_the_committee_does_not_change_it() -> None:
+    server = Beacon(committee=3).server(Session(1, 1, "train", NODES, 0, 32))
+    for node in NODES:
+        told = (2, 3, 5) if node == 2 else (5, 7, 11)
+        server.receive(node, bytes([SETTLED]) + codec.u32(6) + codec.node_list(told))
+    server.close()
+    assert server.drawn == Drawn((5, 7, 11), 6)
+
+
+def test_a_server_that_deviates_in_the_draw_of_a_committee() -> None:
+    run = Run(committee=4)
+    server = run.start()
+    run.stage(server)
+    reveal = bytes(server.outbound()[2])
+    rows = codec.decode(reveal[1:], lambda r: r.table(32))
+    for change, deviation in (
+        ({**rows, 2: bytes(32)}, "swapped-commitment"),
+        ({node: row for node, row in rows.items() if node != 2}, "swapped-commitment"),
+        ({**rows, 17: bytes(32)}, "foreign-node"),
+        ({node: rows[node] for node in (2, 3, 5)}, "committee-too-small"),
+    ):
+        assert refusal(run, 2, bytes([REVEAL]) + codec.table(change.items())) == deviation
+    run.stage(server)
+    settle = bytes(server.outbound()[2])
+    shown = {node: bytes(row) for node, row in codec.decode(settle[1:], lambda r: r.table(96)).items()}
+    for other, deviation in (
+        ({**shown, 13: bytes(32) + shown[13][32:]}, "beacon-mismatch"),
+        ({node: row for node, row in shown.items() if node != 13}, "beacon-unopened"),
+        ({**shown, 17: bytes(96)}, "beacon-foreign"),
+        ({node: row[:32] + bytes(64) for node, row in shown.items()}, "split-beacon"),
+    ):
+        assert refusal(run, 2, bytes([SETTLE]) + codec.table(other.items())) == deviation
+    assert refusal(run, 2, reveal) == "out-of-order", "a node reveals once in a beacon"
+    assert run.ask(2, settle)
+
+
+def test_context_and_size_are_in_every_commitment() -> None:
+    """A commitment made for one draw opens in no other: the terms are hashed into it."""
+    session = Session(1, 1, "train", NODES, 0, 32)
+    seen = set()
+    for told, size, committee in ((session, 0, 4), (session, 0, 3), (session, 3, 0), (replace(session, run=2), 0, 4)):
+        client = Beacon(committee=4).client(2, identity=Identity(2, SIGNING[2], ROSTER), random=bytes)
+        seen.add(bytes(client.step(b"", asked(told, size, committee), _none)[1]))
+    assert len(seen) == 4
+
+
+def test_one_honest_contribution_makes_the_committee_uniform() -> None:
+    """Five nodes always say the same, node 2 alone is random. 600 draws of 3 of 6: chi-square fails once in 10^6."""
+    seen = dict.fromkeys(NODES, 0)
+    for _ in range(600):
+        run = Run(False, committee=3)
+        for node in NODES[1:]:
+            run.clients[node] = replace(run.clients[node], random=bytes)
+        for node in settled(run).drawn.members:
+            seen[node] += 1
+    # Draws without replacement vary less than independent ones: the test errs on the quiet side. 5 degrees.
+    assert sum((value - 300) ** 2 / 300 for value in seen.values()) < 35.9
+
+
+@given(st.integers(2, 60), st.integers(0, 10**9))
+@settings(max_examples=30, deadline=None)
+def test_a_committee_is_of_the_roster_and_the_same_for_all(nodes: int, label: int) -> None:
+    size, seed = 2 + label % (nodes - 1), label.to_bytes(32, "big")
+    members = draw_committee(range(1, nodes + 1), size, seed)
+    assert len(members) == size
+    assert list(members) == sorted(set(members) & set(range(1, nodes + 1)))
+    assert members == draw_committee(list(range(nodes, 0, -1)), size, seed)
 
 
 @given(st.integers(2, 200), st.integers(2, 30), st.binary(min_size=32, max_size=32))
@@ -217,4 +344,5 @@ def test_the_anonymity_is_the_exact_quantile(nodes: int, size: int, corrupt: flo
         return Fraction(ways * nodes * ATTEMPTS, comb(nodes, size))
 
     least = next(bound for bound in range(size + 1) if risk(bound) <= Fraction(1, 1 << 40))
+    assert corrupt_members(nodes, size, marked) == least
     assert anonymity(nodes, size, corrupt) == size - least

@@ -76,6 +76,13 @@ def test_bounded_sums_travel_at_half_the_size(nodes: int) -> None:
     assert result.traffic.bytes_up <= nodes * (3.5 * SIZE + boxes + 25_000)
 
 
+def test_a_number_has_a_committee_drawn() -> None:
+    """A box for each of 8 members, not for each of 30 nodes, is what a node pays; one argument says so."""
+    result = simulate(30, OneShot(threshold=6, committee=8))
+    check(result, 30, 1e-4)
+    assert result.traffic.bytes_up <= 30 * (6.9 * SIZE + 8 * 5400 + 25_000)
+
+
 def test_a_committee_drawn_from_the_roster_and_pinned_on_the_nodes() -> None:
     """The seed is nobody's choice; a server that names other members gets nothing."""
     drawn = draw_committee(range(1, 31), 8, b"s" * 32)

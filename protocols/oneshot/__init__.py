@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from privfed.protocols.oneshot.agreement import draw_committee
-from privfed.protocols.oneshot.draw import CommitteeDraw
+from privfed.protocols.beacon import draw_committee
 from privfed.protocols.oneshot.protocol import OneShot
 
-__all__ = ["CommitteeDraw", "OneShot", "draw_committee"]
+__all__ = ["OneShot", "draw_committee"]

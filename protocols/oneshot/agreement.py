@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from privfed.protocols import graph, keys
+from privfed.protocols.beacon import corrupt_members
 from privfed.protocols.codec import MAX_ACTION, MAX_DIMENSION, MAX_NODE
 from privfed.protocols.errors import LocalError
 from privfed.protocols.oneshot.ciphertext import Keystream, wire_size
@@ -15,7 +15,7 @@ from privfed.protocols.oneshot.messages import Invitation
 from privfed.protocols.oneshot.packing import Packing, choose
 from privfed.protocols.oneshot.sealing import keystream
 from privfed.protocols.oneshot.sharing import MAX_COMMITTEE, MAX_NODES
-from privfed.protocols.session import Session
+from privfed.protocols.session import Drawn, Session
 
 _SOLVED_CORRUPT = 1 / 3
 _SOLVED_DROPOUT = 0.1
@@ -129,36 +129,35 @@ def resolve_threshold(threshold: int | float | None, members: int, corrupt: int)
 def agree(
     session: Session,
     threshold: int | float | None,
-    committee: tuple[int, ...] | None,
+    committee: tuple[int, ...] | Drawn | None,
     corrupt: int,
     slots: int | None,
     bounded: bool,
 ) -> Agreement:
-    """Resolve the parameters for a session. Raises LocalError when they are unsafe or do not fit it."""
+    """Resolve the parameters for a session. Raises LocalError when they are unsafe or do not fit it.
+
+    Of a committee that was drawn, no more members are corrupt than `corrupt_members` says, and members need not be in
+    the session; of another one all corrupt nodes may be members.
+    """
     check_session(session)
-    members = session.nodes if committee is None else committee
-    if not set(members) <= set(session.nodes):
-        raise LocalError("committee= names nodes that are not in session.nodes")
+    inside = corrupt
+    if isinstance(committee, Drawn):
+        members = committee.members
+        if corrupt > committee.nodes or not 2 <= len(members) <= committee.nodes:
+            raise LocalError(f"corrupt={corrupt} or the committee is more than the {committee.nodes} it was drawn from")
+        inside = corrupt_members(committee.nodes, len(members), corrupt)
+    else:
+        members = session.nodes if committee is None else committee
+        if not set(members) <= set(session.nodes):
+            raise LocalError("committee= names nodes that are not in session.nodes")
     if len(session.nodes) < corrupt + 2:
         raise LocalError(f"corrupt={corrupt} leaves fewer than two honest of {len(session.nodes)} nodes")
-    t = resolve_threshold(threshold, len(members), corrupt)
+    t = resolve_threshold(threshold, len(members), inside)
     packing = choose(session.bits, len(session.nodes), slots, bounded)
     return Agreement(Invitation(session, t, corrupt, members, packing.slots, packing.bounded), packing)
 
 
-def draw_committee(roster: Mapping[int, bytes] | Sequence[int], size: int, seed: bytes) -> tuple[int, ...]:
-    """Draw `size` members uniformly from a roster, the same for everyone who knows the seed.
-
-    seed: 32 bytes of `graph.beacon_seed`, that is, chosen by no one. Draw from the roster, never from a
-    cohort that the server picked after it knew the seed: it would try cohorts until the committee suits it.
-    """
-    nodes = sorted(roster)
-    if not 2 <= size <= min(len(nodes), MAX_COMMITTEE):
-        raise ValueError(f"size must be 2..{min(len(nodes), MAX_COMMITTEE)}, got {size}")
-    if len(seed) != 32:
-        raise ValueError(f"seed must be 32 bytes, got {len(seed)}")
-
-    def ticket(node: int) -> bytes:
-        return keys.digest(b"oneshot committee", seed, keys.node_bytes(node))
-
-    return tuple(sorted(sorted(nodes, key=ticket)[:size]))
+def resume(invitation: Invitation) -> Agreement:
+    """Return the agreement of an invitation that this node accepted before."""
+    session = invitation.session
+    return Agreement(invitation, choose(session.bits, len(session.nodes), invitation.slots, invitation.bounded))

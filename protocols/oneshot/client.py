@@ -13,9 +13,9 @@ from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteErro
 from privfed.protocols.graph import count
 from privfed.protocols.keys import KEY_BYTES, exchange_public
 from privfed.protocols.oneshot import committee, sharing
-from privfed.protocols.oneshot.agreement import Agreement
+from privfed.protocols.oneshot.agreement import Agreement, resume
 from privfed.protocols.oneshot.ciphertext import encrypt
-from privfed.protocols.oneshot.messages import Bundle, Contribution, Invitation, Kept, Quorum
+from privfed.protocols.oneshot.messages import Attendance, Bundle, Contribution, Invitation, Kept, Quorum
 from privfed.protocols.oneshot.ring import N
 from privfed.protocols.oneshot.sampler import draw
 from privfed.protocols.oneshot.sealing import keystream, seal_box
@@ -91,10 +91,11 @@ class OneShotClient:
     def _agree(self, invitation: Invitation) -> Agreement:
         """Check the invitation against this node's policy and parameters."""
         session, policy = invitation.session, self.policy
-        if self.node not in session.nodes:
+        drawn = policy.committee
+        if self.node not in (*session.nodes, *(drawn.members if drawn else ())):
             raise RemoteError("foreign-session", (SERVER,), f"node {self.node} is not in the session")
         policy.check_facts(session)
-        if set(session.nodes) - set(self.identity.roster):
+        if {*session.nodes, *(drawn.members if drawn else ())} - set(self.identity.roster):
             raise RemoteError("foreign-node", (SERVER,), "the session holds nodes that the roster does not know")
         if session.round < policy.min_round:
             raise RemoteError("stale-round", (SERVER,), f"round {session.round} is below {policy.min_round}")
@@ -107,8 +108,10 @@ class OneShotClient:
         except LocalError as error:
             raise RemoteError("unsafe-session", (SERVER,), str(error)) from error
         _compare(agreement, invitation)
-        # Any of the corrupt nodes may sit on the committee; the agreement holds 2t > m + corrupt.
-        corrupt = count(len(session.nodes), policy.corrupt)
+        if drawn is not None and drawn.members != agreement.committee:
+            raise RemoteError("foreign-committee", (SERVER,), "the committee is not the one this node saw drawn")
+        # Any of the corrupt nodes may sit on a committee that was not drawn: the agreement holds 2t > m + corrupt.
+        corrupt = count(max(len(session.nodes), drawn.nodes if drawn else 0), policy.corrupt)
         if invitation.corrupt < corrupt:
             detail = f"safe with {invitation.corrupt} corrupt nodes, this node's policy assumes {corrupt}"
             raise RemoteError("corrupt-too-low", (SERVER,), detail)
@@ -120,6 +123,10 @@ class OneShotClient:
 
     def _send(self, request: Buffer, source: Source) -> tuple[bytes, bytes]:
         agreement = self._agree(Invitation.decode(request))
+        if self.node not in agreement.session.nodes:  # a member that gives no input this time
+            nothing = sharing.to_wire(np.zeros(N, dtype=np.int64))
+            kept = Kept("confirm", agreement.request, nothing)
+            return kept.encode(), Attendance(agreement.digest).encode()
         entries = _entries(source, agreement.session)
         # Fresh s and e in every session; s leaves this function only as shares, e not at all.
         secret = draw(N, keystream(b"secret", self.random(32)))
@@ -147,12 +154,12 @@ class OneShotClient:
         return own, b"".join(boxes), exchange_public(secret_key)
 
     def _confirm(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
-        agreement = self.agree(Invitation.decode(state.invitation).session)
+        agreement = resume(Invitation.decode(state.invitation))
         own = state.header, state.share
         signed, share, reply = committee.confirm(agreement, self.identity, self.policy, own, request)
         return Kept("open", state.invitation, share, signed=signed).encode(), reply
 
     def _open(self, state: Kept, request: Buffer) -> tuple[bytes, bytes]:
-        agreement = self.agree(Invitation.decode(state.invitation).session)
+        agreement = resume(Invitation.decode(state.invitation))
         reply = committee.open_sum(agreement, self.identity, state.signed, state.share, request)
         return Kept("", state.invitation, b"").encode(), reply

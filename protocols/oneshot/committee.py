@@ -39,7 +39,7 @@ def _check_survivors(agreement: Agreement, identity: Identity, policy: Policy, s
     foreign = set(survivors) - set(agreement.session.nodes)
     if foreign:
         raise RemoteError("foreign-survivor", (SERVER,), f"{sorted(foreign)} are not in the session")
-    if identity.node not in survivors:
+    if identity.node in agreement.session.nodes and identity.node not in survivors:
         raise RemoteError("own-input-missing", (SERVER,), "a member that contributed is not among the survivors")
     fewest = max(policy.min_cohort, policy.min_survivors, agreement.fewest_survivors)
     if len(survivors) < fewest:

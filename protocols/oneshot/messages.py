@@ -2,10 +2,11 @@
 
     Invitation    server -> every node        send      the session and the parameters
     Contribution  node -> server              send      signed session key, ciphertext, a box for each member
-    Bundle        server -> one member        confirm   the survivors, with the session key and the box of
-    each Signature     member -> server            confirm   on the survivors it was told Quorum        server
-    -> every signer      open      the signatures Share         member -> server            open      of the
-    sum of the survivors' secrets
+    Attendance    member -> server            send      of a member that is not among the session's nodes
+    Bundle        server -> one member        confirm   the survivors, with the session key and the box of each
+    Signature     member -> server            confirm   on the survivors it was told
+    Quorum        server -> every signer      open      the signatures
+    Share         member -> server            open      of the sum of the survivors' secrets
 
 Every message starts with 8 bytes that name it; a contribution's vector starts at byte 136, so it lies
 aligned.
@@ -112,6 +113,22 @@ class Contribution:
             return cls(header, vector, bytes(reader.take(BOX_BYTES * boxes)))
 
         return decode(wire, cls.TAG, read)
+
+
+@dataclass(frozen=True, slots=True)
+class Attendance:
+    """What a member says that gives no input: it is there, and for which session."""
+
+    digest: bytes
+
+    TAG = b"OS att 1"
+
+    def encode(self) -> bytes:
+        return self.TAG + self.digest
+
+    @classmethod
+    def decode(cls, wire: Buffer) -> Attendance:
+        return decode(wire, cls.TAG, lambda reader: cls(bytes(reader.take(DIGEST_BYTES))))
 
 
 @dataclass(frozen=True, slots=True)

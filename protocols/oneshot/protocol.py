@@ -1,5 +1,6 @@
 """OneShot: secure aggregation with one message per client, from ring learning with errors.
 
+    (draw)    all nodes:    a beacon draws the committee, once a run, if `committee` is a number
     send      each node:    s, e <- discrete Gaussians; c = a s + e + (q/T) m; a sealed share of s per member
     confirm   each member:  checks the survivors U, adds their shares, signs U
     open      each member:  its share of the sum of the secrets, once t members signed the same U
@@ -11,13 +12,15 @@ whoever drops.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from privfed.protocols.beacon import Beacon
+from privfed.protocols.errors import SERVER, LocalError, RemoteError
 from privfed.protocols.oneshot.agreement import Agreement, agree
 from privfed.protocols.oneshot.client import OneShotClient
 from privfed.protocols.oneshot.sealing import check_identity
 from privfed.protocols.oneshot.server import STAGES, OneShotServer
-from privfed.protocols.session import Identity, Policy, Random, Session, os_random
+from privfed.protocols.session import Drawn, Identity, Policy, Random, Session, os_random
 
 MAX_BITS = 42
 
@@ -28,8 +31,10 @@ class OneShot:
 
     threshold: members t that open a sum: a count, a share of the committee, or None, solved for a third
         corrupt and a tenth gone. 2t > m + corrupt is required of the m members.
-    committee: their ids (see `draw_committee`), or None: every node of the session. A member costs each node 5.4 kB.
-    corrupt: nodes that may collude with the server; every sum holds at least corrupt + 2 inputs.
+    committee: how many members there are, drawn by a beacon once a run; or their ids; or None: every node of the
+        session. A member costs each node 5.4 kB.
+    corrupt: nodes that may collude with the server; every sum holds at least corrupt + 2 inputs. All of them may be
+        members, unless the committee was drawn: then no more than `privfed.protocols.beacon.corrupt_members` says.
     slots: ring entries per coefficient, 1 to 3; None: as many as the noise of n nodes leaves room for.
     bounded: True promises that every signed sum fits the ring's bits, as a quantiser ensures; it saves the
         bits that otherwise keep sums which wrap apart, so that 2 x 21 or 3 x 14 bits fit for 1010 nodes.
@@ -39,7 +44,7 @@ class OneShot:
     """
 
     threshold: int | float | None = None
-    committee: tuple[int, ...] | None = None
+    committee: tuple[int, ...] | int | Drawn | None = None
     corrupt: int = 0
     slots: int | None = None
     bounded: bool = False
@@ -49,7 +54,10 @@ class OneShot:
             whole = isinstance(self.threshold, int)
             if (whole and self.threshold < 2) or (not whole and not 0 < self.threshold <= 1):
                 raise ValueError(f"threshold must be a count of at least 2 or a share in (0, 1], got {self.threshold}")
-        if self.committee is not None:
+        if isinstance(self.committee, int):
+            if self.committee < 2 or isinstance(self.committee, bool):
+                raise ValueError(f"committee must have at least 2 members, got {self.committee}")
+        elif self.committee is not None and not isinstance(self.committee, Drawn):
             ids = tuple(self.committee)
             object.__setattr__(self, "committee", ids)  # a list is welcome; equal parameters must be equal
             if not all(isinstance(node, int) for node in ids) or any(
@@ -78,8 +86,22 @@ class OneShot:
         """Always "active": the server may deviate."""
         return "active"
 
+    @property
+    def beacon(self) -> Beacon | None:
+        """What must be run, once a run and over all of its nodes, before a session: see `with_drawn`."""
+        return Beacon(committee=self.committee) if isinstance(self.committee, int) else None
+
+    def with_drawn(self, drawn: Drawn) -> OneShot:
+        """Return these parameters with the committee that the beacon drew. Raises LocalError for another size."""
+        size = self.committee if isinstance(self.committee, int) else len(drawn.members)
+        if size != len(drawn.members):
+            raise LocalError(f"a committee of {len(drawn.members)} was drawn in this run, one of {size} is asked for")
+        return replace(self, committee=drawn)
+
     def agree(self, session: Session) -> Agreement:
         """Resolve the parameters for a session. Raises LocalError when they are unsafe or do not fit it."""
+        if isinstance(self.committee, int):
+            raise LocalError(f"committee={self.committee} is a number: run its beacon first, see OneShot.with_drawn")
         return agree(session, self.threshold, self.committee, self.corrupt, self.slots, self.bounded)
 
     def server(self, session: Session, *, random: Random = os_random) -> OneShotServer:
@@ -94,5 +116,17 @@ class OneShot:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> OneShotClient:
-        """Start a node's part. Raises LocalError without an identity that is this node's own."""
-        return OneShotClient(node, self.agree, check_identity(identity, node), policy, random)
+        """Start a node's part. Raises LocalError without an identity that is this node's own.
+
+        Where a beacon draws the committee, the node takes part with `Policy.committee`, the one it saw drawn.
+        """
+
+        def agree(session: Session) -> Agreement:
+            if not isinstance(self.committee, int):
+                return self.agree(session)
+            if policy.committee is None:
+                detail = f"this node saw no committee of {self.committee} drawn in this run"
+                raise RemoteError("committee-not-drawn", (SERVER,), detail)
+            return self.with_drawn(policy.committee).agree(session)
+
+        return OneShotClient(node, agree, check_identity(identity, node), policy, random)

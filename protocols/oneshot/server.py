@@ -8,6 +8,7 @@ from privfed.protocols.oneshot.agreement import Agreement
 from privfed.protocols.oneshot.ciphertext import Accumulator, decrypt
 from privfed.protocols.oneshot.messages import (
     BOX_BYTES,
+    Attendance,
     Bundle,
     Contribution,
     Header,
@@ -33,7 +34,8 @@ class OneShotServer:
         self._boxes: dict[int, bytes] = {}
         self._signatures: dict[int, bytes] = {}
         self._shares: dict[int, Residues] = {}
-        self._asked = frozenset(agreement.session.nodes)
+        self._present: set[int] = set()
+        self._asked = frozenset(agreement.session.nodes) | frozenset(agreement.committee)
 
     @property
     def stage(self) -> str:
@@ -51,7 +53,7 @@ class OneShotServer:
         return tuple(sorted(self._headers))
 
     def outbound(self) -> dict[int, Buffer]:
-        """Requests of the open stage: to all nodes, to the members that contributed, to those that signed."""
+        """Requests of the open stage: to all nodes and members, to the members that are there, to those that signed."""
         if self.stage == "send":
             return dict.fromkeys(sorted(self._asked), self._agreement.request)
         if self.stage == "confirm":
@@ -88,9 +90,18 @@ class OneShotServer:
         if seen:
             raise RemoteError("second-reply", (node,), f"it already answered stage {self.stage!r}")
 
+    def _take_attendance(self, node: int, reply: Buffer) -> None:
+        self._fresh(node, node in self._present)
+        if Attendance.decode(reply).digest != self._agreement.digest:
+            raise RemoteError("inconsistent-session", (node,), "it is there for another session")
+        self._present.add(node)
+
     def _take_contribution(self, node: int, reply: Buffer) -> None:
-        self._fresh(node, node in self._headers)
         agreement = self._agreement
+        if node not in agreement.session.nodes:
+            self._take_attendance(node, reply)
+            return
+        self._fresh(node, node in self._headers)
         contribution = Contribution.decode(reply, agreement.ciphertext_bytes, agreement.boxes_of(node))
         if contribution.header.digest != agreement.digest:
             raise RemoteError("inconsistent-session", (node,), "it contributed to another session")
@@ -124,7 +135,7 @@ class OneShotServer:
             raise TooFewSurvivors(have, needed, stage)
 
     def _close_send(self) -> None:
-        members = frozenset(self._agreement.committee) & frozenset(self._headers)
+        members = frozenset(self._agreement.committee) & (frozenset(self._headers) | self._present)
         self._require(len(members), self._agreement.threshold)
         self._require(len(self._headers), self._agreement.fewest_survivors)
         self._asked = members

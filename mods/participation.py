@@ -1,0 +1,62 @@
+"""In which sessions a node takes part: whose parameters hold, and what beacons drew for it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from privfed.mods.refusal import CommitteeNamed, NotGrouped, Refused
+from privfed.protocols.beacon import committee_of, group_of
+from privfed.protocols.session import Policy, Protocol
+
+BEACON = "Beacon"
+KNOWN = ("SecAgg", "SecAggPlus", "LightSecAgg", "OneShot", BEACON)
+LOCAL = ("threads",)
+"""Parameters that are each party's own business: no server names them."""
+GROUP, COMMITTEE = "beacon", "committee"
+"""Where in its state a node keeps what it saw of the two kinds of beacon."""
+
+Makers = Mapping[str, Protocol | Callable[..., Protocol]]
+
+
+def place_of(parameters: Mapping[str, object]) -> str:
+    """Return where what a beacon with these parameters draws is kept."""
+    return COMMITTEE if parameters.get("committee") else GROUP
+
+
+def as_drawn(policy: Policy, parameters: Mapping[str, object], kept: Callable[[str], bytes]) -> Policy:
+    """Return the policy with what beacons of this run gave the node: its group as the only cohort, the committee.
+
+    parameters: of the session. kept: what the node has of the beacons of a kind.
+    """
+    group, committee = group_of(kept(GROUP)), committee_of(kept(COMMITTEE))
+    if group is None and policy.grouped:
+        raise NotGrouped("no beacon has drawn groups in this run")
+    if group is not None:
+        policy = replace(policy, nodes=group)
+    return policy if committee is None else replace(policy, committee=committee)
+
+
+def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers | None, policy: Policy) -> Protocol:
+    """Build the protocol a session names. Raises Refused when this node does not take part in it."""
+    maker: Protocol | Callable[..., Protocol] | None
+    if protocols is not None and (name in protocols or name != BEACON):  # a beacon opens nothing
+        maker = protocols.get(name)
+    else:
+        maker = getattr(importlib.import_module("privfed.protocols"), name, None) if name in KNOWN else None
+    if maker is None:
+        raise Refused(f"this node does not take part in protocol {name!r}")
+    if named := [parameter for parameter in LOCAL if parameter in parameters]:
+        raise Refused(f"{', '.join(named)} of {name} are this node's own business")
+    if not callable(maker):  # pinned: its client refuses a session under other parameters
+        return maker
+    if isinstance(parameters.get("committee"), list) and not policy.corrupt:
+        raise CommitteeNamed(
+            "the server names the members of the committee, and they could all be its own: let a beacon draw them "
+            "(committee=NUMBER), pin them on the nodes, or count the corrupt ones (Policy(corrupt=...))"
+        )
+    try:
+        return maker(**parameters)
+    except (TypeError, ValueError) as cause:
+        raise Refused(f"{name} cannot be set up as asked: {cause}") from cause
