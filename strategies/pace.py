@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 class Pace:
     """over_selection: share of nodes asked beyond those wanted; the round closes when as many as wanted have answered.
 
-    deadline: seconds a training round may last; None: the timeout of `start`. min_completion: share of the nodes wanted
+    deadline: seconds in which updates must be in; None: the timeout of `start`. min_completion: share of the nodes wanted
     whose replies must count, or the round fails; `min_train_nodes` holds besides.
 
     With over-selection the replies that count are the first ones, so fast nodes count more often, and two runs of one
-    seed may differ. Only PlainStage closes early: a secure sum takes in all who answer before the deadline. Raises
-    ValueError outside of over_selection >= 0, deadline > 0, 0 <= min_completion <= 1.
+    seed may differ. Only PlainStage closes early: a secure sum takes in all who answer before the deadline, and opening
+    it takes up to `stage_timeout` seconds a stage besides. Raises ValueError outside of over_selection >= 0,
+    deadline > 0, 0 <= min_completion <= 1.
     """
 
     over_selection: float = 0.0

@@ -59,11 +59,27 @@ class SessionDrive:
         """Whether the open stage may be the one at which nodes train."""
         return self._input in (None, self.server.stage)
 
-    def open(self) -> Iterator[Message]:
-        """Yield the requests of the open stage."""
+    def patience(self, stage_timeout: float) -> float:
+        """Return the seconds the open stage may take.
+
+        The exchange's deadline is that of the inputs. Stages before them leave them a share of what is left; stages
+        after them have `stage_timeout` each, or one node that is late with its input would spoil the others' sum.
+        """
+        left, stages = self._exchange.remaining, self._stages
+        if self._input is None:
+            return left if self.server.stage == stages[0] else max(left, stage_timeout)
+        if self._input not in stages:  # a beacon, which comes before a session
+            return min(stage_timeout, left / (len(stages) + 1))
+        before = stages.index(self._input) - stages.index(self.server.stage)
+        if before < 0:
+            return stage_timeout
+        return min(stage_timeout, left / (before + 1)) if before else left
+
+    def open(self, timeout: float) -> Iterator[Message]:
+        """Yield the requests of the open stage, which nodes must answer within `timeout` seconds."""
         self._requests = self.server.outbound()
         self._silent = set(self._requests)
-        return self._messages()
+        return self._messages(timeout)
 
     def take(self, node: int, message: Message) -> None:
         """Take a node's reply, or exclude it."""
@@ -105,14 +121,14 @@ class SessionDrive:
     def _exclude(self, node: int, cause: str) -> None:
         self.outcome.excluded.append(Exclusion(node, cause))
 
-    def _messages(self) -> Iterator[Message]:
+    def _messages(self, timeout: float) -> Iterator[Message]:
         exchange = self._exchange
         head = RecordDict(dict(self._shared))
         head[SECURE] = ConfigRecord(self._header())
         if self.takes_input:
             head.update(exchange.content)
         contents: dict[int, tuple[RecordDict, int]] = {}
-        ttl, group = max(exchange.remaining, 0.001), str(exchange.round)
+        ttl, group = max(timeout, 0.001), str(exchange.round)
         for node, request in sorted(self._requests.items()):
             if id(request) not in contents:  # equal requests are one object, and are sent once
                 view = memoryview(request).cast("B")
@@ -153,11 +169,10 @@ def run_stage(exchange: Exchange, drives: Mapping[int, SessionDrive], size: int,
     """
     sessions = list({id(drive): drive for drive in drives.values()}.values())
     stage = sessions[0].server.stage
-    patient = any(drive.takes_input for drive in sessions)
-    timeout = exchange.remaining if patient else min(stage_timeout, exchange.remaining)
+    timeout = max(drive.patience(stage_timeout) for drive in sessions)
     window = max(MIN_WINDOW, min(MAX_WINDOW, MESSAGE_BUDGET // (8 * size + 1)))
     down, up = _traffic(sessions)
-    requests = (message for drive in sessions for message in drive.open())
+    requests = (message for drive in sessions for message in drive.open(timeout))
     for node, message in stream_replies(exchange.grid, requests, timeout=timeout, window=window):
         drives[node].take(node, message)
     asked, answered = (sum(values) for values in zip(*(drive.counts for drive in sessions), strict=True))
