@@ -85,6 +85,16 @@ class Matrix:
             self._copy(i, start, stop, out[i])
         return out
 
+    def shifted(self, start: int, stop: int) -> tuple[Floats, Floats | None]:
+        """Return columns start..stop of all rows less one vector, and that vector's part; None stands for zero."""
+        return self.block(start, stop), None
+
+    def turned(self, start: int, stop: int, out: Floats) -> Floats | None:
+        """Write columns start..stop, shifted, as the rows of `out`; return what they were shifted by."""
+        block, part = self.shifted(start, stop)
+        out[...] = block.T
+        return part
+
     def row(self, index: int, start: int, stop: int) -> Floats:
         """Return columns start..stop of one row."""
         if self.array is not None:
@@ -131,22 +141,42 @@ class Mixed(Matrix):
         """Say that every block is made."""
         return False
 
+    def width(self, most: int = 8192) -> int:
+        """Return how many columns a block may have: fewer, since the source's share the cache with the mixed ones."""
+        return super().width(min(most, 16384))
+
     def block(self, start: int, stop: int) -> Floats:
         """Return columns start..stop of the mixed rows."""
+        made, origin = self.shifted(start, stop)
+        return made if origin is None else np.add(made, origin, out=made)
+
+    def shifted(self, start: int, stop: int) -> tuple[Floats, Floats | None]:
+        """Return columns start..stop of the mixed rows less the origin, and its part."""
         return self._make(self.source, self.weights, start, stop)
 
-    def _make(self, source: Matrix | None, weights: NDArray[np.float64], start: int, stop: int) -> Floats:
+    def turned(self, start: int, stop: int, out: Floats) -> Floats | None:
+        """Write columns start..stop, less the origin, as the rows of `out`: one product, no transposition."""
+        assert self.source is not None
+        if self.weights.ndim == 1:
+            return super().turned(start, stop, out)
+        centred, origin = centred_block(self.source, start, stop, self.origin)
+        np.matmul(centred.T, self.weights.T.astype(self.work), out=out)
+        return origin
+
+    def _make(
+        self, source: Matrix | None, weights: NDArray[np.float64], start: int, stop: int
+    ) -> tuple[Floats, Floats | None]:
         assert source is not None
         centred, origin = centred_block(source, start, stop, self.origin)
         factor = weights.astype(self.work)
-        made = centred * factor[:, None] if factor.ndim == 1 else factor @ centred
-        return made if origin is None else np.add(made, origin, out=made)
+        return (centred * factor[:, None] if factor.ndim == 1 else factor @ centred), origin
 
     def row(self, index: int, start: int, stop: int) -> Floats:
         """Return columns start..stop of one mixed row."""
         assert self.source is not None
         source = self.source if self.weights.ndim == 2 else self.source.take([index])
-        return np.asarray(self._make(source, self.weights[[index]], start, stop)[0])
+        made, origin = self._make(source, self.weights[[index]], start, stop)
+        return made[0] if origin is None else made[0] + origin
 
     def take(self, index: Sequence[int] | NDArray[np.intp]) -> Matrix:
         """Return the chosen mixed rows; they stay lazy."""

@@ -73,6 +73,7 @@ def by_rank(
 ) -> Floats:
     """Sort every column and return what a finisher makes of it: one number a column.
 
+    What it makes must move along with the column, since columns may come less a number that is added afterwards.
     few: takes the rows in rank order (only `ranks` are right), each one block wide, and must not write to them.
     many: takes columns as sorted rows, shape (columns of the block, n). together: see `comparators`.
     """
@@ -90,16 +91,18 @@ def by_rank(
         return held[: rows * columns].reshape(rows, columns)
 
     def columns(start: int, stop: int) -> None:
-        block = matrix.block(start, stop)
         if small:
+            block, part = matrix.shifted(start, stop)
             taint_check(matrix, block)
             out[start:stop] = few(run_network(network, list(block), list(scratch(n + 1, stop - start))))
         else:
             turned = scratch(stop - start, n)
-            turned[...] = block.T
+            part = matrix.turned(start, stop, turned)
             turned.sort(axis=1)
             ends_check(matrix, turned)
             out[start:stop] = many(turned)
+        if part is not None:
+            out[start:stop] += part
 
     run_blocks(matrix.size, width, columns)
     return out
