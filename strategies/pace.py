@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Pace:
     """over_selection: share of nodes asked beyond those wanted; the round closes when as many as wanted have answered.
 
-    deadline: seconds in which updates must be in; None: the timeout of `start`. min_completion: share of the nodes wanted
+    deadline: seconds for updates to be in; None: the timeout of `start`. min_completion: share of the nodes wanted
     whose replies must count, or the round fails; `min_train_nodes` holds besides.
 
     With over-selection the replies that count are the first ones, so fast nodes count more often, and two runs of one
