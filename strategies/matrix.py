@@ -176,7 +176,7 @@ class Mixed(Matrix):
         assert self.source is not None
         source = self.source if self.weights.ndim == 2 else self.source.take([index])
         made, origin = self._make(source, self.weights[[index]], start, stop)
-        return made[0] if origin is None else made[0] + origin
+        return np.asarray(made[0] if origin is None else made[0] + origin)
 
     def take(self, index: Sequence[int] | NDArray[np.intp]) -> Matrix:
         """Return the chosen mixed rows; they stay lazy."""
