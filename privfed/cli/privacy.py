@@ -27,7 +27,6 @@ Answer = TypeVar("Answer")
 
 RELATIONS = ("add_remove", "replace_one", "zero_out")
 OBSERVERS = ("output", "server")
-_CALIBRATED = 1e-4  # relative width of the bracket that certifies a calibrated multiplier
 ALPHAS = (0.001, 0.01, 0.05, 0.1, 0.5)
 
 
@@ -271,10 +270,9 @@ def calibrate(epsilon: float, delta: float, scheme: Scheme, question: Question) 
             unit=question.unit,
             relation=question.relation,
             observer=question.observer,
-            tol=_CALIBRATED,
         )
     )
-    bound = question.accountant(scheme.event(multiplier), scheme.rounds).epsilon(delta, tol=_CALIBRATED)
+    bound = question.accountant(scheme.event(multiplier), scheme.rounds).epsilon(delta)
     values = {
         "noise_multiplier": multiplier,
         "delta": delta,

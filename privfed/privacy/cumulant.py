@@ -20,6 +20,7 @@ from privfed.privacy.pair import Floats, Pair
 Part = tuple[Pair, int]
 _SETTLED = -26.0  # nats that the integrand must have fallen by at the end of its line
 _LOST = -45.0  # nats below which a point of the line no longer counts
+_LEAST_REACH = 16.0  # of orders that nodes are made for; then 4 times as much, and so on
 _MAX_REACH = 2.0**14  # beyond it, what decides is the largest loss itself
 
 
@@ -28,28 +29,33 @@ class Cumulants:
     """K and its derivatives for one direction of a composition; nodes are kept between queries."""
 
     parts: Sequence[Part]
-    reach: float = 0.0
-    wave: float = 0.0
     limits: Sequence[float] = ()  # leave out the losses of each part beyond its limit
-    _nodes: list[tuple[float, Floats, Floats]] = field(default_factory=list)
+    _nodes: dict[tuple[float, float], list[tuple[float, Floats, Floats]]] = field(default_factory=dict)
 
-    def extend(self, reach: float, wave: float = 0.0) -> None:
-        """Make nodes that integrate exp(s L) up to Re s = reach, |Im s| = wave."""
-        if reach > self.reach or wave > self.wave:
-            self.reach, self.wave = max(reach, 16.0, self.reach), max(wave, self.wave)
-            self._nodes = []
+    def nodes(self, order: float, wave: float = 0.0) -> list[tuple[float, Floats, Floats]]:
+        """Return, for each part, its count, and losses and weights that integrate exp(s L): s = order + iu, u <= wave.
+
+        High orders take many nodes; low ones are not made to pay for it.
+        """
+        reach = _LEAST_REACH
+        while reach < order * 1.5 + 1:
+            reach *= 4
+        known = self._nodes.get((reach, wave))
+        if known is None:
+            known = []
             for number, (pair, count) in enumerate(self.parts):
-                losses, weights = pair.nodes(self.reach, self.wave)
+                losses, weights = pair.nodes(reach, wave)
                 keep = weights > 0
                 if self.limits:
                     keep &= losses <= max(self.limits[number], float(losses[keep].min()))
-                self._nodes.append((float(count), losses[keep], weights[keep]))
+                known.append((float(count), losses[keep], weights[keep]))
+            self._nodes[reach, wave] = known
+        return known
 
     def at(self, order: float) -> tuple[float, float, float]:
         """Return K, K', K'' at a real order."""
-        self.extend(order * 1.5 + 1)
         value = slope = bend = 0.0
-        for count, losses, weights in self._nodes:
+        for count, losses, weights in self.nodes(order):
             exponent = order * losses + np.log(weights)
             top = float(exponent.max())
             tilted = np.exp(exponent - top)
@@ -62,27 +68,34 @@ class Cumulants:
 
     def of(self, pair: Pair, order: float) -> float:
         """Return log E exp(order L) of one use of a pair."""
-        self.extend(order * 1.5 + 1)
-        for (known, _), (_, losses, weights) in zip(self.parts, self._nodes, strict=True):
+        for (known, _), (_, losses, weights) in zip(self.parts, self.nodes(order), strict=True):
             if known is pair:
                 exponent = order * losses + np.log(weights)
                 top = float(exponent.max())
                 return top + math.log(float(np.exp(exponent - top).sum()))
         raise KeyError(pair)
 
-    def lines(self, order: float, step: float, count: int) -> list[np.ndarray]:
-        """Return, for one use of each part, K(order + iu) - K(order) at u = 0, step, ..., (count - 1) step."""
-        self.extend(order * 1.5 + 1, step * count)
+    def lines(self, order: float, step: float, count: int, rough: bool = False) -> list[np.ndarray] | None:
+        """Return, for one use of each part, K(order + iu) - K(order) at u = 0, step, ..., (count - 1) step.
+
+        None if that takes too many nodes; rough: make do with those of u = 0.
+        """
         u = step * np.arange(count)
+        try:
+            nodes = self.nodes(order, 0.0 if rough else step * count)
+        except OverflowError:
+            if rough:
+                raise
+            return None
         out = []
-        for _, losses, weights in self._nodes:
+        for _, losses, weights in nodes:
             exponent = order * losses + np.log(weights)
             tilted = np.exp(exponent - exponent.max())
             tilted /= tilted.sum()
             keep = tilted > 1e-19
             tilted, kept = tilted[keep], losses[keep]
             mean = float(tilted @ kept)
-            if count * len(kept) < 300_000:
+            if count * len(kept) < 20_000:
                 values = np.exp(1j * np.outer(u, kept - mean)) @ tilted
             else:
                 values = gridded(kept - mean, tilted, step, count)
@@ -161,8 +174,8 @@ class Inversion:
     def _located(self, log_delta: float, low: float, high: float, most: float) -> tuple[float, float]:
         """Return neighbours on a grid between which delta is crossed, the lower with digits left."""
         shares = np.array([-0.5, -0.2, -0.05, 0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-        grid = np.unique(np.concatenate((most * shares, np.linspace(low, high, 9)))).tolist()
-        for here, there in pairwise(grid):
+        grid = np.unique(np.concatenate((most * shares, np.minimum(most, np.linspace(low, high, 9))))).tolist()
+        for here, there in reversed(list(pairwise(grid))):  # far below, what is left of delta may be noise
             value, sure = self.sure_log_delta(here)
             if sure and value >= log_delta > self.log_delta(there):
                 return here, there
@@ -230,6 +243,7 @@ class Lines:
     decays: list[Floats]  # real parts near the end of the line, of parts that have densities
     orders: Floats  # for an upper bound on epsilon: orders, and the log moments of every part there
     table: Floats
+    resolved: bool  # whether there were nodes enough for such a wave
 
     def line(self, counts: Sequence[int]) -> Inversion:
         """Return the line for these counts."""
@@ -254,6 +268,8 @@ class Lines:
 
     def settled_at(self, counts: Sequence[int]) -> bool:
         """Say whether the integrand has vanished where the line ends."""
+        if not self.resolved:
+            return False
         end = self.step * len(self.u)
         lasting = sum(count * decay for count, decay in zip(counts, self.decays, strict=True))
         spread = math.sqrt(self.bend(counts)) or 1e-9
@@ -278,13 +294,20 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
         effort = min(effort, 1 << 12)
     counts = [count for _, count in least.parts]
     size = min(effort, max(16, math.ceil(9 / max(math.sqrt(least.at(order)[2]), 1e-9) / step)))
+    lines: Lines | None = None
     while True:
-        single = most.lines(order, step, size)
+        single, resolved = most.lines(order, step, size), True
+        if single is None:  # so fast a wave takes too many nodes
+            if lines is not None:
+                return lines
+            single, resolved = most.lines(order, step, size, rough=True), False
+            assert single is not None
         decays = [
             (line.real if kind else 0 * line.real)[-(size // 5) :] for line, kind in zip(single, smooth, strict=True)
         ]
-        lines = Lines(order, step, np.linspace(0.0, step * (size - 1), size), single, moments, decays, orders, table)
-        if lines.settled_at(counts) or size >= effort:
+        u = np.linspace(0.0, step * (size - 1), size)
+        lines = Lines(order, step, u, single, moments, decays, orders, table, resolved)
+        if not resolved or lines.settled_at(counts) or size >= effort:
             return lines
         size = min(effort, size * 2)
 

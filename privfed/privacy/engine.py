@@ -17,6 +17,8 @@ from privfed.privacy.pair import ULP, Pair
 from privfed.privacy.stretch import Stretch, bracket_delta, stretch
 from privfed.privacy.window import refined, tilt
 
+_NEARBY = (4.0, 2.0, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25)
+
 
 @dataclass(frozen=True)
 class Bracket:
@@ -74,6 +76,11 @@ class Direction:
         """Say whether the closed profile of one use answers."""
         return len(self.parts) == 1 and self.parts[0][1] == 1 and not hasattr(self.parts[0][0], "below")
 
+    @property
+    def sharp(self) -> bool:
+        """Say whether bounds and estimate of epsilon differ by rounding only."""
+        return self.single or self._exact() is not None
+
     def line(self, log_delta: float) -> tuple[Inversion, float, float]:
         """Return an inversion line near this delta (kept for queries nearby), its saddle point and spread."""
         line = self._line_at(self.cumulants.order_for_delta(log_delta))
@@ -102,7 +109,10 @@ class Direction:
             near = self.cumulants.at(min(self.cumulants.order_for_delta(log_delta), 64.0))[1]
             return self._lattice_epsilon(exact, delta, near).estimate, True
         line, slope, spread = self.line(log_delta)
-        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, 0.0 if line.settled else 1e-4), line.settled
+        # Chernoff's bound: what the trapezoid rule says beyond it is an echo
+        most = min((self.cumulants.at(a)[0] - log_delta) / a for a in (f * line.order for f in _NEARBY))
+        xtol = 0.0 if line.settled else 1e-4
+        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, xtol, most), line.settled
 
     def near_epsilon(self, delta: float, tol: float) -> tuple[float, bool]:
         """Return the same from what a bracket to `tol` prepares anyway."""
@@ -255,7 +265,9 @@ class Direction:
             wrong = _profile_error(self.parts[0][0], epsilon)
             return Bracket(max(0.0, estimate - wrong), estimate, min(1.0, estimate + wrong), True)
         if epsilon >= self.ceiling:  # the true ceiling may lie a rounding error higher
-            upper = self.certain * (1 + 1e-12) + 2e-12 * abs(self.ceiling) + 1e-280
+            # above it for sure, there is only what P alone has, and what is too rare for floats
+            unsure = 0.0 if epsilon > self.ceiling + 1e-12 * abs(self.ceiling) else 2e-12 * abs(self.ceiling)
+            upper = self.certain * (1 + 1e-12) + unsure + 1e-280
             return Bracket(self.surely * (1 - 1e-12), self.certain, min(1.0, upper), True)
         top = self._top_delta(epsilon)
         if top is not None:

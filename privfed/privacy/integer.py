@@ -26,7 +26,9 @@ def integer_pair(event: ev.Event, rate: float, antipodal: bool, distance: int) -
     if not isinstance(event, (ev.DiscreteGaussian, ev.DiscreteLaplace, ev.Skellam)):
         return None
     shift = distance * event.sensitivity
-    reach, log_mass = _law(event, shift)
+    if isinstance(event, ev.DiscreteLaplace):
+        return _laplace_pair(event.scale, rate, antipodal, shift)
+    reach, log_mass = _law(event)
     k = np.arange(-reach - shift, reach + shift + 1)
     here, up = log_mass(k), log_mass(k - shift)
     p = (1 - rate) * np.exp(here) + rate * np.exp(up)
@@ -40,11 +42,29 @@ def integer_pair(event: ev.Event, rate: float, antipodal: bool, distance: int) -
     both = (p > 0) & (q > 0)
     keep_p, keep_q = p[both], q[both]
     spacing = shift / event.sigma**2 if isinstance(event, ev.DiscreteGaussian) and rate == 1 else 0.0
-    endless = not cut and not isinstance(event, ev.DiscreteLaplace)
-    return Atoms(keep_p, keep_q, only, rounding=1e-13, spacing=spacing, lost=lost, endless=endless)
+    return Atoms(keep_p, keep_q, only, rounding=1e-13, spacing=spacing, lost=lost, endless=not cut)
 
 
-def _law(event: ev.DiscreteGaussian | ev.DiscreteLaplace | ev.Skellam, shift: int) -> tuple[int, Law]:
+def _laplace_pair(scale: float, rate: float, antipodal: bool, shift: int) -> Atoms:
+    """Return the pair of discrete Laplace noise: beyond both centres all masses fall alike, so that is one outcome."""
+    if scale == 0:
+        raise OverflowError("no noise")
+    k = np.arange(-shift if antipodal else 0, _checked(shift) + 1)
+    ratio = -math.expm1(-1 / scale)  # of a mass to all from there outwards
+
+    def masses(centre: int) -> Floats:
+        found = np.asarray(np.exp(-np.abs(k - centre) / scale) * math.tanh(1 / (2 * scale)))
+        found[[0, -1]] /= ratio
+        return found
+
+    p = (1 - rate) * masses(0) + rate * masses(shift)
+    q = (1 - rate) * masses(0) + rate * masses(-shift) if antipodal else masses(0)
+    if min(float(p.min()), float(q.min())) < _RARE:
+        raise OutOfRange("a mass underflows where the other does not matter little")
+    return Atoms(p, q, rounding=1e-13, spacing=2 / scale if rate == 1 else 0.0)
+
+
+def _law(event: ev.DiscreteGaussian | ev.Skellam) -> tuple[int, Law]:
     """Return how far from 0 outcomes matter (mass beyond is below 1e-290) and the log masses of integers."""
     if isinstance(event, ev.DiscreteGaussian):
         sigma = event.sigma
@@ -58,12 +78,6 @@ def _law(event: ev.DiscreteGaussian | ev.DiscreteLaplace | ev.Skellam, shift: in
         total = math.log(float(np.exp(-(k**2) / (2 * sigma**2)).sum()))
         limit = math.inf if event.truncation is None else event.truncation
         return size, lambda x: np.where(np.abs(x) <= limit, -(x.astype(float) ** 2) / (2 * sigma**2) - total, -np.inf)
-    if isinstance(event, ev.DiscreteLaplace):
-        if event.scale == 0:
-            raise OverflowError("no noise")
-        scale = event.scale
-        total = math.log(1 / math.tanh(1 / (2 * scale)))
-        return _checked(math.ceil(660 * scale) + 1), lambda x: -np.abs(x) / scale - total
     if event.variance == 0:
         raise OverflowError("no noise")
     mean = event.variance

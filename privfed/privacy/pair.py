@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from scipy import special
 
 Floats = npt.NDArray[np.float64]
 ULP = 2.0**-52
+MOST_NODES = 500_000  # of one quadrature
 _CDF = 4 * ULP  # relative error of scipy's normal distribution function in its small tail; tested, half of it is seen
 
 
@@ -115,6 +117,8 @@ class NormalPair:
         step = min(0.2, 0.5 / self.mu, 2 * math.pi / (14 + 1.1 * wave * self.mu * (2 if self.antipodal else 1)))
         low = -13.0 - self.mu
         high = 13.0 + self.mu * (reach + 1)
+        if high - low > MOST_NODES * step:
+            raise OverflowError(f"losses of a noise multiplier of {1 / self.mu:g} are too far apart for a quadrature")
         x = np.arange(low, high + step, step)
         return self.loss(x), step * self._density(x)
 
@@ -151,9 +155,14 @@ class NormalPair:
         return float(self.rate * (special.ndtr(self.mu - x) - (1 + inner) * special.ndtr(-x)))
 
 
+@lru_cache(maxsize=1)
+def _legendre() -> tuple[Floats, Floats]:
+    return np.polynomial.legendre.leggauss(32)
+
+
 def panels(start: float, stop: float, density: float) -> tuple[Floats, Floats]:
     """Return points and weights of 32-point Gauss-Legendre panels, about `density` panels per unit length."""
-    points, weights = np.polynomial.legendre.leggauss(32)
+    points, weights = _legendre()
     count = min(6000, max(1, math.ceil((stop - start) * density)))
     half = (stop - start) / count / 2
     left = start + 2 * half * np.arange(count)
@@ -232,10 +241,13 @@ class LaplacePair:
 
     def _between(self, kinks: tuple[float, ...], reach: float, wave: float) -> tuple[Floats, Floats]:
         above = (1 - self.rate) * math.exp(-self.mu) / 2 + self.rate / 2
-        parts = [panels(a, b, (1 + reach + wave) / 3) for a, b in pairwise(kinks)]
+        # The loss has slope 2, so |s L| varies by 12 to each side within a panel: far less than 32 points resolve; and
+        # where P is a mixture, its zeros are pi / 2 from the real axis.
+        density = max(1 / 3, (1 + reach + wave) / 12)
+        parts = [panels(a, b, density) for a, b in pairwise(kinks)]
         x = np.concatenate([part[0] for part in parts])
-        density = ((1 - self.rate) * np.exp(-np.abs(x)) + self.rate * np.exp(-np.abs(x - self.mu))) / 2
-        weights = np.concatenate([part[1] for part in parts]) * density
+        law = ((1 - self.rate) * np.exp(-np.abs(x)) + self.rate * np.exp(-np.abs(x - self.mu))) / 2
+        weights = np.concatenate([part[1] for part in parts]) * law
         return np.append(self.loss(x), self.loss(np.array([self.mu]))), np.append(weights, above)
 
     def ends(self) -> tuple[float, float]:

@@ -66,6 +66,11 @@ class Plan:
         return not self._parts[0] and not self.renyi
 
     @property
+    def sharp(self) -> bool:
+        """Say whether what searches go by is exact but for rounding, or is a bound itself."""
+        return self.gaussian or bool(self.renyi) or all(direction.sharp for direction in self.directions)
+
+    @property
     def directions(self) -> tuple[Direction, ...]:
         """Return one or two directions of the parts with dominating pairs, the Gaussians among them."""
         if self._directions is None:
@@ -98,11 +103,26 @@ class Plan:
             return closed_form.gaussian_epsilon(self.mu, delta)
         return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
 
-    def rough_epsilon(self, delta: float) -> float:
-        """Return an epsilon for searches: the estimate, or where parts have Renyi bounds only, the moments of all."""
+    def rough_epsilon(self, delta: float, side: int | None = None) -> float:
+        """Return an epsilon for searches: the estimate, or where parts have Renyi bounds only, the moments of all.
+
+        side: the direction that is known to cost more, if it is known; see `costlier`.
+        """
         if self.renyi and self._parts[0] and delta > 0 and not self.infinite:
             return self._coarse(delta).upper
-        return self.estimate(delta)
+        if side is None or self._simple(delta):
+            return self.estimate(delta)
+        return max(0.0, self.directions[side].estimate_epsilon(delta)[0])
+
+    def _simple(self, delta: float) -> bool:
+        """Say whether epsilon takes no inversion."""
+        return self.infinite or bool(self.renyi) or delta == 0 or self.gaussian
+
+    def costlier(self, delta: float) -> int | None:
+        """Return the number of the direction that costs more by the estimate, None where none is composed."""
+        if self._simple(delta):
+            return None
+        return int(np.argmax([direction.estimate_epsilon(delta)[0] for direction in self.directions]))
 
     def rough_delta(self, epsilon: float) -> float:
         """Return the estimate of delta."""
@@ -128,7 +148,7 @@ class Plan:
             return self._coarse(delta)
         if found.upper == math.inf and self._opened is not None:
             found = _capped(found, self._opened.epsilon(delta, tol).upper)
-        return _bound(found, "epsilon")
+        return _bound(found, "epsilon", tol, 1e-3)
 
     def _unaccounted(self) -> tuple[str, str]:
         """Return method and proof where nothing is guaranteed."""
@@ -165,7 +185,7 @@ class Plan:
             best = _largest(best, other)
         if best.upper < _RARE and self._opened is not None:
             best = _capped(best, self._opened.delta(epsilon, tol).upper)
-        return _bound(best, "delta")
+        return _bound(best, "delta", tol, 1e-300)
 
     @cached_property
     def _opened(self) -> Plan | None:
@@ -215,11 +235,12 @@ class Plan:
             lower = closed_form.gaussian_epsilon(self.mu, delta) * (1 - closed_form.SLACK) if self.mu else 0.0
             lower = min(lower, upper)
             return Bound(lower, upper, upper, "Renyi divergences", "[BBG+20, Thm 21]" + _RENYI_LOWER)
-        blocked = [direction.bracket_epsilon(delta, tol) for direction in self._blocked()]
-        upper = max(0.0, max(bracket.upper for bracket in blocked))
-        for share in (0.05, 0.5, 0.95):
-            part = self._worst(delta * share, tol, self.directions).upper
-            upper = min(upper, part + rdp.epsilon_of(rdp.ORDERS, divergences, delta * (1 - share)))
+        blocked = self._worst(delta, tol, self._blocked())
+        upper = blocked.upper
+        if not upper - blocked.estimate <= tol * max(upper, 1e-3):
+            for share in (0.5, 0.95, 0.05):
+                part = self._worst(delta * share, tol, self.directions).upper
+                upper = min(upper, part + rdp.epsilon_of(rdp.ORDERS, divergences, delta * (1 - share)))
         lower = min(self._worst(delta, tol, self.directions).lower, upper)
         method = "Renyi block as a dominating pair, composed on a lattice, or delta split"
         return Bound(lower, upper, upper, method, "[BBG+20, ZDW22]" + _RENYI_LOWER)
@@ -303,9 +324,9 @@ def _capped(found: Bracket, upper: float) -> Bracket:
     return Bracket(found.lower, min(found.estimate, upper), upper, False)
 
 
-def _bound(found: Bracket, what: str) -> Bound:
+def _bound(found: Bracket, what: str, tol: float, floor: float) -> Bound:
     method = "tilted lattices, both sides; inversion for the estimate"
-    if not found.settled:
+    if found.lower != found.upper and not found.upper - found.lower <= tol * max(found.lower, floor):
         method += "; effort limit reached before tol"
     proof = f"{what}: connect the dots above [DGK+22], merged outcomes below; dominating pairs [ZDW22]"
     return Bound(found.lower, found.estimate, found.upper, method, proof)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ _CERTAIN = 1e-11  # relative error of the probability of what only P has
 _REST = 1e-13  # of the absolute sum may lie in frequencies that are left out
 _DIRECT = 1 / 24  # beyond this share of all frequencies one inverse FFT is cheaper than a few direct sums
 _FADING = 30.0  # nats that the weights have fallen by where the circle closes
+_KEPT = 1 << 18  # points of a circle whose angles are kept, 4 MB at most
 _SHIFTS = (0.1, 0.3, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0)  # of the tilt, in standard deviations, for Chernoff's bounds
 
 
@@ -46,6 +48,23 @@ def log_moment(lattice: Lattice, step: float, order: float) -> float:
     exponent = order * (lattice.offset + step * lattice.index[keep]) + np.log(lattice.mass[keep])
     top = float(exponent.max())
     return top + math.log(float(np.exp(exponent - top).sum()))
+
+
+def _circle_of(size: int) -> tuple[Floats, Floats, np.ndarray]:
+    """Return real and imaginary part of 1 - z, and z, at the frequencies of a circle of this size."""
+    return _kept_circle(size) if size <= _KEPT else _made_circle(size)
+
+
+@lru_cache(maxsize=8)
+def _kept_circle(size: int) -> tuple[Floats, Floats, np.ndarray]:
+    return _made_circle(size)
+
+
+def _made_circle(size: int) -> tuple[Floats, Floats, np.ndarray]:
+    angle = math.pi / size * np.arange(size // 2 + 1)
+    sine, cosine = np.sin(angle), np.cos(angle)
+    rise, slip = 2 * sine * sine, -2 * sine * cosine
+    return rise, slip, 1 - rise - 1j * slip
 
 
 class Spectrum:
@@ -83,20 +102,30 @@ class Spectrum:
     def _weights(self) -> np.ndarray:
         """Return the transform of e^(-a d) - e^(-(a + 1) d), over the size; inner frequencies stand for two.
 
-        1 - a z is written (1 - a) + a (1 - z), so that nothing cancels.
+        With z = e^(2 i angle), 1 / (1 - a z) is the conjugate of 1 - a z over its square, and 1 - a z is written
+        (1 - a) + a (1 - z), so that nothing cancels.
         """
-        angle = math.pi / self.size * np.arange(self.size // 2 + 1)
-        sine = np.sin(angle)
-        turn = 2 * sine * (sine - 1j * np.cos(angle))  # 1 - e^(2 i angle)
+        rise, slip, turned = _circle_of(self.size)  # real and imaginary part of 1 - z, and z
         near, far = math.exp(-self.order * self.step), math.exp(-(self.order + 1) * self.step)
-        first = -math.expm1(-self.order * self.step) + near * turn
-        second = -math.expm1(-(self.order + 1) * self.step) + far * turn
-        out = -near * math.expm1(-self.step) * (1 - turn) / (first * second)
-        out -= near**self.size / first - far**self.size / second
+        parts = []
+        for a, gap in ((near, -math.expm1(-self.order * self.step)), (far, -math.expm1(-(self.order + 1) * self.step))):
+            square = gap * gap + (2 * a) * rise  # |1 - a z|^2, as |1 - z|^2 is 2 rise
+            out = np.empty(len(rise), dtype=np.complex128)
+            np.divide(gap + a * rise, square, out=out.real)
+            np.divide((-a) * slip, square, out=out.imag)
+            parts.append(out)
+        first, second = parts
+        out = first * second
+        out *= turned
+        out *= -near * math.expm1(-self.step)
+        for once, rest in ((first, -(near**self.size)), (second, far**self.size)):
+            if abs(rest) > 0:
+                once *= rest
+                out += once
         out *= 2 / self.size
         out[0] /= 2
         out[-1] /= 2
-        return np.asarray(out, dtype=np.complex128)
+        return out
 
     def _select(self, once: list[np.ndarray], least: Sequence[int], most: Sequence[int]) -> None:
         """Keep the frequencies that matter, and bound the error of what is kept and the size of what is not."""
@@ -109,7 +138,7 @@ class Spectrum:
             fall += low * np.minimum(np.log(magnitude), 0.0)
             moved += (high * per_use) / magnitude
         part = np.exp(fall) * np.abs(weights)
-        wrong = part * np.expm1(np.minimum(moved + 8 * ULP * (sum(most) + 2), 30.0))
+        wrong = part * np.expm1(np.minimum(moved + 8 * ULP * (sum(most) + 4), 30.0))
         total = float(part.sum())
         keep = part > _REST * total / len(part)
         keep[0] = True

@@ -268,16 +268,24 @@ class Stretch:
         while True:
             upper, lower = self._read(counts, high, near, True), self._read(counts, low, near, False)
             done = self.goal.met(lower, upper) or upper <= enough
-            if done or not (self._exists(high + 1) or self._exists(low + 1)):
-                return lower, upper, done
+            if done:
+                return lower, upper, True
             room = 0.4 * self.goal.tol * max(near, self.goal.floor)
-            worse = target is None or (upper - near > room) == (near - lower > room)
-            high += int((worse or upper - near > room) and self._exists(high + 1))
-            low += int((worse or near - lower > room) and self._exists(low + 1))
+            wide = upper - near > room, near - lower > room
+            if target is None or wide[0] == wide[1]:
+                wide = True, True
+            finer = self._finer(high, wide[0]), self._finer(low, wide[1])
+            if finer == (high, low):  # the side that should come closer cannot: let the other one
+                finer = self._finer(high, not wide[0]), self._finer(low, not wide[1])
+            if finer == (high, low):
+                return lower, upper, False
+            high, low = finer
 
-    def _exists(self, number: int) -> bool:
+    def _finer(self, number: int, wanted: bool) -> int:
+        """Return the next level if that is wanted and there is room for one, else the same."""
         assert self._ladder is not None
-        return number < len(self._ladder.levels) or self._ladder.grow(2.5)
+        exists = wanted and (number + 1 < len(self._ladder.levels) or self._ladder.grow(2.5))
+        return number + 1 if exists else number
 
     def _near(self, counts: Counts) -> float:
         return self._nears[0] + self._share(counts) * (self._nears[1] - self._nears[0])
