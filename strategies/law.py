@@ -21,9 +21,11 @@ class Law:
 
     least: the fewest rows for this f. translation: F(X + t) = F(X) + t. scale: F(c X) = c F(X), any c > 0 (with
     parameters that are lengths scaled too, in `apply`, by the row norms). permutation: the order of rows does
-    not matter when there are no ties. idempotence: equal rows give that row. range: every coordinate stays
-    between its least and greatest value. robust: outliers of any size move it by a bounded amount only.
-    kappa: for every S of n-f rows, |F(X) - mean_S|^2 <= kappa(n, f) * variance_S.
+    not matter for rows in general position; False where ties are natural or one row has a part of its own. Ties go
+    to the lowest index, so that rows in the order of node ids give one result whatever order they arrived in.
+    idempotence: equal rows give that row. range: every coordinate stays between its least and greatest value.
+    robust: outliers of any size move it by a bounded amount only. kappa, as published: for every S of n-f rows,
+    |F(X) - mean_S|^2 <= kappa(n, f) * variance_S. sharp: the same with what docs/robustness.md proves, if that is less.
     """
 
     apply: Apply
@@ -35,6 +37,7 @@ class Law:
     range: bool = True
     robust: bool = True
     kappa: Kappa | None = None
+    sharp: Kappa | None = None
 
 
 def kappa_trimmed(n: int, f: int) -> float:
@@ -50,6 +53,21 @@ def kappa_krum(n: int, f: int) -> float:
 def kappa_median(n: int, f: int) -> float:
     """Return 4 (1 + f/(n-2f))^2, of the coordinate-wise and the geometric median [AFGGPS23]."""
     return 4 * (1 + f / (n - 2 * f)) ** 2
+
+
+def sharp_trimmed(n: int, f: int) -> float:
+    """Return f/(n-2f), of the trimmed mean: no rule has less [AFGGPS23]."""
+    return f / (n - 2 * f)
+
+
+def sharp_median(n: int, f: int) -> float:
+    """Return n/(n-2f), of the coordinate-wise median."""
+    return n / (n - 2 * f)
+
+
+def sharp_krum(n: int, f: int) -> float:
+    """Return (sqrt(2(n-f)) + sqrt(f+1))^2 / (n-2f-1), of Krum with n-f-2 neighbours besides itself."""
+    return float((np.sqrt(2 * (n - f)) + np.sqrt(f + 1)) ** 2 / (n - 2 * f - 1))
 
 
 def mixed_kappa(kappa: Kappa) -> Kappa:
@@ -87,11 +105,11 @@ LAWS: dict[str, Law] = {
         permutation=False,
         robust=False,
     ),
-    "median": Law(lambda X, f: coordinate.median(X), majority, kappa=kappa_median),
-    "trimmed_mean": Law(coordinate.trimmed_mean, majority, kappa=kappa_trimmed),
+    "median": Law(lambda X, f: coordinate.median(X), majority, kappa=kappa_median, sharp=sharp_median),
+    "trimmed_mean": Law(coordinate.trimmed_mean, majority, kappa=kappa_trimmed, sharp=sharp_trimmed),
     "meamed": Law(coordinate.meamed, majority),
     "phocas": Law(coordinate.phocas, majority),
-    "krum": Law(selection.krum, lambda f: 2 * f + 3),
+    "krum": Law(selection.krum, lambda f: 2 * f + 3, sharp=sharp_krum),
     "krum_allouah": Law(
         lambda X, f: selection.krum(X, f, neighbours=as_matrix(X).count - f - 1), majority, kappa=kappa_krum
     ),
@@ -100,6 +118,7 @@ LAWS: dict[str, Law] = {
     "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3, permutation=False),
     # several sets often share their two farthest rows, and with them their diameter
     "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority, permutation=False),
+    # its pivot is one of the rows
     "monna": Law(selection.monna, majority, permutation=False),
     "cge": Law(selection.cge, majority, translation=False),
     "smea": Law(spectral.smea, majority),
