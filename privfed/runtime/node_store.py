@@ -37,6 +37,7 @@ CREATE TABLE IF NOT EXISTS marks (
 CREATE TABLE IF NOT EXISTS answers (
   run TEXT NOT NULL, node TEXT NOT NULL, message TEXT NOT NULL, asked BLOB NOT NULL, token TEXT NOT NULL,
   status TEXT NOT NULL, reply INTEGER, other INTEGER, changed INTEGER NOT NULL, PRIMARY KEY (run, node, message));
+CREATE TABLE IF NOT EXISTS forgotten (run TEXT PRIMARY KEY);
 """
 _REFERENCES = (
     "SELECT 1 FROM nodes WHERE app = ? LIMIT 1",
@@ -57,7 +58,7 @@ class ReplyGone(NodeStoreError):
 
 
 class StateGone(NodeStoreError):
-    """A run goes back further than the node remembers."""
+    """A run goes back further than the node remembers, or comes back after it was forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,9 @@ class NodeStore:
             "SELECT attempt, round, pruned, app, mods FROM nodes WHERE run = ? AND node = ?", (run, node)
         ).fetchone()
         if row is None:
+            # Who let a run id live twice would have its opened sums and used masks opened and used again.
+            if database.execute("SELECT 1 FROM forgotten WHERE run = ?", (run,)).fetchone() is not None:
+                raise StateGone(f"run {run} ended and what the node kept of it is gone: start a new run")
             database.execute(
                 "INSERT INTO nodes VALUES (?, ?, ?, ?, -1, NULL, NULL, NULL)", (run, node, attempt, commit)
             )
@@ -271,13 +275,14 @@ class NodeStore:
             database.execute("UPDATE nodes SET ended = ? WHERE run = ? AND ended IS NULL", (now, str(run_id)))
 
     def evict(self, before: float) -> list[int]:
-        """Forget the runs that ended before a time (seconds since the epoch); return them."""
+        """Forget the runs that ended before a time (seconds since the epoch), all but their ids; return them."""
         with self._lock, self._blobs.transaction() as database:
             runs = [run for (run,) in database.execute("SELECT DISTINCT run FROM nodes WHERE ended < ?", (before,))]
             for run in runs:
                 blobs = database.execute("SELECT app, mods FROM nodes WHERE run = ?", (run,)).fetchall()
                 blobs += database.execute("SELECT app, NULL FROM marks WHERE run = ?", (run,)).fetchall()
                 blobs += database.execute("SELECT reply, other FROM answers WHERE run = ?", (run,)).fetchall()
+                database.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (run,))
                 database.execute("DELETE FROM nodes WHERE run = ?", (run,))
                 database.execute("DELETE FROM marks WHERE run = ?", (run,))
                 database.execute("DELETE FROM answers WHERE run = ?", (run,))

@@ -190,7 +190,12 @@ def test_runs_are_apart_and_forgotten_after_they_ended(tmp_path: Path) -> None:
     store.end(2, now=100.0)
     assert numbers(store.begin(ask(5, 2), "t")) == (2, 2)  # resumed: it has not ended
     assert store.evict(before=1e12) == []
-    assert numbers(store.begin(ask(5, 1), "t")) == (0, 0)
+    store.close()
+    store = NodeStore(tmp_path)  # and after a restart
+    with pytest.raises(StateGone, match="run 1 ended and what the node kept of it is gone"):
+        store.begin(ask(5, 1), "t")  # else its opened sums could be opened again
+    assert store.runs() == [2]
+    assert numbers(store.begin(ask(5, 3), "t")) == (0, 0)
     store.close()
 
 
