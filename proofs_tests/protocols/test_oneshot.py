@@ -366,7 +366,7 @@ def test_public_polynomials_change_with_every_fact_of_the_session() -> None:
     }
     sessions = [base, *(Session(**({s: getattr(base, s) for s in facts} | {name: facts[name]})) for name in facts)]
     seen = {OneShot(2).agree(session).public()(64) for session in sessions}
-    seen |= {OneShot(3).agree(base).public()(64), OneShot(2, slots=1).agree(base).public()(64)}
+    seen |= {OneShot(3).agree(base).public()(64), OneShot(2, bounded=True).agree(base).public()(64)}
     seen |= {OneShot(2, committee=(1, 2)).agree(base).public()(64)}
     assert len(seen) == 11
 

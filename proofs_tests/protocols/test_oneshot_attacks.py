@@ -48,7 +48,7 @@ INVITATIONS = {
     "a raised threshold": (invite(threshold=5), "parameters-differ"),
     "a smaller committee": (invite(committee=(1, 2, 3)), "foreign-committee"),
     "a committee of strangers": (invite(committee=(96, 97, 98, 99)), "foreign-committee"),
-    "another packing": (invite(slots=1), "parameters-differ"),
+    "another packing": (invite(slots=2), "parameters-differ"),
     "more tolerated corruption": (invite(corrupt=1), "parameters-differ"),
     "bounded entries": (invite(bounded=True), "parameters-differ"),
 }

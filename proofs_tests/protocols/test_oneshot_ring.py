@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from privfed.protocols import OneShot
 from privfed.protocols.errors import LocalError, RemoteError
 from privfed.protocols.oneshot import ciphertext, packing, ring, sampler
 
@@ -234,9 +235,31 @@ def test_noise_bound_leaves_one_failure_in_a_trillion() -> None:
 
 
 def test_wider_rings_take_fewer_slots() -> None:
-    chosen = [packing.choose(bits, 10, None, False).slots for bits in (10, 14, 20, 21, 42)]
-    assert chosen == [3, 2, 2, 1, 1]
     assert [packing.choose(bits, 1000, None, True).slots for bits in (14, 15, 21, 22, 42)] == [3, 2, 2, 1, 1]
+
+
+@given(st.integers(2, 40), st.integers(1, 42), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_what_is_decrypted_is_a_function_of_the_ring_sum(n: int, bits: int, seed: int) -> None:
+    """Not `bounded`: entries of one sum modulo 2^bits leave one message, however often they wrapped."""
+    generator = np.random.default_rng(seed)
+    chosen, wrap = packing.choose(bits, n, None, False), np.uint64((1 << bits) - 1)
+    rows = generator.integers(0, 1 << bits, (2, n, 50), dtype=np.uint64)
+    rows[1, -1] = (rows[0].sum(axis=0) - rows[1, :-1].sum(axis=0)) & wrap
+    size = chosen.coefficients(50)
+    totals = [sum((chosen.pack(row, 0, size) for row in half), np.zeros(size, np.uint64)) for half in rows]
+    messages = [chosen.split(total % np.uint64(Q))[0] for total in totals]
+    assert np.array_equal(*messages)
+
+
+def test_several_slots_are_for_bounded_sums() -> None:
+    """Between entries there is no room for carries, which would tell how many of the summands are negative."""
+    assert all(packing.choose(bits, 10, None, False).slots == 1 for bits in (1, 10, 14, 20, 21, 42))
+    for slots in (2, 3):
+        with pytest.raises(LocalError, match="bounded"):
+            packing.choose(8, 10, slots, False)
+        with pytest.raises(ValueError, match="bounded"):
+            OneShot(3, slots=slots)
 
 
 # --- ciphertexts

@@ -1,11 +1,13 @@
 """How ring entries share a coefficient, and how many ciphertexts fit before the noise reaches the message.
 
-A coefficient of 54 bits holds, from the top, `slots` entries and below them `shift` bits for noise. Sums that
-wrap modulo 2^bits would carry into the entry above, so entries are `width` >= bits apart:
+A coefficient of 54 bits holds, from the top, `slots` entries and below them `shift` bits for noise.
 
-* width = bits + ceil(log2 n): any entries, exact in Z_2^bits;
-* width = bits (`bounded`): entries are read as signed, and whoever quantised them promises that every signed
-  sum fits `bits` bits; then a borrow is known and undone.
+* One slot: any entries, exact in Z_2^bits; what wraps leaves the coefficient at its top and is gone.
+* More (`bounded` only): entries are read as signed, and whoever quantised them promises that every signed sum fits
+  `bits` bits; then a borrow from the entry above is known and undone.
+
+Room between entries for the carries of sums that wrap would make any entries readable, and is not offered: whoever
+decrypts reads the carries as well, so how many nodes' entries are negative, beside the sum in Z_2^bits.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ class Packing:
 
     bits: int
     slots: int
-    width: int
-    bounded: bool
-    n: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether signed sums must fit the bits: entries that share a coefficient borrow from one another."""
+        return self.slots > 1
 
     @property
     def shift(self) -> int:
         """Bits below the lowest entry: log2 of the factor q/T between message and coefficient."""
-        return LOG_Q - (self.slots - 1) * self.width - self.bits
+        return LOG_Q - self.slots * self.bits
 
     def coefficients(self, dimension: int) -> int:
         """Coefficients that hold `dimension` entries: a multiple of 2048."""
@@ -60,10 +64,10 @@ class Packing:
         for slot in range(self.slots):
             part = entries[slot * step + start : min(slot * step + stop, (slot + 1) * step)]
             wide = part.astype(np.uint64)
-            if self.bounded and slot < self.slots - 1:
+            if slot < self.slots - 1:
                 spare = np.uint64(64 - self.bits)
                 wide = ((wide << spare).view(np.int64) >> np.int64(spare)).view(np.uint64)
-            wide <<= np.uint64(self.shift + slot * self.width)
+            wide <<= np.uint64(self.shift + slot * self.bits)
             out[: len(part)] += wide
         return out
 
@@ -71,12 +75,12 @@ class Packing:
         """Entries of the summed message (q/T divided out): uint64[coefficients] -> uint64[dimension]."""
         step = len(message)
         out = np.empty(self.slots * step, dtype=np.uint64)
-        half = np.uint64(1 << (self.bits - 1) if self.bounded else 0)
+        half = np.uint64(1 << (self.bits - 1))
         for slot in range(self.slots - 1):
-            message = message + (half << np.uint64(slot * self.width))
+            message = message + (half << np.uint64(slot * self.bits))
         for slot in range(self.slots):
             part = out[slot * step : (slot + 1) * step]
-            np.right_shift(message, np.uint64(slot * self.width), out=part)
+            np.right_shift(message, np.uint64(slot * self.bits), out=part)
             if slot < self.slots - 1:
                 part -= half
             part &= np.uint64((1 << self.bits) - 1)
@@ -91,19 +95,21 @@ class Packing:
         return rounded, error
 
 
-def _fits(bits: int, slots: int, n: int, bounded: bool) -> Packing | None:
-    width = bits if bounded or slots == 1 else bits + math.ceil(math.log2(n))
-    packing = Packing(bits, slots, width, bounded and slots > 1, n)
+def _fits(bits: int, slots: int, n: int) -> Packing | None:
+    packing = Packing(bits, slots)
     return packing if packing.shift > 0 and 1 << (packing.shift - 1) > noise_bound(n) else None
 
 
 def choose(bits: int, n: int, slots: int | None, bounded: bool) -> Packing:
     """Choose the most slots per coefficient (or exactly `slots`) whose sum of n ciphertexts can be read.
 
-    Raises LocalError when there is no such packing: the sum would drown in the noise.
+    Raises LocalError when there is no such packing, as the sum would drown in the noise, and for several slots of
+    entries that are not `bounded`, whose carries would be readable.
     """
-    for count in range(MAX_SLOTS, 0, -1) if slots is None else (slots,):
-        packing = _fits(bits, count, n, bounded)
+    if slots is not None and slots > 1 and not bounded:
+        raise LocalError(f"slots={slots} need bounded=True: carries between entries would tell more than their sum")
+    for count in range(MAX_SLOTS if bounded else 1, 0, -1) if slots is None else (slots,):
+        packing = _fits(bits, count, n)
         if packing is not None:
             return packing
     wanted = f"{slots or 1} x {bits} bits"

@@ -35,9 +35,10 @@ class OneShot:
         session. A member costs each node 5.4 kB.
     corrupt: nodes that may collude with the server; every sum holds at least corrupt + 2 inputs. All of them may be
         members, unless the committee was drawn: then no more than `privfed.protocols.beacon.corrupt_members` says.
-    slots: ring entries per coefficient, 1 to 3; None: as many as the noise of n nodes leaves room for.
-    bounded: True promises that every signed sum fits the ring's bits, as a quantiser ensures; it saves the
-        bits that otherwise keep sums which wrap apart, so that 2 x 21 or 3 x 14 bits fit for 1010 nodes.
+    slots: ring entries per coefficient, 1 to 3; None: as many as the noise of n nodes leaves room for. More
+        than one need `bounded`.
+    bounded: True promises that every signed sum fits the ring's bits, as a quantiser ensures, so that several
+        entries share a coefficient: 2 x 21 or 3 x 14 bits for up to 1010 nodes.
 
     Guarantees: the server and up to `corrupt` nodes learn the sum of the survivors and nothing else about an
     honest input [Hint-RLWE with standard deviation 3.2, docs/oneshot-security.md]. Source: [KP24], [BGLRS25], [KLSS23].
@@ -70,6 +71,8 @@ class OneShot:
             raise ValueError(f"slots must be 1, 2, 3 or None, got {self.slots!r}")
         if not isinstance(self.bounded, bool):
             raise ValueError(f"bounded must be True or False, got {self.bounded!r}")
+        if self.slots is not None and self.slots > 1 and not self.bounded:
+            raise ValueError(f"slots={self.slots} need bounded=True: carries between entries would tell more than a sum")
 
     @property
     def stages(self) -> tuple[str, ...]:
