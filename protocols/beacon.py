@@ -323,15 +323,16 @@ class BeaconServer:
         """End the stage. Raises TooFewSurvivors."""
         stage, replies = self.stage, self._replies
         if stage == "commit":
-            if self._known:
+            if 2 * len(self._known) > len(replies):
                 self.groups, self.nodes = self._agreed()
                 self._at = len(STAGES)
                 return
-            if len(replies) < max(2, self._committee):
-                raise TooFewSurvivors(len(replies), max(2, self._committee), stage)
-            self.nodes = len(replies)
-            self._commitments = codec.table((node, raw[1:]) for node, raw in replies.items())
-            self._asked, self._request = tuple(sorted(replies)), codec.u8(REVEAL) + self._commitments
+            fresh = {node: raw for node, raw in replies.items() if node not in self._known}
+            if len(fresh) < max(2, self._committee):
+                raise TooFewSurvivors(len(fresh), max(2, self._committee), stage)
+            self.nodes = len(fresh)
+            self._commitments = codec.table((node, raw[1:]) for node, raw in fresh.items())
+            self._asked, self._request = tuple(sorted(fresh)), codec.u8(REVEAL) + self._commitments
         elif stage == "reveal":
             if self.silent:
                 raise TooFewSurvivors(len(replies), len(self._asked), stage)
@@ -343,17 +344,24 @@ class BeaconServer:
         self._replies, self._at = {}, self._at + 1
 
     def _agreed(self) -> tuple[Groups, int]:
-        """What its members tell: the committee that most know, or disjoint groups, those that most claim first."""
+        """What most members tell: the committee, or disjoint groups, none small and none over a node that has no group.
+
+        Lying nodes could otherwise put a node that has none, and so joins any session, among themselves. Raises
+        RemoteError when nothing is left.
+        """
         claims = Counter(claim for node, claim in self._known.items() if self._committee or node in claim[0])
         ordered = sorted(claims.items(), key=lambda item: (-item[1], item[0]))
-        nodes = ordered[0][0][1] if ordered else 0
-        if self._committee:
-            return tuple(group for (group, _), _ in ordered[:1]), nodes
-        found: list[tuple[int, ...]] = []
-        for (group, _), _ in ordered:
-            if not any(set(group) & set(other) for other in found):
-                found.append(group)
-        return tuple(sorted(found)), nodes
+        if self._committee and 2 * ordered[0][1] > len(self._known):
+            return (ordered[0][0][0],), ordered[0][0][1]
+        loose, least = set(self._replies) - set(self._known), min(self._size, len(self._asked))
+        found: dict[tuple[int, ...], int] = {}
+        for (group, nodes), votes in ordered if not self._committee else ():
+            taken = loose.union(*found)
+            if 2 * votes > len(group) >= least and not taken & set(group):
+                found[group] = nodes
+        if not found:
+            raise RemoteError("split-beacon", self._known, "nodes tell of something that most members do not know")
+        return tuple(sorted(found)), next(iter(found.values()))
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,55 @@ def test_a_committee_is_of_the_roster_and_the_same_for_all(nodes: int, label: in
     assert members == draw_committee(list(range(nodes, 0, -1)), size, seed)
 
 
+def _told(claims: dict[int, tuple[int, ...]], size: int = 3) -> Any:
+    """A server whose nodes answer the first request with groups, or with commitments."""
+    server = Beacon(size).server(Session(1, 1, "train", NODES, 0, 32))
+    for node in NODES:
+        if node in claims:
+            group = claims[node]
+            told = bytes([SETTLED]) + codec.u32(6) + codec.node_list(group)
+            server.receive(node, told if group else bytes([1]) + bytes(32))
+    return server
+
+
+def test_nodes_that_claim_groups_in_a_fresh_run_are_left_out_of_the_draw() -> None:
+    """Liars would choose whom an honest node, which has no group yet, is summed with."""
+    server = _told({2: (2, 3, 5), 3: (2, 3, 5), 5: (), 7: (), 11: (), 13: ()})
+    server.close()
+    assert server.stage == "reveal"
+    assert set(server.outbound()) == {5, 7, 11, 13}
+
+
+def test_a_node_that_claims_a_committee_in_a_fresh_run_is_left_out_of_the_draw() -> None:
+    server = Beacon(committee=3).server(Session(1, 1, "train", NODES, 0, 32))
+    server.receive(2, bytes([SETTLED]) + codec.u32(6) + codec.node_list((2, 3, 5)))
+    for node in NODES[1:]:
+        server.receive(node, bytes([1]) + bytes(32))
+    server.close()
+    assert server.stage == "reveal"
+    assert set(server.outbound()) == set(NODES[1:])
+
+
+def test_no_group_is_taken_over_a_node_that_has_none() -> None:
+    server = _told({2: (2, 3, 5), 3: (2, 3, 5), 5: (), 7: (7, 11, 13), 11: (7, 11, 13)})
+    server.close()
+    assert server.groups == ((7, 11, 13),)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {2: (2, 3, 5), 3: (2, 3, 5), 5: ()},  # over a node without a group
+        {2: (2, 3, 5, 7)},  # no majority of its members
+        {2: (2, 3), 3: (2, 3)},  # smaller than any group that was drawn
+        {2: (3, 5, 7), 3: (2, 5, 7)},  # of others
+    ],
+)
+def test_claims_that_stand_for_nothing_end_the_draw(claims: dict[int, tuple[int, ...]]) -> None:
+    with pytest.raises(RemoteError, match="split-beacon"):
+        _told(claims).close()
+
+
 @given(st.integers(2, 200), st.integers(2, 30), st.binary(min_size=32, max_size=32))
 @settings(max_examples=40, deadline=None)
 def test_groups_cover_all_nodes_and_none_is_small(nodes: int, size: int, seed: bytes) -> None:

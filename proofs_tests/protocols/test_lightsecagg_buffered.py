@@ -467,3 +467,23 @@ def test_a_buffer_holds_two_more_than_may_collude() -> None:
     with pytest.raises(LocalError, match="goal must be at least privacy"):
         replace(TERMS, goal=TERMS.privacy + 1)
     assert replace(TERMS, goal=TERMS.privacy + 2).goal == 3
+
+
+def test_a_model_is_trained_on_once_whatever_its_version_is_called() -> None:
+    """Two buffers over updates of one model would differ by what a single node sent."""
+    run = Run()
+    for node in TERMS.nodes:
+        run.contribute(node, 3)
+    run.buffer(3)
+    run.contribute(1, 20)  # long after, when nothing stale is remembered
+    for binding, version in ((BINDINGS[3], 21), (BINDINGS[20], 22)):
+        with pytest.raises(RemoteError, match="repeated-model"):
+            run.nodes[1].contribute(run.kept[1], version, binding, update(1, version))
+    run.contribute(1, 23)
+
+
+def test_weights_far_apart_would_be_digits_of_the_sum() -> None:
+    replace(TERMS, weights=(256, 3, 1))
+    for weights in ((1, 257), (1 << 16, 1), (2, 513)):
+        with pytest.raises(LocalError, match="factor of 256"):
+            replace(TERMS, weights=weights)

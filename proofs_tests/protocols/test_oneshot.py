@@ -251,6 +251,12 @@ def test_a_session_that_does_not_fit_is_refused_before_anything_is_sent(facts: d
         OneShot(0.9, committee=(1, 2, 3) if message == "committee" else None).server(Session(**(base | facts)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("threshold", [None, 2, 0.5])
+def test_a_committee_of_nobody_is_refused(threshold: int | float | None) -> None:
+    with pytest.raises(LocalError, match="committee= has 0 members"):
+        OneShot(threshold, committee=()).server(Session(1, 1, "train", (1, 2, 3), 4, 20))
+
+
 def test_secrets_of_the_largest_cohort_fit_half_the_share_field() -> None:
     assert sharing.MAX_NODES * sampler.CUT < sharing.PRIME / 2 < (sharing.MAX_NODES + 1) * sampler.CUT
 

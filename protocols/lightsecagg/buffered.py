@@ -28,6 +28,9 @@ from privfed.protocols.session import Buffer, Identity, Policy, Random, os_rando
 
 JOIN, ROSTER, CONTRIBUTION, BUFFER, SIGNED, OPEN, OPENED = range(0x40, 0x47)
 _NEVER = (1 << 63) - 2
+_MARK_BYTES = 16
+SPREAD = 256
+"""How many times the least weight the largest may be: weights far apart are digits of the sum, which tell its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,10 @@ class BufferTerms:
             raise LocalError(f"2 threshold > n + privacy must hold, got {self.threshold}, {n}, {self.privacy}")
         if not self.weights or not all(1 <= weight < 1 << 32 for weight in self.weights):
             raise LocalError("weights must be integers of 1 or more, the freshest first")
+        if max(self.weights) > SPREAD * min(self.weights):
+            raise LocalError(
+                f"weights must lie within a factor of {SPREAD}, or the sum shows its parts; got {self.weights}"
+            )
         if not 2 <= self.goal <= n or not 1 <= self.bits <= 64 or self.dimension < 0 or self.run < 0:
             raise LocalError(f"goal must be between 2 and {n}, bits between 1 and 64, dimension and run 0 or more")
         if self.goal < self.privacy + 2:
@@ -136,6 +143,7 @@ class Memory:
     contributed: its own last version. opened: the last version opened, per node. confirmed: hash of the one buffer
     it signed and has not opened yet. current: the version of the last buffer it signed. models: version -> hash of the
     model it stands for, as this node was given it or confirmed it, while an update of that version may have a weight.
+    given: 16 bytes of every model it contributed an update of.
     """
 
     root: bytes = field(repr=False)
@@ -145,12 +153,18 @@ class Memory:
     confirmed: bytes = bytes(32)
     opened: Mapping[int, int] = field(default_factory=dict)
     models: Mapping[int, bytes] = field(default_factory=dict)
+    given: bytes = b""
+
+    def knows(self, binding: bytes) -> bool:
+        """Whether this node contributed an update of the model."""
+        mark = binding[:_MARK_BYTES]
+        return any(self.given[at : at + _MARK_BYTES] == mark for at in range(0, len(self.given), _MARK_BYTES))
 
     def encode(self) -> bytes:
         numbers = codec.u64(self.contributed + 1) + codec.u64(self.current + 1)
         opened = codec.table((node, codec.u64(version)) for node, version in self.opened.items())
         models = codec.table((version + 1, binding) for version, binding in self.models.items())
-        return self.root + self.confirmed + numbers + codec.blob(self.roster) + opened + models
+        return self.root + self.confirmed + numbers + codec.blob(self.roster) + opened + models + codec.blob(self.given)
 
     @classmethod
     def decode(cls, kept: bytes) -> Memory:
@@ -160,7 +174,7 @@ class Memory:
             roster = bytes(reader.blob())
             opened = {node: int.from_bytes(raw, "big") for node, raw in reader.table(8).items()}
             models = {version - 1: bytes(raw) for version, raw in reader.table(32).items()}
-            return cls(root, roster, contributed, current, confirmed, opened, models)
+            return cls(root, roster, contributed, current, confirmed, opened, models, bytes(reader.blob()))
 
         try:
             return codec.decode(kept, read)
@@ -262,9 +276,10 @@ class BufferedNode:
         return self._secrets(memory).channel(peer, self._peers(memory.roster)[peer].public_key, place)
 
     def contribute(self, kept: bytes, version: int, binding: bytes, vector: Words) -> tuple[bytes, bytes]:
-        """Mask an update trained on `version` and share the mask. A version is used once, and versions rise.
+        """Mask an update trained on `version` and share the mask. A version and a model are used once, versions rise.
 
-        binding: hash of the model it was trained on; this node confirms no buffer in which the version is another one.
+        Two buffers over updates of one model would differ by what a single node sent. binding: hash of the model it was
+        trained on; this node confirms no buffer in which the version is another one.
         """
         memory, context = self._settled(kept)
         terms, bits = self.terms, self.terms.bits
@@ -272,6 +287,8 @@ class BufferedNode:
             raise LocalError(f"version must exceed {memory.contributed}, the last contributed; got {version}")
         if memory.models.get(version, binding) != binding:
             raise deviation("inconsistent-model", f"version {version} was another model in a buffer this node signed")
+        if memory.knows(binding):
+            raise deviation("repeated-model", f"version {version} is a model this node gave an update of before")
         given = np.asarray(vector)
         if given.shape != (terms.dimension,) or given.dtype not in (np.uint32, np.uint64):
             raise LocalError(f"the update must be uint32 or uint64 of shape ({terms.dimension},)")
@@ -295,7 +312,8 @@ class BufferedNode:
             messages.encode_vector(masked, bits),
         )
         models = {**memory.models, version: binding}
-        return replace(memory, contributed=version, models=models).encode(), reply
+        marks = memory.given + binding[:_MARK_BYTES]
+        return replace(memory, contributed=version, models=models, given=marks).encode(), reply
 
     def _shares(self, memory: Memory, version: int, holders: list[int]) -> Words:
         code, dimension, bits = self.terms.code, self.terms.dimension, self.terms.bits

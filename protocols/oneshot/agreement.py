@@ -107,13 +107,13 @@ def resolve_threshold(threshold: int | float | None, members: int, corrupt: int)
     Raises LocalError unless m >= corrupt + 2, t <= m, 2t > m + corrupt, and float64 can share among so many. So at
     least two honest members open every sum: a single one could be the difference of that sum and the next.
     """
+    if not 2 <= members <= MAX_COMMITTEE:
+        raise LocalError(f"committee= has {members} members; 2 to {MAX_COMMITTEE} can hold shares")
     if threshold is None:
         t = graph.solve_full_graph(members, _SOLVED_CORRUPT, _SOLVED_DROPOUT, True).threshold
         t = max(t, (members + corrupt) // 2 + 1)
     else:
         t = math.ceil(threshold * members) if isinstance(threshold, float) else threshold
-    if not 2 <= members <= MAX_COMMITTEE:
-        raise LocalError(f"committee= has {members} members; 2 to {MAX_COMMITTEE} can hold shares")
     if members < corrupt + 2:
         raise LocalError(f"committee= has {members} members, {corrupt} of them corrupt: two honest ones are needed")
     if not t <= members:

@@ -72,7 +72,9 @@ class OneShot:
         if not isinstance(self.bounded, bool):
             raise ValueError(f"bounded must be True or False, got {self.bounded!r}")
         if self.slots is not None and self.slots > 1 and not self.bounded:
-            raise ValueError(f"slots={self.slots} need bounded=True: carries between entries would tell more than a sum")
+            raise ValueError(
+                f"slots={self.slots} need bounded=True: carries between entries would tell more than a sum"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
