@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.errors import WireError
+from privfed.mapped import file_of, pieces
 
 _NUMPY_NAMES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _NUMPY_NAMES.split()}
@@ -124,13 +125,31 @@ class Array:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 over dtype, shape and buffer; computed once."""
+        """SHA-256 over dtype, shape and buffer; computed once, also for all arrays at one place of a mapped file."""
         if self._digest is None:
-            head = f"{self.dtype}:{','.join(map(str, self.shape))};".encode()
-            state = hashlib.sha256(head)
-            state.update(self.data)
-            self._digest = state.digest()
+            owner = file_of(self._view)
+            if owner is None or owner.digests is None:
+                self._digest = self._compute_digest()
+            else:
+                place = (self.dtype, self.shape, self._view.ctypes.data - owner.address)
+                if place not in owner.digests:
+                    owner.digests[place] = self._compute_digest()
+                self._digest = owner.digests[place]
         return self._digest
+
+    def _compute_digest(self) -> bytes:
+        head = f"{self.dtype}:{','.join(map(str, self.shape))};".encode()
+        state = hashlib.sha256(head)
+        for piece in pieces(self.data):
+            state.update(piece)
+        return state.digest()
+
+    @classmethod
+    def trust(cls, dtype: str, shape: tuple[int, ...], data: bytes | memoryview, digest: bytes) -> Array:
+        """Wrap a raw buffer whose digest somebody has checked who is trusted."""
+        array = cls(dtype, shape, RAW, data)
+        array._digest = digest
+        return array
 
     def view(self) -> NDArray[Any]:
         """Return the buffer as a read-only ndarray, not copied (bfloat16: its bits as uint16)."""
@@ -218,7 +237,7 @@ def _wrap(dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> NDArr
     expected = element_count(shape) * DTYPES[dtype].itemsize
     if buffer.nbytes != expected:
         raise WireError(f"buffer of {buffer.nbytes} bytes, {dtype}{shape} needs {expected}")
-    if dtype == "bool" and buffer.nbytes and np.frombuffer(buffer, np.uint8).max() > 1:
+    if dtype == "bool" and any(np.frombuffer(piece, np.uint8).max() > 1 for piece in pieces(buffer)):
         raise WireError("a bool array may hold only the bytes 0 and 1")
     values = np.frombuffer(buffer, DTYPES[dtype]).reshape(shape)
     values.flags.writeable = False

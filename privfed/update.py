@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.array import Array, element_count
+from privfed.mapped import let_go
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 
 Float64s = NDArray[np.float64]
@@ -85,7 +86,7 @@ def check_arrays(model: ArrayRecord, given: ArrayRecord, *, update: bool = False
             raise UpdateError(f"array {name!r} has shape {array.shape}, the model's has {expected.shape}")
         if array.dtype != dtype:
             raise UpdateError(f"array {name!r} has dtype {array.dtype}, not {dtype}")
-        if not is_finite(array.compute()):
+        if not all(is_finite(block) for block in parts(array)):
             raise UpdateError(f"array {name!r} holds NaN or infinity")
 
 
@@ -120,13 +121,20 @@ def _top(array: Array) -> int:
 
 def blocks(array: Array) -> Iterator[tuple[int, Float64s]]:
     """Yield (offset, float64 block) over the flattened array; a block is a fresh copy."""
-    flat = array.view().reshape(-1) if array.dtype != "bfloat16" else None
-    for start in range(0, element_count(array.shape), BLOCK):
-        if flat is None:
-            bits = array.view().reshape(-1)[start : start + BLOCK].astype(np.uint32) << np.uint32(16)
-            yield start, bits.view(np.float32).astype(np.float64)
-        else:
-            yield start, flat[start : start + BLOCK].astype(np.float64)
+    for number, values in enumerate(parts(array)):
+        yield number * BLOCK, values.astype(np.float64)
+
+
+def parts(array: Array) -> Iterator[NDArray[Any]]:
+    """Yield the flattened array in blocks of what arithmetic should use; do not write to them.
+
+    A block that lies in a mapped file is let go of when the next is asked for.
+    """
+    flat = array.view().reshape(-1)
+    for start in range(0, flat.size, BLOCK):
+        block = flat[start : start + BLOCK]
+        yield block if array.dtype != "bfloat16" else (block.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        let_go(block)
 
 
 def norm(record: ArrayRecord) -> float:

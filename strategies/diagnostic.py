@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.mapped import let_go
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies.guard import limit
 from privfed.strategies.metric import metrics_of
 from privfed.strategies.view import Float64s, Updates
-from privfed.update import blocks
+from privfed.update import BLOCK, blocks
 
 WIDTH = 8192
 
@@ -107,7 +108,11 @@ class NormFold:
     def finish(self, mean: Float64s, weight: float) -> dict[str, object]:
         """Return what the replies so far say beside their mean."""
         found: dict[str, object] = {"norm": describe_norms(np.array(self._norms), self._sources)}
-        center = float(mean @ mean)
+        center = 0.0
+        for start in range(0, mean.size, BLOCK):
+            block = mean[start : start + BLOCK]
+            center += float(block @ block)
+            let_go(block)
         if 0 < center < math.inf and math.isfinite(self._squares):
             found["diversity"] = self._squares / weight / center
         return found

@@ -1,14 +1,17 @@
-"""Fold replies into a running sum: memory is O(model), and the order of the replies is the caller's."""
+"""Fold replies into a running sum, block by block: the order of the replies is the caller's.
+
+Memory is O(model); in an app's process, where large replies and the sum are files, it is O(block).
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.array import element_count
+from privfed.mapped import let_go, zeros
 from privfed.record import ArrayRecord
 from privfed.strategies.view import Sum
-from privfed.update import BLOCK, dimension, flatten, is_finite
+from privfed.update import BLOCK, dimension, flatten, is_finite, parts
 
 Float64s = NDArray[np.float64]
 
@@ -18,7 +21,7 @@ class MeanFold:
 
     def __init__(self, model: ArrayRecord) -> None:
         self._model = model
-        self._sum: Float64s = np.zeros(dimension(model), np.float64)
+        self._sum: Float64s = zeros(dimension(model))
         self._buffer: Float64s = np.empty(min(BLOCK, max(1, self._sum.size)), np.float64)
         self._absolute = 0.0  # weight of the replies that were full weights
         self.weight = 0.0
@@ -26,29 +29,33 @@ class MeanFold:
     def add(self, arrays: ArrayRecord, weight: float, *, update: bool) -> None:
         """Add a checked reply."""
         place = 0
-        for name, expected in self._model.items():
-            values = arrays[name].compute().reshape(-1)
-            for start in range(0, element_count(expected.shape), BLOCK):
-                block = values[start : start + BLOCK]
+        for name in self._model:
+            for block in parts(arrays[name]):
                 part = self._buffer[: block.size]
-                target = self._sum[place + start : place + start + block.size]
+                target = self._sum[place : place + block.size]
                 with np.errstate(over="ignore", invalid="ignore"):  # the strategy refuses a sum that is not finite
                     np.multiply(block, weight, out=part, dtype=np.float64)
                     target += part
-            place += values.size
+                let_go(target)
+                place += block.size
         self.weight += weight
         if not update:
             self._absolute += weight
 
     def finish(self) -> Sum:
         """Return the mean update; the fold is used up. The caller has checked that the weight is above 0."""
-        mean = self._sum
-        if self._absolute:
-            # sum(w x) - W received = sum(w (x - received)); in float64 this loses 2^-53 of the weights' size.
-            with np.errstate(over="ignore", invalid="ignore"):
-                mean -= self._absolute * flatten(self._model)
-        mean /= self.weight
-        return Sum(mean, self.weight)
+        place = 0
+        for array in self._model.values():
+            for block in parts(array):
+                mean = self._sum[place : place + block.size]
+                if self._absolute:
+                    # sum(w x) - W received = sum(w (x - received)); in float64 this loses 2^-53 of the weights' size.
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        mean -= np.multiply(block, self._absolute, dtype=np.float64)
+                mean /= self.weight
+                let_go(mean)
+                place += block.size
+        return Sum(self._sum, self.weight)
 
 
 class RowFold:

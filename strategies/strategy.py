@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from privfed.array import Array
 from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import Checkpoint, Grid
+from privfed.mapped import let_go, zeros
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
@@ -20,7 +22,7 @@ from privfed.strategies.result import Result
 from privfed.strategies.resume import START, Resumption
 from privfed.strategies.stage import PlainStage, Stage
 from privfed.strategies.view import Float64s, GroupMeans, Outcome, Sum, Updates, View
-from privfed.update import PLAN, RESERVED, split
+from privfed.update import BLOCK, PLAN, RESERVED, split
 
 if TYPE_CHECKING:
     from privfed.plan import PrivacyPlan
@@ -411,12 +413,24 @@ def add_update(arrays: ArrayRecord, update: Float64s) -> ArrayRecord:
 
     Raises ValueError when a sum does not fit the dtype.
     """
-    parts = split(update, arrays)
-    moved = {}
+    given = split(update, arrays)
+    return ArrayRecord({name: _add(name, array, given[name].reshape(-1)) for name, array in arrays.items()})
+
+
+def _add(name: str, array: Array, update: Float64s) -> Array:
+    if not update.size:
+        return array
+    moved, size = zeros(array.nbytes, np.uint8), array.nbytes // update.size
+    data = moved.data
     with np.errstate(over="ignore", invalid="ignore"):
-        for name, array in arrays.items():
-            values = np.add(array.compute(), parts[name], dtype=np.float64)
-            moved[name] = array.replace(np.asarray(values))
-            if not bool(np.isfinite(moved[name].compute()).all()):
+        for start in range(0, update.size, BLOCK):
+            part = update[start : start + BLOCK]
+            place = slice(start * size, (start + part.size) * size)
+            old = Array(array.dtype, part.shape, "raw", array.data[place])
+            new = old.replace(np.add(old.compute(), part, dtype=np.float64))
+            if not bool(np.isfinite(new.compute()).all()):
                 raise ValueError(f"array {name!r} leaves the range of {array.dtype}")
-    return ArrayRecord(moved)
+            data[place] = new.data
+            for done in (part, array.data[place], data[place]):
+                let_go(done)
+    return Array(array.dtype, array.shape, "raw", data.toreadonly())

@@ -105,6 +105,6 @@ def spawn_local(limits: Limits) -> Spawn:
     def spawn(home: Path, log: Path) -> LocalProcess:
         with log.open("ab") as output:
             process, stream = start_process(home, output.fileno(), limits)
-        return LocalProcess(process, Channel(stream, limits.packet))
+        return LocalProcess(process, Channel(stream, limits.packet, home.parent))
 
     return spawn

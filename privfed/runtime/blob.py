@@ -6,12 +6,12 @@ arrays), and drops what is not.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from privfed.errors import PrivfedError
+from privfed.mapped import read_file
 
 
 class BlobError(PrivfedError):
@@ -91,10 +91,7 @@ class BlobFolder(Mapping[bytes, memoryview]):
             if digest not in self._whole:
                 raise KeyError(digest.hex()[:16])
             self._arrived[digest] = self._arrived.pop(digest)  # used last
-            with self._file(digest).open("rb") as file:
-                if not self._arrived[digest]:
-                    return memoryview(b"")
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return read_file(self._file(digest))
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._whole)

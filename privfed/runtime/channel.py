@@ -13,16 +13,19 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from privfed import wire
 from privfed.errors import PrivfedError, WireError
+from privfed.mapped import pieces
 from privfed.message import Message
 from privfed.record import RecordDict
+from privfed.runtime.spool import LARGE, Spool
 
 MAGIC = b"PFP1"
 MAX_HEAD = 1 << 24
@@ -68,21 +71,31 @@ class Packet:
 class Channel:
     """A stream socket that carries packets. Any thread may send; one at a time receives.
 
-    limit: bytes of the largest packet that is read.
+    limit: bytes of the largest packet that is read. spool: the folder for files without names that large buffers are
+    received into, so that they need no memory; None, or a full disk: memory. trusting: the other side has launched this
+    process, and the hashes it gives are not computed again.
     """
 
-    def __init__(self, stream: socket.socket, limit: int = MAX_PACKET) -> None:
+    def __init__(
+        self, stream: socket.socket, limit: int = MAX_PACKET, spool: Path | None = None, *, trusting: bool = False
+    ) -> None:
+        self._trusting = trusting
         self._socket = stream
         self._limit = limit
+        self.spool = spool
         self._sending = threading.Lock()
 
-    def send(self, packet: Packet) -> None:
-        """Send a packet. Raises ChannelError when the other side is gone, ValueError for what cannot travel."""
-        envelopes, buffers = [], {}
+    def send(self, packet: Packet, known: Container[bytes] = ()) -> None:
+        """Send a packet. Raises ChannelError when the other side is gone, ValueError for what cannot travel.
+
+        known: digests of buffers that the other side keeps; they are not sent.
+        """
+        envelopes: list[bytes] = []
+        buffers: dict[bytes, wire.Buffer] = {}
         for value in packet.values:
             envelope, own = wire.encode(value)
             envelopes.append(envelope)
-            buffers.update(own)
+            buffers.update((digest, buffer) for digest, buffer in own.items() if digest not in known)
         # Not msgspec: infinities, NaN and long integers must come back as they were.
         head = json.dumps(packet.head, default=_plain).encode()
         if len(head) > MAX_HEAD or len(envelopes) > MAX_VALUES or len(buffers) > MAX_VALUES:
@@ -103,11 +116,15 @@ class Channel:
                 self._socket.sendall(gathered)
                 gathered = bytearray()
             if len(part) > _SMALL:
-                self._socket.sendall(part)
+                for piece in pieces(part):
+                    self._socket.sendall(piece)
         self._socket.sendall(gathered)
 
-    def receive(self) -> Packet:
-        """Wait for a packet. Raises ChannelClosed at the end of the stream, ChannelError for anything malformed."""
+    def receive(self, known: Mapping[bytes, wire.Buffer] | None = None) -> Packet:
+        """Wait for a packet. Raises ChannelClosed at the end of the stream, ChannelError for anything malformed.
+
+        known: buffers that the other side need not send.
+        """
         magic, size, values, buffers = _HEAD.unpack(self._read(_HEAD.size, first=True))
         if magic != MAGIC or size > MAX_HEAD or values > MAX_VALUES or buffers > MAX_VALUES:
             raise ChannelError("the other side sent no packet, or one beyond the limits")
@@ -118,15 +135,24 @@ class Channel:
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             left = self._within(left, length)
             envelopes.append(self._read(length))
-        found: dict[bytes, memoryview] = {}
-        for _ in range(buffers):
-            digest, length = _BUFFER.unpack(self._read(_BUFFER.size))
-            left = self._within(left, length)
-            found[digest] = self._read(length)
+        found = self._read_buffers(buffers, left)
         try:
-            return Packet(head, [wire.decode(envelope, found) for envelope in envelopes])
+            there = {**(known or {}), **found}
+            return Packet(head, [wire.decode(envelope, there, trusted=self._trusting) for envelope in envelopes])
         except WireError as fault:
             raise ChannelError(f"a packet does not decode: {fault}") from None
+
+    def _read_buffers(self, count: int, left: int) -> dict[bytes, memoryview]:
+        found: dict[bytes, memoryview] = {}
+        with Spool(self.spool) if self.spool is not None else contextlib.nullcontext() as spool:
+            for _ in range(count):
+                digest, length = _BUFFER.unpack(self._read(_BUFFER.size))
+                left = self._within(left, length)
+                if spool is None or length < LARGE:
+                    found[digest] = self._read(length)
+                else:
+                    spool.take(digest, length, self._fill, self._reserve)
+            return found if spool is None else found | spool.buffers()
 
     def _within(self, left: int, length: int) -> int:
         if length > left:
@@ -135,25 +161,40 @@ class Channel:
 
     def _read(self, size: int, *, first: bool = False) -> memoryview:
         """Read exactly `size` bytes; memory is used by what arrives, not by what was announced."""
+        return self._fill(self._reserve(size), first=first).toreadonly()
+
+    def _reserve(self, size: int) -> memoryview:
+        try:
+            return np.empty(size, np.uint8).data  # untouched pages cost nothing
+        except MemoryError:
+            raise ChannelError(f"there is no memory for {size} bytes of a packet") from None
+
+    def _fill(self, data: memoryview, *, first: bool = False) -> memoryview:
+        """Read as many bytes as there is room for, and return them."""
         at = 0
         try:
-            data = np.empty(size, np.uint8).data  # untouched pages cost nothing
-            while at < size:
+            while at < len(data):
                 count = self._socket.recv_into(data[at:])
                 if not count:
                     raise ChannelClosed("closed") if first and not at else ChannelError("the stream ends in a packet")
                 at += count
-        except MemoryError:
-            raise ChannelError(f"there is no memory for {size} bytes of a packet") from None
         except OSError as fault:
             raise ChannelError(f"the other side is gone: {fault}") from None
-        return data.toreadonly()
+        return data
 
     def close(self) -> None:
         """Close the stream; a thread that waits in `receive` wakes."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def large_buffers(packet: Packet) -> dict[bytes, wire.Buffer]:
+    """Return the large buffers of a packet by their digests."""
+    contents = (value for value in packet.values if isinstance(value, RecordDict) or value.has_content())
+    records = (value if isinstance(value, RecordDict) else value.content for value in contents)
+    arrays = (array for found in records for record in found.array_records.values() for array in record.values())
+    return {array.digest: array.data for array in arrays if array.nbytes >= LARGE}
 
 
 def _parts(head: bytes, envelopes: Sequence[bytes], buffers: Mapping[bytes, wire.Buffer]) -> Iterator[wire.Buffer]:

@@ -17,6 +17,7 @@ from typing import Any
 from privfed import wire
 from privfed.errors import PrivfedError, WireError
 from privfed.grid import Checkpoint
+from privfed.mapped import pieces, read_file
 from privfed.record import ConfigRecord, ConfigValue, Record, RecordDict
 from privfed.runtime.disk import sync_folder, write_atomically
 from privfed.runtime.store import NodeState, pack_states, unpack_states
@@ -175,16 +176,20 @@ def _write(path: Path, records: RecordDict) -> bytes:
     parts = wire.parts(records)
     state = hashlib.sha256()
     for part in parts:
-        state.update(part)
+        for piece in pieces(part):
+            state.update(piece)
     digest = state.digest()
     write_atomically(path, [MAGIC + bytes(_HEAD - len(MAGIC) - len(digest)) + digest, *parts])
     return digest
 
 
 def _read(path: Path, expected: bytes | None = None) -> RecordDict:
-    data = memoryview(path.read_bytes())
+    data = read_file(path)
     head, frame = bytes(data[:_HEAD]), data[_HEAD:]
-    digest = hashlib.sha256(frame).digest()
+    state = hashlib.sha256()
+    for piece in pieces(frame):
+        state.update(piece)
+    digest = state.digest()
     if head != MAGIC + bytes(_HEAD - len(MAGIC) - len(digest)) + digest:
         raise WireError("its hash does not match its content")
     if expected is not None and digest != expected:

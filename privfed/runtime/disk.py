@@ -7,13 +7,16 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from privfed.mapped import pieces
+
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Replace a file: temporary file, fsync, rename, fsync of the folder. data: bytes, or parts of them in order."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
+            for part in [data] if isinstance(data, bytes) else data:
+                file.writelines(pieces(part))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -17,8 +17,9 @@ from privfed.grid import Grid
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.capsule import take_state
-from privfed.runtime.channel import Channel, ChannelError, Packet
-from privfed.runtime.remote_grid import KINDS, pack_checkpoint, read_checkpoint
+from privfed.runtime.channel import Channel, ChannelError, Packet, large_buffers
+from privfed.runtime.remote_grid import KEPT, KINDS, pack_checkpoint, read_checkpoint
+from privfed.wire import Buffer
 
 MAX_CALLS = 512
 PULL_BYTES = 1 << 28
@@ -34,6 +35,7 @@ class GridHost:
         self._grid = grid
         self._context = context
         self._gone = False
+        self._kept: dict[str, dict[bytes, Buffer]] = {}
         self._calls: Mapping[str, Callable[[Packet], Packet]] = {
             "nodes": self._nodes,
             "push": self._push,
@@ -60,9 +62,11 @@ class GridHost:
         pool = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="privfed-grid")
         try:
             while True:
-                packet = self._channel.receive()
+                packet = self._channel.receive({k: v for kept in self._kept.values() for k, v in kept.items()})
                 if packet.head.get("op") != "call":
                     return self._ended(packet)
+                if packet.head.get("name") in KEPT:
+                    self._kept[packet.head["name"]] = large_buffers(packet)
                 pool.submit(self._answer, packet)
         finally:
             self._gone = True

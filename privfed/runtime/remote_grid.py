@@ -21,11 +21,14 @@ from privfed.grid import Checkpoint, Grid
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.capsule import state_of
-from privfed.runtime.channel import Channel, ChannelError, Packet
+from privfed.runtime.channel import Channel, ChannelError, Packet, large_buffers
 from privfed.runtime.store import StoreError
 
 PUSH_BYTES = 1 << 28
 """Array bytes after which a batch of instructions goes out and the next one begins."""
+KEPT = ("push", "commit")
+"""Calls whose large buffers the other side keeps until the next call of the same name: a model that was committed, and
+sent to some nodes, is not sent again for the others."""
 KINDS: dict[str, type[Exception]] = {
     "StoreError": StoreError,
     "RunStopped": RunStopped,
@@ -53,6 +56,8 @@ class Caller:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[Packet]] = {}
         self._lock = threading.Lock()
+        self._there: dict[str, set[bytes]] = {}
+        self._sending = threading.Lock()
 
     def call(self, name: str, head: Mapping[str, Any] | None = None, values: Sequence[Any] = ()) -> Packet:
         """Make a call and wait for its answer. Raises what it raised on the other side."""
@@ -61,7 +66,7 @@ class Caller:
         with self._lock:
             self._waiting[number] = answer
         try:
-            self._channel.send(Packet({"op": "call", "id": number, "name": name, **(head or {})}, values))
+            self._send(Packet({"op": "call", "id": number, "name": name, **(head or {})}, values))
             packet = answer.get()
         finally:
             with self._lock:
@@ -69,6 +74,16 @@ class Caller:
         if packet.head["op"] == "raise":
             raise KINDS.get(packet.head["kind"], PrivfedError)(packet.head["text"])
         return packet
+
+    def _send(self, packet: Packet) -> None:
+        """Send a call; large buffers that the last call of a kind that is kept has brought there are not sent again."""
+        name = packet.head["name"]
+        if name not in KEPT:
+            self._channel.send(packet)
+            return
+        with self._sending:
+            self._channel.send(packet, frozenset().union(*self._there.values()))
+            self._there[name] = set(large_buffers(packet))
 
     def dispatch(self, inbox: queue.SimpleQueue[Packet]) -> None:
         """Hand out answers, for ever."""

@@ -222,6 +222,7 @@ class ExecHost:
             got = f"no answer within {LAUNCH_SECONDS:g} s"
         if isinstance(got, str):
             raise ExecError(f"the superexec did not start a process: {got}")
+        got.spool = home.parent
         remote = _Remote(number, self, got)
         with self._lock:
             self._running[number] = remote

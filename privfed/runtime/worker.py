@@ -37,9 +37,12 @@ def main() -> None:
         achieved = confine(limits)  # before any other import: it needs a process with one thread
     except Exception as fault:  # noqa: BLE001 - told to the launcher, who decides
         achieved = f"refused: {fault}"
+    from privfed.mapped import work_in
     from privfed.runtime.channel import Channel
 
-    channel = Channel(stream)
+    home = Path.cwd()  # its own folder: what is large is in files there, and not in memory
+    work_in(home)
+    channel = Channel(stream, spool=home, trusting=True)
     if achieved.startswith("refused"):
         _send(channel, {"op": "refused", "text": achieved})
         return
