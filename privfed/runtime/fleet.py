@@ -27,6 +27,7 @@ from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import CertificateError
 from privfed.runtime.credentials import Credentials
 from privfed.runtime.frame import (
+    CHUNK,
     Answer,
     Buffer,
     Down,
@@ -42,6 +43,7 @@ from privfed.runtime.frame import (
     Verdict,
     Waiting,
     Welcome,
+    chunk_size,
     chunks,
     pack,
     parcel,
@@ -50,8 +52,9 @@ from privfed.runtime.frame import (
     unpack_down,
     wanted,
 )
-from privfed.runtime.handshake import NetworkError, Refused, agree, connect, explain, greeting
+from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, NetworkError, Refused, agree, connect, explain, greeting
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
+from privfed.runtime.transfer import fetch, send
 
 MAX_PAUSE = 15.0
 R = TypeVar("R")
@@ -142,6 +145,7 @@ class FleetClient:
         self._channel = connect(address, credentials.channel_credentials() if credentials else None)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._greeting = greeting(node_id=None if credentials else self.node_id)
+        self._version = OLDEST  # until the SuperLink says what it speaks
         self._held = set(self.options.holding)
         self._fetching: set[str] = set()
         self._holding, self._downloading = threading.Lock(), threading.Lock()
@@ -286,7 +290,7 @@ class FleetClient:
             stream.cancel()
         for number, data in enumerate(stream):
             if not number:  # there is metadata now; while nobody is there, there is none
-                agree(stream.initial_metadata(), self.address)
+                self._version = agree(stream.initial_metadata(), self.address)
             yield data
 
     def _take(self, frame: Down) -> bool:
@@ -360,7 +364,8 @@ class FleetClient:
 
     def _download(self, parts: list[Part], going: Callable[[], bool] = lambda: True) -> None:
         """Fetch what is not here yet. going: whether it is still wanted, which a reconnect may change."""
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
+        old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
+        acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_SERVICE + "Fetch")
 
         def transfer() -> None:
             with self._downloading:  # what two tasks want is fetched once
@@ -368,7 +373,11 @@ class FleetClient:
                 if not missing:
                     return
                 have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
-                for frame in call(pack(wanted(missing, have)), metadata=self._greeting):
+                want = wanted(missing, have)
+                if self._version >= ACKNOWLEDGED:
+                    fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
+                    return
+                for frame in old(pack(want), metadata=self._greeting):
                     self._blobs.add(*read_chunk(frame))
 
         self._patiently(transfer)
@@ -376,10 +385,19 @@ class FleetClient:
     def _upload(self, missing: Sequence[Progress], outside: Mapping[bytes, Buffer]) -> None:
         if any(one.digest not in outside for one in missing):
             raise NetworkError(f"{self.address} asks for something that is not in the reply")
-        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(_SERVICE + "Upload")
-        stream = (frame for one in missing for frame in chunks(one.digest, outside[one.digest], one.size))
+        acknowledged = self._version >= ACKNOWLEDGED
+
+        def frames() -> Iterator[bytes]:
+            for one in missing:
+                buffer = outside[one.digest]
+                yield from chunks(one.digest, buffer, one.size, chunk_size(len(buffer)) if acknowledged else CHUNK)
+
         try:
-            call(stream, metadata=self._greeting)
+            if acknowledged:
+                send(self._channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
+            else:
+                old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(_SERVICE + "Upload")
+                old(frames(), metadata=self._greeting)
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:
                 raise NetworkError(fault.details()) from None

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from privfed.errors import WireError
+from privfed.mapped import let_go
 from privfed.message import SERVER_NODE_ID, Message
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import Peer
@@ -33,6 +34,7 @@ from privfed.runtime.frame import (
     Want,
     Welcome,
     chunk,
+    chunk_size,
     pack,
     read_chunk,
     unpack,
@@ -97,8 +99,10 @@ class FleetService:
         methods = {
             "Session": gate.conversing(self._session),
             "Answer": gate.unary(self._answer),
-            "Upload": gate.receiving(self._upload),
-            "Download": gate.streaming(self._download),
+            "Send": gate.conversing(self._receive),
+            "Fetch": gate.conversing(self._fetch),
+            "Upload": gate.receiving(self._upload),  # of protocol 1
+            "Download": gate.streaming(self._download),  # of protocol 1
             "Run": gate.unary(self._run),
             "Roster": gate.streaming(self._roster),
         }
@@ -254,6 +258,16 @@ class FleetService:
 
     async def _upload(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> bytes:
         del context
+        async for _ in self._take(peer, frames):
+            pass
+        return b""
+
+    async def _receive(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> None:
+        async for kept in self._take(peer, frames):
+            await context.write(pack(kept))
+
+    async def _take(self, peer: Peer, frames: AsyncIterator[bytes]) -> AsyncIterator[Progress]:
+        """Keep the chunks a node was asked for; yield what is here of a buffer after each."""
         node = self._served(peer)
         expected = self._expected.get(node)
         if expected is None:
@@ -264,7 +278,7 @@ class FleetService:
                 frame = await asyncio.wait_for(anext(iterator), STALL_SECONDS)
                 digest, offset, total, data = read_chunk(frame)
             except StopAsyncIteration:
-                return b""
+                return
             except TimeoutError:
                 raise Denied("the upload stands still", grpc.StatusCode.DEADLINE_EXCEEDED) from None
             except WireError as fault:
@@ -273,6 +287,7 @@ class FleetService:
                 raise Denied("a buffer that was not asked for, or of another size", grpc.StatusCode.INVALID_ARGUMENT)
             self.bytes_up += len(data)
             await self._keep(node, digest, offset, total, data)
+            yield Progress(digest=digest, size=offset + len(data))
 
     async def _keep(self, node: int, digest: bytes, offset: int, total: int, data: memoryview) -> None:
         if sum(inbox.size for inbox in self._inboxes.values()) > self._limits.total_bytes:
@@ -284,7 +299,24 @@ class FleetService:
         except OSError as fault:  # a full disk: the node keeps its reply and tries again
             raise Denied(f"cannot keep the upload: {fault.strerror}", grpc.StatusCode.RESOURCE_EXHAUSTED) from None
 
+    async def _fetch(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> None:
+        iterator = aiter(frames)
+        try:
+            request = await asyncio.wait_for(anext(iterator), STALL_SECONDS)
+            async for frame in self._give(peer, request, chunk_size):
+                await context.write(frame)
+                await asyncio.wait_for(anext(iterator), STALL_SECONDS)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Denied("the download stands still", grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
     async def _download(self, peer: Peer, request: bytes, context: Context) -> None:
+        async for frame in self._give(peer, request, lambda total: CHUNK):
+            await context.write(frame)
+
+    async def _give(self, peer: Peer, request: bytes, size: Callable[[int], int]) -> AsyncIterator[bytes]:
+        """Yield the chunks a node asks for. size: bytes of a chunk of a buffer of so many."""
         node = self._served(peer)
         try:
             want = unpack(request, Want)
@@ -295,10 +327,11 @@ class FleetService:
             total = len(source)
             if part.size > total:
                 raise Denied("that buffer is shorter", grpc.StatusCode.OUT_OF_RANGE)
-            for at in range(part.size, total, CHUNK):
-                frame = await self.dispatcher.in_thread(_cut(source, part.digest, at, total))
+            step = size(total)
+            for at in range(part.size, total, step):
+                frame = await self.dispatcher.in_thread(_cut(source, part.digest, at, step))
                 self.bytes_down += len(frame)
-                await context.write(frame)
+                yield frame
 
     def _source(self, node: int, digest: bytes) -> memoryview:
         found = self.dispatcher.outbox.find(node, digest)
@@ -310,8 +343,14 @@ class FleetService:
         raise Denied("this node was not sent that buffer", grpc.StatusCode.NOT_FOUND)
 
 
-def _cut(source: memoryview, digest: bytes, at: int, total: int) -> Callable[[], bytes]:
-    return lambda: chunk(digest, at, total, source[at : at + CHUNK])
+def _cut(source: memoryview, digest: bytes, at: int, size: int) -> Callable[[], bytes]:
+    def cut() -> bytes:
+        piece = source[at : at + size]
+        frame = chunk(digest, at, len(source), piece)
+        let_go(piece)
+        return frame
+
+    return cut
 
 
 def _node(peer: Peer) -> int:

@@ -4,7 +4,7 @@ A frame is a struct in MessagePack, in the one encoding that `pack` gives; `unpa
 travels as a Parcel: its envelope and the buffers it names (`privfed.wire`). What is small is inside the frame; the
 rest is named by its SHA-256 and moves in chunks, each with the digest, the offset and the total size in front:
 
-    chunk = digest(32) offset(8) total(8) data(1 .. CHUNK)
+    chunk = digest(32) offset(8) total(8) data(1 .. MAX_CHUNK)
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ import msgspec
 
 from privfed import wire
 from privfed.errors import WireError
+from privfed.mapped import pieces
 from privfed.message import Message
 
 MAX_FRAME = 4 << 20
 """No message on the network is larger, in bytes."""
 CHUNK = 1 << 20
+LARGEST_SENT = 2 << 20
+MAX_CHUNK = MAX_FRAME - (4 << 10)
+CHUNKS = 64
+"""A chunk is CHUNK bytes; of a buffer of more than CHUNKS of them a CHUNKS-th, at most LARGEST_SENT: a SuperLink has
+some copies of one in memory for every node that transfers. MAX_CHUNK is taken from others."""
 INLINE = 1 << 20
 """A parcel carries up to this many bytes itself."""
 MAX_BLOB = 64 << 30
@@ -235,12 +241,17 @@ def _strict(data: bytes, decoder: msgspec.msgpack.Decoder[V]) -> V:
     return value
 
 
-def chunks(digest: bytes, buffer: Buffer, offset: int = 0) -> Iterator[bytes]:
-    """Cut a buffer into chunks, from an offset on."""
+def chunk_size(total: int) -> int:
+    """Return the bytes of a chunk of a buffer of so many."""
+    return min(LARGEST_SENT, max(CHUNK, total // CHUNKS))
+
+
+def chunks(digest: bytes, buffer: Buffer, offset: int = 0, size: int = CHUNK) -> Iterator[bytes]:
+    """Cut a buffer into chunks of so many bytes, from an offset on."""
     view = memoryview(buffer).cast("B")
     total = len(view)
-    for at in range(offset, total, CHUNK):
-        yield chunk(digest, at, total, view[at : at + CHUNK])
+    for at, piece in zip(range(offset, total, size), pieces(view[offset:], size), strict=True):
+        yield chunk(digest, at, total, piece)
 
 
 def chunk(digest: bytes, offset: int, total: int, data: Buffer) -> bytes:
@@ -250,8 +261,8 @@ def chunk(digest: bytes, offset: int, total: int, data: Buffer) -> bytes:
 
 def read_chunk(frame: bytes) -> tuple[bytes, int, int, memoryview]:
     """Return digest, offset, total size and data of a chunk. Raises WireError."""
-    if not HEAD < len(frame) <= HEAD + CHUNK:
-        raise WireError(f"a chunk of {len(frame)} bytes: it has {HEAD} and then 1 to {CHUNK}")
+    if not HEAD < len(frame) <= HEAD + MAX_CHUNK:
+        raise WireError(f"a chunk of {len(frame)} bytes: it has {HEAD} and then 1 to {MAX_CHUNK}")
     digest = frame[:32]
     offset, total = int.from_bytes(frame[32:40], "big"), int.from_bytes(frame[40:48], "big")
     data = memoryview(frame)[HEAD:]

@@ -10,8 +10,13 @@ from privfed import __version__
 from privfed.errors import PrivfedError
 from privfed.runtime.frame import CHUNK, MAX_FRAME
 
-NEWEST, OLDEST = 1, 1
-"""Protocol versions this release speaks: a release speaks its own and the one before."""
+NEWEST, OLDEST = 2, 1
+"""Protocol versions this release speaks: a release speaks its own and the one before.
+
+1   large buffers move by Upload and Download
+2   they move by Send and Fetch, in which each chunk is acknowledged before the next one leaves
+"""
+ACKNOWLEDGED = 2
 
 _SPEAKS = "privfed-protocol"
 _RELEASE = "privfed-release"
@@ -29,7 +34,7 @@ IDLE_SECONDS = 120
 _TRANSFER: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_FRAME + 1024),
     ("grpc.max_send_message_length", MAX_FRAME + 1024),
-    # A fixed window of a chunk, so that a cut connection loses little: one that grows with the line loses megabytes.
+    # A fixed window, so that a peer cannot make us buffer more: a chunk that is larger is let through while it is read.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", CHUNK),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),

@@ -161,7 +161,7 @@ def test_chunks_go_on_from_any_byte(total: int, offset: int) -> None:
         frame.chunk(bytes(32), 0, 5, bytes(6)),
         frame.chunk(bytes(32), 1 << 63, 5, bytes(1)),
         frame.chunk(bytes(32), 0, frame.MAX_BLOB + 1, bytes(1)),
-        frame.chunk(bytes(32), 0, frame.CHUNK + 1, bytes(frame.CHUNK + 1)),
+        frame.chunk(bytes(32), 0, frame.MAX_CHUNK + 1, bytes(frame.MAX_CHUNK + 1)),
     ],
 )
 def test_a_bad_chunk_is_refused(raw: bytes) -> None:

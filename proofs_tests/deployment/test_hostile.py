@@ -165,7 +165,7 @@ def test_a_peer_of_another_version_is_told_both(link: LocalLink, method: str) ->
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
         told = greeting(7, 9, "9.0.0", node_id=1)
         list(channel.stream_stream(method)(iter([b""]), metadata=told, timeout=10))
-    assert "privfed 9.0.0) speaks protocol 7 to 9, this side (privfed 0.1.0) 1 to 1" in caught.value.details()
+    assert "privfed 9.0.0) speaks protocol 7 to 9, this side (privfed 0.1.0) 1 to 2" in caught.value.details()
 
 
 def test_a_newer_peer_that_still_speaks_our_version_is_served(link: LocalLink) -> None:
