@@ -16,6 +16,7 @@ COMMANDS = {
     "ls": ("privfed.cli.runs", "ls", "List the runs on this machine."),
     "log": ("privfed.cli.runs", "log", "Show the log of a run."),
     "stop": ("privfed.cli.runs", "stop", "Ask a run to stop after its current round."),
+    "fetch": ("privfed.cli.fetch", "fetch", "Bring the model and metrics of a SuperLink's run to this machine."),
     "report": ("privfed.cli.report", "report", "Write one self-contained HTML page about a run."),
     "build": ("privfed.cli.build", "build", "Pack an app into one deterministic, signed file."),
     "policy": ("privfed.cli.policy", "policy", "What this node lets anybody do with its data."),

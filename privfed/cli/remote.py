@@ -87,6 +87,9 @@ def attend(control: ControlClient, row: RunRow, form: str, offset: int = 0) -> N
         raise RunFailed(reason)
     if state == "stopped":
         print(f"stopped: {reason}", file=sys.stderr)
+    print(
+        f"`privfed fetch {row.name} --superlink {control.address}` brings its model and metrics here", file=sys.stderr
+    )
 
 
 def follow(control: ControlClient, name: str, listener: Listener, offset: int = 0) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import grpc
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
 from privfed.runtime.handshake import agree, connect, explain, greeting
+from privfed.runtime.result import ResultFile, ResultPart, ResultQuery, ResultRows
 
 SERVICE = "/privfed.Control/"
 CALL_SECONDS = 30.0
@@ -212,6 +213,21 @@ class ControlClient:
         call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Roster")
         answer = self._talk(lambda: unpack(call(say(), metadata=greeting(), timeout=CALL_SECONDS), RosterTaken))
         return answer.version
+
+    def results(self, name: str, models: str = "newest") -> ResultRows:
+        """Return what may be fetched of a run. models: which checkpoints, "none", "newest" or "all" that were kept."""
+        return self._call("Results", ResultQuery(name=name, models=models), ResultRows)
+
+    def result(self, run: str, file: ResultFile, offset: int = 0) -> Iterator[bytes]:
+        """Return the bytes of a listed file from an offset on; whoever reads them checks their hash."""
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Result")
+        stream = call(pack(ResultPart(run=run, file=file, offset=offset)), metadata=greeting())
+        try:
+            yield from stream
+        except grpc.RpcError as fault:
+            raise explain(fault, self.address) from None
+        finally:
+            stream.cancel()
 
     def follow(self, name: str, what: str, offset: int = 0, *, until_end: bool = True) -> Iterator[Piece]:
         """Return the pieces of a run's "log" or "events" as they come; the last one says how the run ended."""

@@ -36,6 +36,7 @@ from privfed.runtime.federation import Asked, Federation
 from privfed.runtime.frame import Frame, pack, read_chunk, unpack
 from privfed.runtime.gate import Context, Denied, Gate, malformed
 from privfed.runtime.node_register import NodeRegister
+from privfed.runtime.result_service import ResultService
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.run_folder import ENDED, RunFolder
 
@@ -67,6 +68,7 @@ class ControlService:
         self._federation = federation
         self._register = register
         self._dispatcher = dispatcher
+        self._results = ResultService(federation, self._own, dispatcher.in_thread, audit)
 
     def handlers(self, gate: Gate) -> grpc.GenericRpcHandler:
         """Return the service for a gRPC server."""
@@ -80,6 +82,8 @@ class ControlService:
             "Node": gate.unary(self._node),
             "Roster": gate.receiving(self._roster),
             "Follow": gate.streaming(self._follow),
+            "Results": gate.unary(self._results.rows),
+            "Result": gate.streaming(self._results.part),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -140,7 +144,7 @@ class ControlService:
             return
         by = await self._dispatcher.in_thread(lambda: self._federation.find(name).config.get("by"))
         if by != peer.common_name:
-            raise Denied(f"run {name} was submitted by {by}: {peer.common_name} may only stop runs of its own")
+            raise Denied(f"run {name} was submitted by {by}: {peer.common_name} may only do this with runs of its own")
 
     async def _show(self, peer: Peer, request: bytes) -> bytes:
         del peer

@@ -109,7 +109,7 @@ def test_roles_bound_what_users_do(link: LocalLink, members: Members) -> None:
                     decide(1)
             with pytest.raises(NetworkError, match="takes the role operator"):
                 user.hand_roster(members.authority.roster_document)
-        with pytest.raises(NetworkError, match="user-sue may only stop runs of its own"):
+        with pytest.raises(NetworkError, match="user-sue may only do this with runs of its own"):
             sue.stop(name)
         assert sam.stop(name).name == name
         eventually(lambda: sam.show(name).state == "stopped")
