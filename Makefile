@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-long test-torch test-postgres check bench clean python
+.PHONY: demo test test-long test-torch test-postgres test-s3 check bench clean python
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test-long  run the long sweeps too"
 	@echo "make test-torch run the tests that need torch and Opacus"
 	@echo "make test-postgres  run the tests that need PostgreSQL"
+	@echo "make test-s3    run the tests that need an S3 server (it is installed)"
 	@echo "make check      lint, types, floors"
 	@echo "make bench      measure speed and memory"
 	@echo "make clean      remove the virtual environment and caches"
@@ -43,10 +44,10 @@ demo: $(VENV)/.demo
 	$(BIN)/privfed run examples/quickstart --seed 1
 
 test: $(VENV)/.dev
-	$(PYTEST) -n $(WORKERS) -m "not long and not torch and not postgres"
+	$(PYTEST) -n $(WORKERS) -m "not long and not torch and not postgres and not s3"
 
 test-long: $(VENV)/.dev
-	$(PYTEST) -n $(WORKERS) -m "not torch and not postgres"
+	$(PYTEST) -n $(WORKERS) -m "not torch and not postgres and not s3"
 
 # torch first and by pip, so that what needs it resolves to the wheel that constraints.txt names.
 $(VENV)/.torch: $(VENV)/.dev
@@ -61,6 +62,13 @@ test-postgres: $(VENV)/.dev
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
 	  echo "make: PostgreSQL is not installed. Install it, e.g. 'apt-get install postgresql'." >&2; exit 1; }
 	$(PYTEST) -m "postgres and not long"
+
+$(VENV)/.s3: $(VENV)/.dev
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev,test-s3]' --constraint constraints.txt --config-settings editable_mode=compat
+	@touch $@
+
+test-s3: $(VENV)/.s3
+	$(PYTEST) -m "s3 and not long" proofs_tests/deployment/test_bucket.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

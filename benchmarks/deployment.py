@@ -5,8 +5,9 @@
     python benchmarks/deployment.py --only idle --nodes 5000
     python benchmarks/deployment.py --only active --nodes 500
 
-Everything is mutual TLS with SQLite on disk, unless --insecure. A node here is `privfed.runtime.fleet` and a thread
-that answers at once with what it was sent, so what is measured is the runtime and not an app.
+Everything is mutual TLS with SQLite on disk, unless --insecure. The server app is FedAvg as it is shipped, in a
+process of its own, with a checkpoint every round. A node is `privfed.runtime.fleet` and a thread that changes one
+weight of what it was sent and answers at once: all of the model travels both ways, and the runtime is measured.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from privfed.message import Message
     from privfed.runtime.control import ControlClient
 
 APP = """
+import time
 import numpy as np
-from privfed import ArrayRecord, ClientApp, Message, RecordDict, ServerApp
-from privfed.message import MessageType
+from privfed import Array, ArrayRecord, ClientApp, Message, MetricRecord, ServerApp
+from privfed.strategies import FedAvg
 
 client = ClientApp()
 server = ServerApp()
@@ -44,20 +48,21 @@ def train(message, context):
 
 @server.main()
 def main(grid, context):
-    import time
     size, rounds = context.run_config["bytes"], context.run_config["num-rounds"]
-    model = np.random.default_rng(1).random(size // 4, np.float32)
-    for number in range(rounds):
-        begun = time.perf_counter()
-        model[0] = number
-        content = RecordDict({"arrays": ArrayRecord([model])})
-        asked = (Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids())
-        total = 0.0
-        for reply in grid.stream(asked, window=None):
-            total += float(reply.content["arrays"].to_numpy_ndarrays()[0][0])
-            del reply
-        assert total == number * len(grid.get_node_ids())
-        grid.recorder.report("round-end", round=number + 1, metrics={"seconds": time.perf_counter() - begun})
+    count = len(grid.get_node_ids())
+    model = ArrayRecord({"0": Array.adopt(np.random.default_rng(1).random(size // 4, np.float32))})
+    first = float(model["0"].view()[0])
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+    begun = time.perf_counter()
+
+    def round_ended(number, arrays):  # the seconds of a round: from the end of the one before, its checkpoint included
+        nonlocal begun
+        expected = first + number * (count + 1) / 2  # node i answers with the first weight plus i
+        assert abs(float(arrays["0"].view()[0]) - expected) < 1e-3 * expected
+        begun, before = time.perf_counter(), begun
+        return MetricRecord({"seconds": begun - before})
+
+    strategy.start(grid, model, num_rounds=rounds, evaluate_fn=round_ended)
 """
 MANIFEST = """
 [project]
@@ -142,7 +147,7 @@ class Bench:
             found = []
             for piece in control.follow(name, "events"):
                 events = [json.loads(line) for line in piece.data.splitlines()]
-                found += [event["metrics"]["seconds"] for event in events if event["event"] == "round-end"]
+                found += [event["metrics"]["server"]["seconds"] for event in events if event["event"] == "round-end"]
                 if piece.state == "failed":
                     raise SystemExit(f"the run failed: {piece.reason}\n{(self.folder / 'log').read_text()[-3000:]}")
         return found
@@ -154,9 +159,18 @@ class Bench:
             process.wait(30)
 
 
+def changed(message: Message, by: float) -> Message:
+    """Return the reply: the model with another first weight."""
+    from privfed import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+    model = message.content.array_records["arrays"]["0"].numpy()
+    model[0] += by
+    content = {"arrays": ArrayRecord({"0": Array.adopt(model)}), "metrics": MetricRecord({"num-examples": 1})}
+    return Message(RecordDict(content), reply_to=message)
+
+
 def serve_node(address: str, node: int, keys: str) -> None:
     """Be a node: answer every task with what it carried."""
-    from privfed.message import Message
     from privfed.runtime.credentials import Credentials
     from privfed.runtime.fleet import FleetClient
 
@@ -164,33 +178,85 @@ def serve_node(address: str, node: int, keys: str) -> None:
     while True:
         task = client.receive(3600)
         if task is not None:
-            client.reply(task.token, Message(task.message.content, reply_to=task.message))
+            client.reply(task.token, changed(task.message, node))
 
 
-def serve_nodes(address: str, first: int, count: int) -> None:
-    """Be many nodes, each with a connection and a thread of its own."""
-    import threading
+def serve_nodes(address: str, first: int, count: int, keys: str) -> None:
+    """Be many nodes, each with a connection and a thread of its own. keys: the folder of their key folders, or "-"."""
+
+    def place(node: int) -> str:
+        return keys if keys == "-" else str(Path(keys) / f"n{node}")
 
     for node in range(first + 1, first + count):
-        threading.Thread(target=serve_node, args=(address, node, "-"), daemon=True).start()
-    serve_node(address, first, "-")
+        threading.Thread(target=serve_node, args=(address, node, place(node)), daemon=True).start()
+    serve_node(address, first, place(first))
 
 
-def active(nodes: int, size: int = 1_000_000) -> None:
+def active(insecure: bool, nodes: int, size: int = 1_000_000) -> None:
     """Run rounds over many nodes that answer at once."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), nodes, True, "inline")
+        bench = Bench(Path(folder), nodes, insecure, "subprocess")
+        keys = "-" if insecure else str(Path(folder) / "keys")
         for first in range(1, nodes + 1, 50):
             count = str(min(50, nodes + 1 - first))
-            words = [sys.executable, __file__, "--serve", bench.addresses["fleet"], str(first), count]
+            words = [sys.executable, __file__, "--serve", bench.addresses["fleet"], str(first), count, keys]
             bench.processes.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log))
-        seconds = bench.run(2, size)
-        peak = status(bench.link.pid, "VmHWM")
+        with Watch(bench.link.pid) as watch:
+            seconds = bench.run(2, size)
         bench.end()
-    print(
-        f"{nodes} active nodes, {size / 1e6:g} MB: rounds of {', '.join(f'{one:.1f}' for one in seconds)} s; "
-        f"peak memory of SuperLink and ServerApp {peak:.0f} MB"
-    )
+    kind = "plain" if insecure else "TLS"
+    print(f"{nodes} active nodes, {kind}, {size / 1e6:g} MB: rounds of {', '.join(f'{one:.1f}' for one in seconds)} s")
+    watch.show(size / 1e6)
+
+
+class Watch:
+    """Looks at a SuperLink and the ServerApp's process it starts, twenty times a second."""
+
+    def __init__(self, link: int) -> None:
+        self._link = link
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.peaks: dict[tuple[str, str], float] = {}
+        self.together: dict[str, float] = {}
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.05):
+            now: dict[str, float] = {}
+            for name, process in [("SuperLink", self._link), *(("ServerApp", one) for one in children(self._link))]:
+                for key in ("VmHWM", "RssAnon", "VmRSS"):
+                    try:
+                        found = status(process, key)
+                    except (OSError, StopIteration):  # it has ended
+                        continue
+                    self.peaks[name, key] = max(found, self.peaks.get((name, key), 0.0))
+                    now[key] = now.get(key, 0.0) + found
+            self.together = {key: max(found, self.together.get(key, 0.0)) for key, found in now.items()}
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def show(self, megabytes: float) -> None:
+        """Print the peaks. VmHWM counts every page a process had mapped at one time, page cache included."""
+        model = megabytes * 1e6 / (1 << 20)
+        parts = [f"{name} {self.peaks[name, 'VmHWM']:.0f}" for name in ("SuperLink", "ServerApp")]
+        anonymous = [f"{name} {self.peaks[name, 'RssAnon']:.0f}" for name in ("SuperLink", "ServerApp")]
+        total = sum(self.peaks[name, "VmHWM"] for name in ("SuperLink", "ServerApp"))
+        print(f"  peak resident MiB (VmHWM, mapped pages counted): {', '.join(parts)}; sum {total:.0f}")
+        print(f"  anonymous alone (RssAnon, sampled): {', '.join(anonymous)}")
+        print(f"  the two together at one time (VmRSS, sampled): {self.together['VmRSS']:.0f}; model {model:.0f}")
+        if megabytes >= 1000:  # below, the processes themselves outweigh the model
+            print(f"  sum of the peaks / model: {total / model:.2f} (bound 1.3)")
+
+
+def children(process: int) -> list[int]:
+    """Return the processes a process has started."""
+    found = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(one) for path in found for one in path.read_text().split()]
 
 
 def status(process: int, key: str) -> float:
@@ -219,15 +285,13 @@ def overhead(insecure: bool) -> None:
 
 def large(insecure: bool, megabytes: int, nodes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), nodes, insecure, "inline")
+        bench = Bench(Path(folder), nodes, insecure, "subprocess")
         bench.start_nodes()
-        seconds = bench.run(3, megabytes * 1_000_000)
-        peak = status(bench.link.pid, "VmHWM")
+        with Watch(bench.link.pid) as watch:
+            seconds = bench.run(3, megabytes * 1_000_000)
         bench.end()
-    print(
-        f"{megabytes} MB model, {nodes} nodes, both ways: rounds of {', '.join(f'{one:.2f}' for one in seconds)} s; "
-        f"peak memory of SuperLink and ServerApp {peak:.0f} MB"
-    )
+    print(f"{megabytes} MB model, {nodes} nodes, both ways: rounds of {', '.join(f'{one:.2f}' for one in seconds)} s")
+    watch.show(megabytes)
 
 
 def certify_crowd(bench: Bench, nodes: int) -> None:
@@ -332,7 +396,7 @@ def serve_crowd(address: str, first: int, count: int, keys: str) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
-        serve_nodes(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        serve_nodes(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
         return
     if sys.argv[1:2] == ["--node"]:
         serve_node(sys.argv[2], int(sys.argv[3]), sys.argv[4])
@@ -352,7 +416,7 @@ def main() -> None:
     if asked.only in (None, "large"):
         large(asked.insecure, asked.megabytes, asked.nodes or 2)
     if asked.only == "active":
-        active(asked.nodes or 500)
+        active(asked.insecure, asked.nodes or 500)
     if asked.only in (None, "idle"):
         idle(asked.insecure, asked.nodes or 1000, asked.seconds)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 Listener = Callable[[str, Mapping[str, object]], None]
+LOG_FORMAT = "Lines for people, or JSON for machines, on stderr."
 
 
 def display(form: str) -> Listener:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 )
 @click.option("--app-network", type=click.Choice(["off", "auto", "on"]), default="auto", show_default=True)
 @click.option("--memory-mib", type=click.IntRange(min=64), help="Most memory of one app process [no limit].")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
-def superexec(connect: str, token_file: Path, app_network: str, memory_mib: int | None, debug: bool) -> None:
+def superexec(
+    connect: str, token_file: Path, app_network: str, memory_mib: int | None, log_format: str, debug: bool
+) -> None:
     """Start and end the processes of apps for a node that runs with --isolation external.
 
     Run it as another user than the node, so that apps cannot read what the node keeps. It connects again when the node
     restarts; SIGTERM ends it and every app.
     """
+    from privfed.cli.journal import configure
     from privfed.runtime.confinement import Limits
 
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.DEBUG if debug else logging.INFO, format="%(asctime)s %(name)s %(message)s"
-    )
+    configure(log_format, debug=debug)
     kind, _, path = connect.partition(":")
     if kind != "unix" or not path:
         raise AppError(f"--connect {connect!r}: write unix:PATH")

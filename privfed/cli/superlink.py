@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     "--home", type=click.Path(path_type=Path), help="Where everything is kept [default: $PRIVFED_HOME/superlink]."
 )
 @click.option("--database", metavar="URL", help="A PostgreSQL database [default: the SQLite file link.db in --home].")
+@click.option("--arrays", metavar="URL", help="Large arrays go to s3://BUCKET/FOLDER [default: arrays/ in --home].")
 @click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
+@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
 def superlink(
     fleet: str,
     control: str,
@@ -48,6 +50,7 @@ def superlink(
     force_insecure: bool,
     home: Path | None,
     database: str | None,
+    arrays: str | None,
     isolation: str,
     log_format: str,
     debug: bool,
@@ -63,12 +66,11 @@ def superlink(
     from privfed.runtime.run_folder import home as default_home
     from privfed.runtime.superlink import SuperLinkOptions
 
-    del debug
     if insecure == (keys is not None):
         raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
     if (token_control is None) != (oidc is None):
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
-    configure(log_format)
+    configure(log_format, debug=debug)
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
         home=place,
@@ -78,6 +80,7 @@ def superlink(
         token_control=token_control,
         tokens=_tokens(oidc),
         database=database,
+        arrays=arrays,
         credentials=Credentials.load(keys) if keys is not None else None,
         force_insecure=force_insecure,
     )
@@ -100,7 +103,7 @@ def _launcher(isolation: str, home: Path, keys: Path | None) -> Launcher:
     if isolation == "inline":
         return InlineLauncher()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = [home / name for name in ("arrays", "bundles", "incoming")]
+    own = [home / name for name in ("arrays", "bundles", "cache", "incoming")]
     for folder in own:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     hidden = tuple(str(folder.resolve()) for folder in [*own, *([keys] if keys is not None else [])])

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from privfed import __version__
+from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Tasks at a time.")
 @click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="On SIGTERM.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
 def supernode(**given: Any) -> None:
     """Run a node: it connects to the SuperLink, takes tasks, and runs the apps its policy approves.
@@ -92,15 +93,17 @@ class _Asked:
     slots: int
     task_seconds: float
     drain_seconds: float
+    log_format: str
     debug: bool
 
 
 def _serve(asked: _Asked) -> None:
+    from privfed.cli.journal import configure
     from privfed.runtime.fleet import FleetClient, FleetOptions
     from privfed.runtime.node_store import NodeStore
     from privfed.runtime.supernode import NodeOptions, SuperNode, kill_at
 
-    _log_to_stderr(asked.debug)
+    configure(asked.log_format, debug=asked.debug)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
     credentials = _credentials(asked.keys, asked.insecure, asked.node_id)
     policy, data = _policy(asked.policy_file, asked.insecure), asked.data
@@ -136,12 +139,6 @@ def _serve(asked: _Asked) -> None:
     finally:
         store.close()
         audit.close()
-
-
-def _log_to_stderr(debug: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.DEBUG if debug else logging.INFO, format="%(asctime)s %(name)s %(message)s"
-    )
 
 
 def _stop_on_signals(stop: Callable[[], None]) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 import secrets
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
-from privfed.runtime.disk import write_atomically
+from privfed.mapped import MappedFile, file_of, identify, map_file
+from privfed.runtime.disk import sync_folder, write_atomically
 
 Buffer = bytes | memoryview
 MARKER = "marker"
+RECENT = 64
 
 
 class ArrayFolder:
@@ -21,12 +24,19 @@ class ArrayFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._maps: weakref.WeakValueDictionary[bytes, mmap.mmap] = weakref.WeakValueDictionary()
+        self._maps: weakref.WeakValueDictionary[bytes, MappedFile] = weakref.WeakValueDictionary()
+        # What came in lately is read soon: its map, which knows that its hash was checked, is kept until then.
+        self._recent: OrderedDict[bytes, MappedFile] = OrderedDict()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _file(self, digest: bytes) -> Path:
         name = digest.hex()
         return self.path / name[:2] / name[2:]
+
+    @property
+    def name(self) -> str:
+        """Where it is."""
+        return str(self.path)
 
     @property
     def marker(self) -> str | None:
@@ -50,7 +60,35 @@ class ArrayFolder:
         file = self._file(digest)
         if not file.exists():
             file.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(file, [buffer])
+            if not self._link(digest, file, buffer):
+                write_atomically(file, [buffer])
+
+    def _link(self, digest: bytes, file: Path, buffer: Buffer) -> bool:
+        """Take over the file that holds a buffer and nothing else, if there is one on the same disk."""
+        owner = file_of(buffer)
+        if owner is None or owner.path is None or len(owner) != len(buffer):
+            return False
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            os.link(owner.path, temporary)
+            try:
+                with temporary.open("rb") as found:
+                    # The name may have been given to another file since it was mapped: that one is not taken.
+                    same = identify(found.fileno()) == owner.identity
+                    os.fsync(found.fileno())
+                if same:
+                    temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError:
+            return False
+        if same:
+            sync_folder(file.parent)
+            with self._lock:
+                self._maps[digest] = self._recent[digest] = owner
+                if len(self._recent) > RECENT:
+                    self._recent.popitem(last=False)
+        return same
 
     def read(self, digest: bytes) -> memoryview:
         """Map a buffer into memory; the reader checks its hash. Raises FileNotFoundError.
@@ -60,12 +98,15 @@ class ArrayFolder:
         with self._lock:
             found = self._maps.get(digest)
             if found is None:
-                with self._file(digest).open("rb") as file:
-                    found = self._maps[digest] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                path = self._file(digest)
+                with path.open("rb") as file:
+                    found = self._maps[digest] = map_file(file.fileno(), os.fstat(file.fileno()).st_size, path)
         return memoryview(found)
 
     def remove(self, digest: bytes) -> None:
         """Drop a buffer."""
+        with self._lock:
+            self._recent.pop(digest, None)
         self._file(digest).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[bytes]:

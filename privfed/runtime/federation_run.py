@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from structlog.contextvars import bound_contextvars
 
 from privfed.context import Context
 from privfed.errors import PrivfedError, RunFailed, RunStopped
@@ -115,6 +116,10 @@ class FederationRun:
                 file.write(line + b"\n")
 
     def _work(self) -> None:
+        with bound_contextvars(run=self.folder.name):
+            self._go()
+
+    def _go(self) -> None:
         state, reason = "failed", "the SuperLink broke off"
         try:
             self._serve_until_done()

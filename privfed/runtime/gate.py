@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
+from structlog.contextvars import bind_contextvars
 
 from privfed.errors import PrivfedError
 from privfed.runtime.authority import utc_now
@@ -143,7 +144,9 @@ class Gate:
 
     async def _guarded(self, context: Context, serve: Callable[[Peer], Awaitable[Any]]) -> Any:
         try:
-            return await serve(await self._enter(context))
+            peer = await self._enter(context)
+            bind_contextvars(peer=peer.common_name)  # for this request alone: it has a task of its own
+            return await serve(peer)
         except Denied as fault:
             await context.abort(fault.code, str(fault))
         except PrivfedError as fault:

@@ -14,6 +14,7 @@ import sqlalchemy.exc
 from privfed.errors import RunStopped
 from privfed.grid import Checkpoint, Grid, Recorder
 from privfed.message import Message
+from privfed.runtime.array_store import ArrayStoreError
 
 log = logging.getLogger("privfed.superlink")
 T = TypeVar("T")
@@ -30,6 +31,8 @@ _NAMES = {
 
 def storage_fault(fault: BaseException) -> str:
     """Say what is wrong with the storage, if that is what the fault is about; else nothing."""
+    if isinstance(fault, ArrayStoreError):
+        return str(fault.strerror)
     if isinstance(fault, OSError) and fault.errno in _NAMES:
         return _NAMES[fault.errno]
     if isinstance(fault, OSError) and fault.args == ("the disk is full",):  # the audit log, of a line cut short

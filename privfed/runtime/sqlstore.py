@@ -19,7 +19,8 @@ from privfed import wire
 from privfed.errors import WireError
 from privfed.message import Message
 from privfed.record import RecordDict
-from privfed.runtime.array_folder import ArrayFolder, Buffer
+from privfed.runtime.array_folder import Buffer
+from privfed.runtime.array_store import ArrayStore, open_arrays
 from privfed.runtime.database import DatabaseError, alone, describe, is_postgres, open_database
 from privfed.runtime.sql_schema import buffers, counted, facts, holds, nodes, runs, sql, states, tasks
 from privfed.runtime.store import (
@@ -48,17 +49,17 @@ class SqlStore:
     refused. Raises DatabaseError.
     """
 
-    def __init__(self, path: str | Path, database: str | None = None) -> None:
+    def __init__(self, path: str | Path, database: str | None = None, arrays: str | None = None) -> None:
         path = Path(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engine = open_database(path / "link.db" if database is None else database)
-        self._arrays = ArrayFolder(path / "arrays")
         try:
+            self._arrays = open_arrays(path, arrays)
             self._know_arrays()
+            self._doomed: set[bytes] = set(self._arrays)
         except BaseException:
             self._engine.dispose()
             raise
-        self._doomed: set[bytes] = set(self._arrays)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -75,7 +76,7 @@ class SqlStore:
             elif found != known:
                 raise DatabaseError(
                     f"{describe(self._engine)} keeps its arrays in a folder with marker {known}, and "
-                    f"{self._arrays.path} has {found}: give the folder that belongs to this database"
+                    f"{self._arrays.name} has {found}: give the folder that belongs to this database"
                 )
 
     @contextmanager
@@ -244,7 +245,7 @@ class SqlStore:
 class _Transaction:
     """Rows, envelopes and the buffers they hold, inside one transaction."""
 
-    def __init__(self, connection: sql.Connection, arrays: ArrayFolder) -> None:
+    def __init__(self, connection: sql.Connection, arrays: ArrayStore) -> None:
         self.connection = connection
         self.dropped: set[bytes] = set()
         self._arrays = arrays
@@ -384,7 +385,7 @@ class _Transaction:
 class _Buffers(Mapping[bytes, Buffer]):
     """The buffers of the store, read when asked for."""
 
-    def __init__(self, connection: sql.Connection, arrays: ArrayFolder) -> None:
+    def __init__(self, connection: sql.Connection, arrays: ArrayStore) -> None:
         self._connection = connection
         self._arrays = arrays
 

@@ -51,7 +51,8 @@ class SuperLinkError(PrivfedError):
 class SuperLinkOptions:
     """Where a SuperLink listens and keeps things. Addresses are "host:port"; port 0 lets the system choose.
 
-    database: the URL of a PostgreSQL database instead of the file `link.db` in home.
+    database: the URL of a PostgreSQL database instead of the file `link.db` in home. arrays: the URL of a bucket
+    instead of the folder `arrays` in home.
     token_control: where users connect who have bearer tokens and no certificates; tokens: judges them.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
     """
@@ -63,6 +64,7 @@ class SuperLinkOptions:
     token_control: str | None = None
     tokens: Tokens | None = None
     database: str | None = None
+    arrays: str | None = None
     credentials: Credentials | None = None
     force_insecure: bool = False
     limits: FleetLimits = field(default_factory=FleetLimits)
@@ -89,7 +91,7 @@ class SuperLink:
         self._lock = _take_lock(home / "lock")
         self.name = options.credentials.peer.name if options.credentials is not None else "insecure"
         trust = options.credentials.trust if options.credentials is not None else None
-        self._store = SqlStore(home, options.database)
+        self._store = SqlStore(home, options.database, options.arrays)
         self.link = FederationLink(self._store)
         self.register = NodeRegister(home / "nodes.json", trust)
         self.federation = Federation(home, self.link, launcher, self.register.approved)

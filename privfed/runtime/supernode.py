@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from structlog.contextvars import bound_contextvars
+
 from privfed.apps import CallNext
 from privfed.context import Context, UserConfig
 from privfed.errors import PrivfedError
@@ -199,6 +201,11 @@ class _Lane(threading.Thread):
 
     def _do(self, job: Task | Unsent) -> None:
         """Do a job; a fault of the node itself costs the task its lease, and not the node its life."""
+        task = job.message_id if isinstance(job, Unsent) else job.message.metadata.message_id
+        with bound_contextvars(run=self._run_id, node=self._node.fleet.node_id, task=task):
+            self._try(job)
+
+    def _try(self, job: Task | Unsent) -> None:
         try:
             if isinstance(job, Unsent):
                 self._send(job.message_id, job.token, self._node.store.answer(job))

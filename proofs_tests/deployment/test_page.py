@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from privfed import ArrayRecord
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deployment.md"
 SERVICES = ("privfed superlink", "privfed supernode")
@@ -128,6 +130,12 @@ def test_the_page_does_what_it_says(machine: Machine) -> None:
     runs = next(out for block, out in said.items() if "privfed run" in block)
     assert re.search(r"completed after 3 rounds", runs)
     assert re.search(r"completed +round 3 +minimal +user-alice", runs)
+    assert ArrayRecord.from_safetensors((machine.folder / "result" / "model.safetensors").read_bytes())
+    assert "minimal" in (machine.folder / "report.html").read_text()
+    stopped = next(out for block, out in said.items() if "privfed stop" in block)
+    assert re.search(r"^\S+: stopped$", stopped, re.M) and "stopped after round" in stopped
+    revoked = next(out for block, out in said.items() if "privfed node revoke" in block)
+    assert re.search(r"^node 1: revoked$\n1 +revoked +- ", revoked, re.M) and "node 1: approved" in revoked
     audits = next(out for block, out in said.items() if "privfed verify" in block)
     assert "lines hold" in audits
     # The node that was revoked at the page's end is disconnected, and the other is not.
@@ -135,7 +143,9 @@ def test_the_page_does_what_it_says(machine: Machine) -> None:
     while "connected" in re.findall(r"^2 .*$", machine.run(LIST), re.M)[0]:
         assert time.monotonic() < deadline, machine.run(LIST) + machine.logs()
         time.sleep(0.5)
-    assert "connected" in re.findall(r"^1 .*$", machine.run(LIST), re.M)[0]
+    while "connected" not in re.findall(r"^1 .*$", machine.run(LIST), re.M)[0]:
+        assert time.monotonic() < deadline, machine.run(LIST) + machine.logs()
+        time.sleep(0.5)
 
 
 LIST = "privfed node ls --superlink link.example.org:7811 --keys olga"
