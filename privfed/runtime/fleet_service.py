@@ -89,7 +89,8 @@ class FleetService:
         self._incoming = incoming
         self._limits = limits
         self._inboxes: dict[int, BlobFolder] = {}
-        self._expected: dict[int, dict[bytes, int]] = {}
+        # What each node was asked to upload, for each task: a node answers for several runs at a time.
+        self._expected: dict[int, dict[str, dict[bytes, int]]] = {}
         self._waiting = 0
         self._news = asyncio.Event()
         self.bytes_up = self.bytes_down = self.answers = 0
@@ -133,6 +134,8 @@ class FleetService:
             await self._push(session, hello, context)
         finally:
             self.dispatcher.leave(session)
+            if node not in self.dispatcher.sessions:
+                self._expected.pop(node, None)
 
     async def _await_approval(self, peer: Peer, context: Context) -> None:
         told = ""
@@ -210,6 +213,7 @@ class FleetService:
             raise malformed(fault) from None
         holder = await self.dispatcher.in_thread(lambda: self.dispatcher.link.holder(answer.token))
         if holder is None:
+            self._expected.get(node, {}).pop(answer.token, None)
             return pack(Verdict(counted=False))
         if holder.node_id != node:
             raise Denied(f"node {node} answers for another node")
@@ -217,7 +221,7 @@ class FleetService:
             return pack(Verdict(counted=True))
         verdict = await self.dispatcher.in_thread(lambda: self._settle(node, holder, answer))
         if not verdict.missing:
-            self._expected.pop(node, None)
+            self._expected.get(node, {}).pop(answer.token, None)
             self.answers += 1
             self.dispatcher.finished(node, answer.token)
         return pack(verdict)
@@ -231,14 +235,14 @@ class FleetService:
         found |= {digest: inbox[digest] for digest in outside if digest in inbox}
         missing = [part for digest, part in outside.items() if digest not in found]
         if missing:
-            return self._ask(node, missing)
+            return self._ask(node, answer.token, missing)
         try:
             reply = answer.parcel.open(found)
         except WireError as fault:
             if not outside:
                 raise malformed(fault) from None
             self._inbox(node).drop(outside)
-            return self._ask(node, list(outside.values()))
+            return self._ask(node, answer.token, list(outside.values()))
         _check(reply, node, holder)
         counted = self.dispatcher.link.count(answer.token, holder.run_id, reply)
         if node in self._inboxes:
@@ -250,9 +254,9 @@ class FleetService:
             self._inboxes[node] = BlobFolder(self._incoming / str(node), self._limits.reply_bytes)
         return self._inboxes[node]
 
-    def _ask(self, node: int, parts: list[Part]) -> Verdict:
+    def _ask(self, node: int, token: str, parts: list[Part]) -> Verdict:
         inbox = self._inbox(node)
-        self._expected[node] = {part.digest: part.size for part in parts}
+        self._expected.setdefault(node, {})[token] = {part.digest: part.size for part in parts}
         missing = tuple(Progress(digest=part.digest, size=inbox.arrived(part.digest)) for part in parts)
         return Verdict(counted=False, missing=missing)
 
@@ -270,7 +274,7 @@ class FleetService:
         """Keep the chunks a node was asked for; yield what is here of a buffer after each."""
         node = self._served(peer)
         expected = self._expected.get(node)
-        if expected is None:
+        if not expected:
             raise Denied(f"node {node} was not asked for anything", grpc.StatusCode.OUT_OF_RANGE)
         iterator = aiter(frames)
         while True:
@@ -283,7 +287,7 @@ class FleetService:
                 raise Denied("the upload stands still", grpc.StatusCode.DEADLINE_EXCEEDED) from None
             except WireError as fault:
                 raise malformed(fault) from None
-            if expected.get(digest) != total:
+            if all(asked.get(digest) != total for asked in list(expected.values())):
                 raise Denied("a buffer that was not asked for, or of another size", grpc.StatusCode.INVALID_ARGUMENT)
             self.bytes_up += len(data)
             await self._keep(node, digest, offset, total, data)

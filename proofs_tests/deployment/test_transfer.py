@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,29 @@ def test_a_damaged_upload_is_asked_for_again_and_never_counted(link: LocalLink, 
     assert not stored or stored[0].read_bytes() == good
     for one in (client, other):
         one.close()
+
+
+def test_a_node_uploads_for_two_runs_at_once(link: LocalLink, tmp_path: Path) -> None:
+    """Both replies are announced before either is uploaded, and one is the other's model with another weight."""
+    clients = [FleetClient(link.fleet, None, node) for node in (1, 2)]
+    names = [link.submit(tmp_path / "app", 2) for _ in range(2)]
+    for _ in range(2):
+        work = [(client, received(client)) for client in clients for _ in names]
+        announced = threading.Barrier(len(work))
+
+        def answer(client: FleetClient, task: Task, mark: int, announced: threading.Barrier = announced) -> bool:
+            reply = echo(task)
+            model = reply.content["a"].to_numpy_ndarrays()[0]
+            model[1] = mark
+            reply = Message(RecordDict({"a": ArrayRecord([model])}), reply_to=task.message)
+            announced.wait(20)
+            return client.reply(task.token, reply)
+
+        with ThreadPoolExecutor(len(work)) as pool:
+            assert all(pool.map(answer, *zip(*work, strict=True), range(len(work))))
+    for name in names:
+        row = link.wait(name)
+        assert row.state == "completed", row.reason
+    assert link.link.fleet.bytes_up < 8 * SIZE + SLACK  # nothing was sent twice
+    for client in clients:
+        client.close()
