@@ -1,7 +1,13 @@
 """Randomised Hadamard rotation: it spreads a vector evenly over its coordinates, whatever the vector [KLS21, Sec 4.2].
 
-The rotation is x -> H S x / sqrt(D), with S random signs and H the Walsh-Hadamard matrix of order D. It keeps lengths
-and is its own inverse up to the order of the factors. Signs come from a public seed: they hide nothing, they flatten.
+The rotation is x -> H S x / sqrt(D), with S random signs and H a symmetric Hadamard matrix of order D: all its entries
+are +-1, and H H = D I. So it keeps lengths, is its own inverse up to the order of the factors, and every coordinate of
+the result is a sum of the vector's coordinates with random signs over sqrt(D), which is all that flatness rests on.
+Signs come from a public seed: they hide nothing, they flatten.
+
+H is a Kronecker product of Sylvester matrices, of orders that are powers of two, and up to three of the orders 12, 20,
+28 and 44 [Pal33]. Powers of two alone would lengthen a vector up to twofold; these do by at most 6.5 %, from 3 * 10^4
+coordinates on, and by 1.4 % in the mean.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import lru_cache
+from itertools import combinations_with_replacement
 from typing import TypeVar
 
 import numpy as np
@@ -22,47 +29,97 @@ Float64s = npt.NDArray[np.float64]
 SEED_BYTES = 32
 _RADIX = 4  # bits of an index done in one pass: the passes are bound by memory, so fewer are faster up to here
 _LABEL = b"privfed rotation signs v1\0"
+PALEY = (12, 20, 28, 44)
+_MOST_PALEY = 3
+# Product of Paley orders -> the orders.
+_PRODUCTS = {
+    math.prod(orders): orders
+    for count in range(_MOST_PALEY + 1)
+    for orders in combinations_with_replacement(PALEY, count)
+}
+
+
+@lru_cache(maxsize=64)
+def _order(dimension: int) -> tuple[int, tuple[int, ...], int]:
+    """Return the least order that holds so many coordinates, its Paley orders, and the bits of its power of two."""
+    if dimension < 1:
+        raise ValueError(f"dimension: must be at least 1, not {dimension}")
+    found = []
+    for product, orders in _PRODUCTS.items():
+        bits = (-(-dimension // product) - 1).bit_length()
+        found.append((product << bits, orders, bits))
+    # Of equal orders the one with the fewest Paley factors: both sides must take the same matrix.
+    return min(found, key=lambda one: (one[0], len(one[1]), one[1]))
 
 
 def padded(dimension: int) -> int:
-    """Return the least power of two that holds `dimension` coordinates. Raises ValueError for less than one."""
-    if dimension < 1:
-        raise ValueError(f"dimension: must be at least 1, not {dimension}")
-    return 1 << (dimension - 1).bit_length()
+    """Return the least order of a rotation that holds `dimension` coordinates. Raises ValueError for less than one."""
+    return _order(dimension)[0]
+
+
+def _residues(prime: int) -> npt.NDArray[np.float64]:
+    """Return float64[prime]: 0 at 0, +1 at the other squares modulo the prime, and -1 elsewhere."""
+    values = np.full(prime, -1.0)
+    values[[x * x % prime for x in range(prime)]] = 1.0
+    values[0] = 0.0
+    return values
+
+
+def paley(order: int) -> npt.NDArray[np.float64]:
+    """Return a symmetric Hadamard matrix of order q + 1 or 2(q + 1), for 12, 20, 28 or 44 [Pal33].
+
+    Of order q + 1, with q = 3 modulo 4, it is the first construction with its columns turned round.
+    """
+    prime = order // 2 - 1 if order == 28 else order - 1
+    values, place = _residues(prime), np.arange(prime)
+    bordered = np.ones((prime + 1, prime + 1))
+    if order == 28:
+        bordered[0, 0] = 0.0
+        bordered[1:, 1:] = values[(place[:, None] - place) % prime]
+        return np.kron(bordered, [[1, 1], [1, -1]]) + np.kron(np.eye(prime + 1), [[1, -1], [-1, -1]])
+    values[0] = -1.0
+    bordered[1:, 1:] = values[(place[:, None] + place) % prime]
+    return bordered
 
 
 @lru_cache(maxsize=16)
-def _kernel(bits: int, dtype: str) -> npt.NDArray[np.generic]:
-    kernel = np.ones((1, 1), dtype)
-    for _ in range(bits):
+def _kernel(order: int, dtype: str) -> npt.NDArray[np.generic]:
+    kernel = paley(order) if order in PALEY else np.ones((1, 1))
+    while len(kernel) < order:
         kernel = np.block([[kernel, kernel], [kernel, -kernel]])
+    kernel = kernel.astype(dtype)
     kernel.setflags(write=False)
     return kernel
 
 
+def _radices(size: int) -> list[int]:
+    """Return the orders whose matrices are applied one after the other. Raises ValueError for a size without any."""
+    found, orders, bits = _order(size)
+    if found != size:
+        raise ValueError(f"values: there is no rotation of order {size}; the next is {found}")
+    return [*orders, *(1 << min(_RADIX, bits - done) for done in range(0, bits, _RADIX))]
+
+
 def transform(values: npt.NDArray[Float]) -> None:
-    """Multiply float32 or float64[D] in place by the Walsh-Hadamard matrix of order D, a power of two, unscaled.
+    """Multiply float32 or float64[D] in place by the Hadamard matrix of order D = padded(D), unscaled.
 
     Applied twice it multiplies by D. Needs one scratch vector of the same size and O(D log D) operations.
     Raises ValueError for another length, dtype or layout.
     """
-    if values.ndim != 1 or values.size < 1 or values.size & (values.size - 1):
-        raise ValueError(f"values: must be a vector whose length is a power of two, not of shape {values.shape}")
+    if values.ndim != 1 or values.size < 1:
+        raise ValueError(f"values: must be a vector, not of shape {values.shape}")
     if values.dtype not in (np.float32, np.float64) or not values.flags.c_contiguous or not values.flags.writeable:
         raise ValueError(f"values: must be contiguous, writeable float32 or float64, not {values.dtype}")
-    bits, done = values.size.bit_length() - 1, 0
-    source, target = values, np.empty_like(values)
-    while done < bits:
-        step = min(_RADIX, bits - done)
-        kernel = _kernel(step, values.dtype.str)
-        if done == 0:
-            shape: tuple[int, ...] = (-1, 1 << step)
-            np.matmul(source.reshape(shape), kernel, out=target.reshape(shape))
+    source, target, inner = values, np.empty_like(values), 1
+    for radix in _radices(values.size):
+        kernel = _kernel(radix, values.dtype.str)
+        if inner == 1:
+            shape: tuple[int, ...] = (-1, radix)
+            np.matmul(source.reshape(shape), kernel, out=target.reshape(shape))  # the kernel is symmetric
         else:
-            shape = (-1, 1 << step, 1 << done)
+            shape = (-1, radix, inner)
             np.matmul(kernel, source.reshape(shape), out=target.reshape(shape))
-        source, target = target, source
-        done += step
+        source, target, inner = target, source, inner * radix
     if source is not values:
         values[:] = source
 

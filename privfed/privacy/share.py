@@ -161,7 +161,7 @@ class NoiseParameters:
 
     @property
     def padded(self) -> int:
-        """Entries of an encoded vector: the dimension, rounded up to a power of two."""
+        """Entries of an encoded vector: the least order of a rotation that holds the dimension."""
         return rotation.padded(self.dimension)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -58,17 +59,62 @@ def unit(label: int, size: int, length: float = 1.0) -> np.ndarray:
 # --- rotation ---------------------------------------------------------------------------------------------------
 
 
+def orders(limit: int) -> list[int]:
+    """All orders of rotations up to a limit: a power of two times up to three of 12, 20, 28, 44."""
+    products = {math.prod(some) for count in range(4) for some in itertools.product((12, 20, 28, 44), repeat=count)}
+    return sorted({product << bits for product in products for bits in range(30) if product << bits <= limit})
+
+
+@pytest.mark.parametrize("order", [12, 20, 28, 44])
+def test_the_small_matrices_are_symmetric_hadamard_matrices(order: int) -> None:
+    matrix = rotation.paley(order)
+    assert (np.abs(matrix) == 1).all()
+    assert (matrix == matrix.T).all()
+    assert (matrix @ matrix == order * np.eye(order)).all()
+
+
+@pytest.mark.parametrize("order", orders(2048))
+def test_every_order_is_a_symmetric_matrix_of_signs_with_orthogonal_rows(order: int) -> None:
+    """Flatness, lengths and the inverse rest on this alone: all in whole numbers, so exact."""
+    matrix = np.zeros((order, order))
+    for row in range(order):
+        matrix[row, row] = 1.0
+        rotation.transform(matrix[row])
+    assert (np.abs(matrix) == 1).all()
+    assert (matrix == matrix.T).all()
+    assert (matrix @ matrix == order * np.eye(order)).all()
+
+
 @pytest.mark.parametrize("bits", range(12))
+def test_powers_of_two_have_the_walsh_hadamard_matrix(bits: int) -> None:
+    values = np.random.default_rng(bits).normal(size=1 << bits)
+    before = values.copy()
+    rotation.transform(values)
+    np.testing.assert_allclose(values, linalg.hadamard(1 << bits) @ before, atol=1e-12 * 2 ** (bits / 2))
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-12), (np.float32, 1e-4)])
-def test_the_transform_is_the_walsh_hadamard_matrix(bits: int, dtype: Any, error: float) -> None:
-    values = np.random.default_rng(bits).normal(size=1 << bits).astype(dtype)
-    before = values.astype(np.float64)
-    kept = values
+@pytest.mark.parametrize("order", [1, 2, 12, 20, 28, 44, 528, 4096, 15680])
+def test_the_transform_is_its_own_inverse_in_place(order: int, dtype: Any, error: float) -> None:
+    values = np.random.default_rng(order).normal(size=order).astype(dtype)
+    before, kept = values.astype(np.float64), values
     rotation.transform(values)
     assert kept is values
-    np.testing.assert_allclose(values, linalg.hadamard(1 << bits) @ before, atol=error * 2 ** (bits / 2))
     rotation.transform(values)
-    np.testing.assert_allclose(values, before * 2**bits, atol=error * 2**bits)
+    np.testing.assert_allclose(values, before * order, atol=error * order)
+
+
+@given(st.one_of(st.integers(1, 3000), st.integers(3000, 10**8)))
+@settings(max_examples=300, deadline=None)
+def test_the_least_order_that_holds_a_vector_is_taken(size: int) -> None:
+    found = rotation.padded(size)
+    every = orders(2 * size)
+    assert found == min(order for order in every if order >= size)
+    assert size < 30_000 or found <= 1.065 * size
+
+
+def test_a_million_coordinates_are_padded_by_less_than_half_a_percent() -> None:
+    assert rotation.padded(1_000_000) == 20 * 28 * 28 * 2**6 == 1_003_520
 
 
 def test_integers_are_transformed_exactly() -> None:
@@ -84,7 +130,7 @@ def test_integers_are_transformed_exactly() -> None:
     [np.zeros(3), np.zeros(0), np.zeros((2, 2)), np.zeros(4, np.int64), np.zeros(8)[::2], np.zeros(4, np.float16)],
 )
 def test_other_vectors_are_not_transformed(values: Any) -> None:
-    with pytest.raises(ValueError, match="values: must be"):
+    with pytest.raises(ValueError, match=r"values: (must be|there is no rotation of order 3; the next is 4)"):
         rotation.transform(values)
 
 
@@ -110,13 +156,21 @@ def test_rotation_keeps_length_and_is_undone(size: int, label: int, dtype: Any) 
     np.testing.assert_allclose(rotation.unrotate(rotated, SEED, size, 1 / 3), values, atol=error)
 
 
-def test_rotation_flattens_the_spikes() -> None:
-    spike = np.zeros(4096)
+@pytest.mark.parametrize("size", [4096, 4032, 4480, 5632])
+def test_rotation_flattens_the_spikes(size: int) -> None:
+    assert rotation.padded(size) == size
+    spike = np.zeros(size)
     spike[[17, 18, 900]] = 1.0
     rotated = rotation.rotate(spike, SEED)
-    # Each coordinate is a sum of three signs over 64; by Hoeffding none of three terms can leave 3 / 64.
-    assert np.abs(rotated).max() <= 3 / 64 + 1e-12
-    with pytest.raises(ValueError, match="padded to 4096"):
+    # Each coordinate is a sum of three signs over the root of the order: it has four values and no others.
+    steps = rotated * math.sqrt(size)
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-9)
+    assert set(np.rint(steps).tolist()) == {-3.0, -1.0, 1.0, 3.0}
+
+
+def test_a_vector_of_another_length_is_not_rotated_back() -> None:
+    rotated = rotation.rotate(np.ones(4000), SEED)
+    with pytest.raises(ValueError, match="padded to 4032"):
         rotation.unrotate(rotated[:2048].copy(), SEED, 4000)
 
 
@@ -284,7 +338,7 @@ def test_without_noise_only_rounding_separates_the_decoded_sum_from_the_plain_on
     updates = [unit(node, 777, 0.9) for node in range(30)]
     steps = np.sum([found.round_update(values, SEED) for values in updates], axis=0)
     decoded = found.decode(steps.view(np.uint64) & np.uint64(2**20 - 1), SEED, 30)
-    assert np.linalg.norm(decoded - np.sum(updates, axis=0)) < 30 * math.sqrt(1024) / found.scale
+    assert np.linalg.norm(decoded - np.sum(updates, axis=0)) < 30 * math.sqrt(found.padded) / found.scale
     assert np.abs(decoded - np.sum(updates, axis=0)).max() < 8 * math.sqrt(30 / 4) / found.scale
 
 
@@ -301,7 +355,7 @@ def test_encoded_vectors_are_ring_elements(bits: int) -> None:
     found = parameters(bits=bits, scale=3.0)
     vector = found.encode(unit(1, 100), SEED, stream("ring"))
     assert vector.dtype == (np.uint32 if bits <= 32 else np.uint64)
-    assert vector.shape == (128,)
+    assert vector.shape == (found.padded,) == (112,)
     integers = found.encode_integers(unit(1, 100), SEED, stream("ring"))
     assert [int(v) for v in vector] == [int(k) % 2**bits for k in integers]
 
