@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from privfed.apps import compose
 
 _HOMES = {
+    "adaptive_clip": "privfed.mods.clipping",
     "clip": "privfed.mods.clipping",
     "distributed_dp": "privfed.mods.distributed",
     "local_dp": "privfed.mods.local",
@@ -22,6 +23,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "adaptive_clip",
     "clip",
     "compose",
     "distributed_dp",
@@ -39,7 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from privfed.mods.budget import privacy_budget
-    from privfed.mods.clipping import clip
+    from privfed.mods.clipping import adaptive_clip, clip
     from privfed.mods.distributed import distributed_dp
     from privfed.mods.local import local_dp, noise
     from privfed.mods.masking import secure_aggregation

@@ -16,11 +16,11 @@ from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.plan import CENTRAL
-from privfed.privacy.events import Event, PureDP, event_from_json
+from privfed.privacy.events import Central, Event, MatrixGaussian, PureDP, event_from_json
 from privfed.privacy.filters import Budget, BudgetExceeded
 from privfed.privacy.ledger import Entry, Ledger, LedgerError, Terms
 from privfed.record import ConfigRecord
-from privfed.update import PLAN
+from privfed.update import PLAN, carries_update
 
 log = logging.getLogger("privfed.mods")
 
@@ -42,17 +42,18 @@ def privacy_budget(
     without_plan: Event | None = None,
     on_charge: Callable[[Entry], None] = lambda entry: None,
 ) -> Mod:
-    """Answer training messages only under a privacy plan, and only while all answers cost at most epsilon at delta.
+    """Answer only under a privacy plan, and only while all answers cost at most epsilon at delta.
 
-    The node charges every update it makes, before it leaves, as an event of the plan in the message, for unit client.
+    The node charges every update and every answer to a query, before it leaves, as an event of the plan in the message,
+    for unit client.
     observer="server": against the server too, so only noise that nodes add counts, and central plans cost infinity;
     "output": against those who see what the server releases, taking the server's word for its noise and sampling.
     epsilon may be infinite: spending is recorded then, and not limited.
     ledgers: a folder with one ledger a node, which goes on from run to run, or a function from the message to it;
     None: the budget is this run's, kept in the node's context.
     min_separation: rounds from one participation to the next, at least (for matrix mechanisms).
-    unaccounted: kinds of messages ("evaluate", "query") answered although their replies carry no noise; they are
-    refused by default.
+    unaccounted: kinds of messages ("evaluate", "query") answered although their replies carry no noise, where they have
+    no plan; they are refused by default.
     without_plan: what a reply costs where the message has no plan, because the node noises it itself (`local_dp`).
     on_charge: told of every charge when it is durable, before the reply leaves.
 
@@ -69,7 +70,8 @@ def privacy_budget(
     purse = _Purse(terms, ledgers, min_separation, without_plan)
 
     def count(message: Message, context: Context, call_next: CallNext) -> Message:
-        if message.metadata.message_type.partition(".")[0] in unaccounted:
+        kind = message.metadata.message_type.partition(".")[0]
+        if kind in unaccounted and PLAN not in message.content:
             return call_next(message, context)
         try:
             event = purse.admit(message, context)
@@ -97,14 +99,14 @@ class _Purse:
     def admit(self, message: Message, context: Context) -> Event:
         """Return what a reply will cost. Raises PlanRefused or BudgetExceeded when it may not be made."""
         kind = message.metadata.message_type
-        if kind.partition(".")[0] != "train":
+        if not carries_update(kind):
             raise PlanRefused(f"a {kind} reply has no noise and no price: this node answers none")
         event = self._without_plan
         if event is None or PLAN in message.content:
             event = event_of(message, self._terms.observer)
         _check_separation(message, context, self._separation)
         with self._lock, contextlib.closing(self._open(message, context)) as ledger:
-            if _is_paid(event, message, ledger):
+            if _is_paid(event, message, context, ledger):
                 return _NOTHING
             after = ledger.preview(event)
             if not after <= ledger.limit:
@@ -119,7 +121,8 @@ class _Purse:
         with self._lock, contextlib.closing(self._open(message, context)) as ledger:
             entry = ledger.charge(event, run=run, round=number, transcript=transcript)
         state = context.mod_state(STATE)
-        state["last"] = ConfigRecord({"round": number})
+        if is_training(message):
+            state["last"] = ConfigRecord({"round": number})
         if self._ledgers is None:
             kept = state.get("spent")
             counts = dict(kept) if isinstance(kept, ConfigRecord) else {}
@@ -141,17 +144,30 @@ class _Purse:
         return ledger
 
 
-def _is_paid(event: Event, message: Message, ledger: Ledger) -> bool:
-    """Return whether the plan's event is the price of the whole run, and this run has paid it."""
+def _is_paid(event: Event, message: Message, context: Context, ledger: Ledger) -> bool:
+    """Return whether the event is the price of a whole run of correlated noise, and this run has paid it.
+
+    No other event is, whatever the message says. A round that is asked again has a release of its own, and pays anew.
+    """
     plan = message.content.get(PLAN)
-    if not isinstance(plan, ConfigRecord) or plan.get("once") is not True:
+    if not isinstance(plan, ConfigRecord) or plan.get("once") is not True or not is_training(message):
+        return False
+    if not (isinstance(event, Central) and isinstance(event.inner, MatrixGaussian)):
+        return False
+    last = context.mod_state(STATE).get("last")
+    if isinstance(last, ConfigRecord) and _round(message) <= int(str(last["round"])):
         return False
     runs = {str(message.metadata.run_id), _BEFORE}
     return any(entry.event == event and entry.run in runs for entry in ledger.entries)
 
 
+def is_training(message: Message) -> bool:
+    """Return whether a round of training is asked for; queries have no rounds."""
+    return message.metadata.message_type.partition(".")[0] == "train"
+
+
 def event_of(message: Message, observer: str) -> Event:
-    """Return what answering a training message costs the node. Raises PlanRefused when that is infinite or unknown."""
+    """Return what answering a message costs the node. Raises PlanRefused when that is infinite or unknown."""
     plan = message.content.get(PLAN)
     if not isinstance(plan, ConfigRecord):
         raise PlanRefused("the message has no privacy plan: its reply would cost an infinite epsilon")
@@ -185,6 +201,8 @@ def _check_separation(message: Message, context: Context, least: int) -> None:
     asked = plan.get("separation", 1) if isinstance(plan, ConfigRecord) else 1
     if type(asked) is not int or asked < 1:
         raise PlanRefused(f"the plan's separation is {asked!r}, not a whole number >= 1")
+    if not is_training(message):
+        return
     least = max(least, asked)
     last = context.mod_state(STATE).get("last")
     if least == 1 or not isinstance(last, ConfigRecord):

@@ -11,7 +11,7 @@ from privfed.apps import CallNext, Mod
 from privfed.array import Array
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
-from privfed.plan import BIT, CENTRAL, tracked
+from privfed.plan import BIT, tracked
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.update import (
     PLAN,
@@ -19,6 +19,7 @@ from privfed.update import (
     UpdateError,
     arrays_name,
     arrays_of,
+    carries_update,
     check_arrays,
     is_update,
     mark_update,
@@ -36,7 +37,8 @@ def clip(max_norm: float | None = None) -> Mod:
     The bound that a privacy plan asks for applies as well; without `max_norm` it is the only one. An update within
     the bound is left as it is, a longer one is scaled; integer arrays are scaled towards zero. The norm is taken in
     float64 and holds for what is sent, after rounding to each array's dtype. Replies that hold NaN or infinity, or do
-    not fit the arrays received, become errors (UpdateError). Other messages pass.
+    not fit the arrays received, become errors (UpdateError). A query's answer is clipped where the query has a plan;
+    other messages pass.
 
     Where the plan's clip adapts, the update gets one more element, which says whether it was within the plan's clip.
 
@@ -48,7 +50,9 @@ def clip(max_norm: float | None = None) -> Mod:
 
     def clip_update(message: Message, context: Context, call_next: CallNext) -> Message:
         reply = call_next(message, context)
-        if message.metadata.message_type.partition(".")[0] != "train" or reply.has_error():
+        kind = message.metadata.message_type
+        clipped = carries_update(kind) if PLAN in message.content else kind.partition(".")[0] == "train"
+        if not clipped or reply.has_error():
             return reply
         try:
             return reply.with_content(_clipped(message.content, reply.content, max_norm))
@@ -68,10 +72,6 @@ def _bounds(content: RecordDict, max_norm: float | None) -> tuple[float, float, 
         raise UpdateError(f"the plan's clip is {asked!r}, not a finite number > 0")
     if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
         raise UpdateError(f"the plan's bit-weight is {weight!r}, not a finite number >= 0")
-    if weight and given.get("mechanism", CENTRAL) != CENTRAL:
-        raise UpdateError(
-            "under this plan mods.distributed_dp() clips, and must see how long updates are: remove clip()"
-        )
     bounds = [float(str(asked))] if PLAN in content else []
     bounds += [max_norm] if max_norm is not None else []
     if not bounds:
@@ -92,10 +92,48 @@ def _clipped(request: RecordDict, reply: RecordDict, max_norm: float | None) -> 
     content = RecordDict(dict(reply))
     content[name] = clip_record(update, bound)
     if weight:
-        sent = bit if bit is not None else Array(np.array(weight / 2 if norm(update) <= asked else -weight / 2))
+        within = norm(update) <= asked if bit is None else says_within(bit, weight)
+        sent = Array(np.array(weight / 2 if within else -weight / 2))
         content[name] = ArrayRecord({**content.array_records[name], BIT: sent})
     content[UPDATE] = mark_update()
     return content
+
+
+def says_within(bit: Array, weight: float) -> bool:
+    """Return what the bit beside an update says. Raises UpdateError for any other value than its two."""
+    value = float(bit.compute())
+    if abs(value) != weight / 2:
+        raise UpdateError(f"the bit beside the update is {value:g}, and neither {weight / 2:g} nor {-weight / 2:g}")
+    return value > 0
+
+
+def adaptive_clip() -> Mod:
+    """Clip to the clip that the plan has in this round, and say by one bit whether the update was within it [ATMR21].
+
+    The clip is the plan's (`PrivacyPlan(adaptive=AdaptiveClip(...))`): it follows a quantile of the nodes' norms from
+    round to round, by the noised sum of the bits, +-1/2 each. The bit is one more element of the update, inside one L2
+    bound with it, and both are paid for by the round's one event. `clip` and `distributed_dp` do the same where the
+    plan's clip adapts; this mod is for a node that insists on it. Inside `distributed_dp` it gives that its bit.
+
+    A training message without such a plan is refused, and the app is not asked; other messages pass. The rest is as
+    with `clip`.
+
+    Guarantees: update and bit together have an L2 norm of at most the joint bound, hypot(clip, bit weight / 2).
+    """
+
+    inner = clip()
+
+    def clip_and_tell(message: Message, context: Context, call_next: CallNext) -> Message:
+        if message.metadata.message_type.partition(".")[0] != "train":
+            return call_next(message, context)
+        plan = message.content.get(PLAN)
+        weight = plan.get("bit-weight") if isinstance(plan, ConfigRecord) else None
+        if not isinstance(weight, float) or not (math.isfinite(weight) and weight > 0):
+            log.warning("node %d refuses: the message has no plan whose clip adapts", context.node_id)
+            return Message(Error(ErrorCode.POLICY_REFUSED, "PlanRefused"), reply_to=message)
+        return inner(message, context, call_next)
+
+    return clip_and_tell
 
 
 def clip_record(update: ArrayRecord, bound: float) -> ArrayRecord:

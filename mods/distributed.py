@@ -16,12 +16,15 @@ from privfed.context import Context, derived_rng
 from privfed.distributed import Instruction, PlanLimits
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
+from privfed.mods.clipping import says_within
+from privfed.plan import BIT, tracked
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.ring import DEMANDS, NOISED, VECTOR
 from privfed.update import (
     PLAN,
     UpdateError,
     arrays_of,
+    carries_update,
     check_arrays,
     dimension,
     flatten,
@@ -36,11 +39,11 @@ STATE = "distributed_dp"
 
 
 def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness: int | None = None) -> Mod:
-    """Turn a training reply into ring elements that carry this node's share of the plan's noise.
+    """Turn an update, or a query's answer, into ring elements that carry this node's share of the plan's noise.
 
     Put it inside `mods.secure_aggregation()`, which sends nothing else then: no metrics, no weight, no update in the
     clear. It follows the privacy plan in the message, clips to the plan's clip, and needs no argument. limits: what
-    this node accepts of a plan, whatever the server asks. Every message but a training message with such a plan is
+    this node accepts of a plan, whatever the server asks. Every message but training and queries with such a plan is
     refused, and the app is not asked. What a run may still cost this node is counted in the node's context, whenever a
     vector is made, also one that no sum used.
 
@@ -68,8 +71,9 @@ def distributed_dp(limits: PlanLimits | None = None, *, insecure_test_randomness
             if outside:
                 context.mod_state(STATE)["spent"] = ConfigRecord(spending)
                 return reply
-            update = _update(message.content, reply.content)
-            values = instruction.prepare(_flat(update), norm(update) if instruction.bit_weight else 0.0)
+            weight = instruction.bit_weight
+            update, within = _update(message.content, reply.content, weight)
+            values = instruction.prepare(_flat(update), norm(update) if weight else 0.0, within)
             vector, keys = _encoded(instruction, values, random)
             context.mod_state(STATE)["spent"] = ConfigRecord(spending)
         except PlanRefused as cause:
@@ -94,7 +98,7 @@ def _instruction(message: Message) -> Instruction:
     """Return the plan of the message. Raises PlanRefused unless it is one this mod can follow."""
     kind = message.metadata.message_type
     plan = message.content.get(PLAN)
-    if kind.partition(".")[0] != "train" or not isinstance(plan, ConfigRecord):
+    if not carries_update(kind) or not isinstance(plan, ConfigRecord):
         raise PlanRefused(f"a {kind} message without a plan of distributed noise: nothing of this node's may answer it")
     instruction = Instruction.from_config(plan)
     try:
@@ -136,12 +140,15 @@ def _spending(context: Context, instruction: Instruction) -> tuple[tuple[str, in
     return tuple(spent.items())
 
 
-def _update(request: RecordDict, reply: RecordDict) -> ArrayRecord:
+def _update(request: RecordDict, reply: RecordDict, weight: float) -> tuple[ArrayRecord, bool | None]:
+    """Return the update, and what a mod inside that clipped it says of its length before; None: none did."""
     received, arrays = arrays_of(request), arrays_of(reply)
     if not is_update(reply):
-        return subtract(arrays, received)
-    check_arrays(received, arrays, update=True)
-    return ArrayRecord({name: arrays[name] for name in received})
+        return subtract(arrays, received), None
+    bit = arrays.get(BIT) if weight else None
+    check_arrays(received if bit is None else tracked(received, weight), arrays, update=True)
+    update = ArrayRecord({name: arrays[name] for name in received})
+    return update, None if bit is None else says_within(bit, weight)
 
 
 def _flat(update: ArrayRecord) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from privfed.update import (
     UPDATE,
     UpdateError,
     arrays_of,
+    carries_update,
     check_arrays,
     flatten,
     is_update,
@@ -60,7 +61,8 @@ def local_dp(
     budget: epsilon at delta after which the node refuses; default: `epsilon` if given, else none.
 
     Only the noised update leaves: metrics stay, and the weight is 1 under `weight_key`, since how much data a node has
-    is its own. Replies to other messages than "train" are refused. What was spent is in the node's context: `spent`.
+    is its own. A query's answer is noised alike; replies to "evaluate" are refused. What was spent is in the node's
+    context: `spent`.
 
     Raises ValueError naming the argument.
     """
@@ -158,7 +160,7 @@ def _noised(
     """Answer with a noised update, or refuse."""
     kind = message.metadata.message_type
     try:
-        if kind.partition(".")[0] != "train":
+        if not carries_update(kind):
             raise PlanRefused(f"a {kind} reply carries no noise: under local privacy evaluate on the server's data")
         accountant = _accountant(context, unit)
         if accountant.unit != unit:

@@ -61,16 +61,18 @@ class Instruction:
         """The L2 bound on an update and its bit together."""
         return joint_clip(self.clip, self.bit_weight)
 
-    def prepare(self, update: NDArray[Any], length: float) -> NDArray[Any]:
+    def prepare(self, update: NDArray[Any], length: float, within: bool | None = None) -> NDArray[Any]:
         """Return what is encoded of an update of norm `length`: itself, or with its bit and over the joint bound.
 
-        update: float32 or float64[dimension]; so is what is returned.
+        update: float32 or float64[dimension]; so is what is returned. within: what the bit says, where the update was
+        clipped before it came; None: that follows from `length`.
         """
         if not self.bit_weight:
             return update
-        within = length <= self.clip
+        short = length <= self.clip
+        within = short if within is None else within
         vector = np.empty(update.size + 1, update.dtype)
-        np.multiply(update, (1.0 if within else self.clip / length) / self.joint, out=vector[:-1])
+        np.multiply(update, (1.0 if short else self.clip / length) / self.joint, out=vector[:-1])
         vector[-1] = self.bit_weight / self.joint * (0.5 if within else -0.5)
         return vector
 

@@ -35,6 +35,14 @@ class UpdateError(ValueError):
     """Arrays from which no update can be made, or a reply that does not fit the model; the text says which and why."""
 
 
+def carries_update(message_type: str) -> bool:
+    """Return whether replies to such messages hold arrays, which a plan can clip and noise: training and queries.
+
+    What a query answers is an update of the zeros it was asked with.
+    """
+    return message_type.partition(".")[0] in ("train", "query")
+
+
 def arrays_of(content: RecordDict, prefer: str = "arrays") -> ArrayRecord:
     """Return the app's one ArrayRecord (the one named `prefer` if there are several). Raises UpdateError."""
     found = {name: record for name, record in content.array_records.items() if not name.startswith(RESERVED)}

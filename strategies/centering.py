@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,10 @@ class CenteredClipping(RobustStrategy):
 
     The first round clips around zero. radius: the distance that honest updates may have from each other.
     """
+
+    unbounded: ClassVar[str] = (
+        "it clips around the last round's aggregate and not around the model, so its bound is not the plan's clip"
+    )
 
     def __init__(self, *, radius: float, steps: int = 1, **arguments: Any) -> None:
         if not (math.isfinite(radius) and radius > 0):

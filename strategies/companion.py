@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.strategies.exchange import Exchange
@@ -26,6 +26,9 @@ class CompanionStrategy(Strategy, ABC):
     equal: every node weighs the same, whatever it claims.
     """
 
+    unbounded: ClassVar[str] = (
+        "beside its update every node sends arrays or weights of its own, which the plan's clip does not bound"
+    )
     equal = False
 
     @abstractmethod

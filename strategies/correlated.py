@@ -62,8 +62,9 @@ class MatrixRelease(CentralRelease):
         ledger = self._ledger
         if ledger is None:
             return float("inf")
-        charged = {entry.round for entry in ledger.entries if entry.run == self.run}
-        if server_round == 1 and 1 not in charged:
+        mine = [entry for entry in ledger.entries if entry.run == self.run]
+        charged = {entry.round for entry in mine}
+        if not any(entry.event == self.event for entry in mine):  # whatever else the run has paid for
             event = self.event
         elif server_round in charged:
             row = self._correlation.encoder(self.rounds)[server_round - 1]

@@ -61,6 +61,9 @@ class FedBuff(Strategy):
     """
 
     needs: ClassVar[type[View]] = Updates
+    unbounded: ClassVar[str] = (
+        "a node may be in one buffer several times, and an update's weight depends on how late the others are"
+    )
 
     def __init__(
         self,

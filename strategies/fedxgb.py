@@ -37,6 +37,7 @@ class _Boosting(Strategy):
     """What the two have in common: documents instead of arrays of known shape, so no stage but PlainStage will do."""
 
     needs: ClassVar[type[View]] = Updates
+    unbounded: ClassVar[str] = "trees are documents, which cannot be clipped and noised as a vector"
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

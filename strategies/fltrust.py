@@ -25,6 +25,9 @@ class FLTrust(Strategy):
     """
 
     needs: ClassVar[type[View]] = Updates
+    unbounded: ClassVar[str] = (
+        "every update is scaled by its likeness to the server's own, so one node's change is not bounded by its clip"
+    )
 
     def __init__(self, *, train: Train, **arguments: Any) -> None:
         if not callable(train):

@@ -45,8 +45,10 @@ class Intake:
     def finish(self, view: Sum | Updates | Unreleased | None) -> Outcome:
         """Return the outcome."""
         self.outcome.view = view
+        if self._exchange.clip is not None:  # nothing reads the nodes' metrics under a plan
+            return self.outcome
         self.outcome.metrics = self._exchange.aggregate(self._metrics)
-        spread = describe_metrics(self._metrics, self._exchange.weight_key) if self._exchange.clip is None else {}
+        spread = describe_metrics(self._metrics, self._exchange.weight_key)
         if spread:
             self.outcome.notes["metric-spread"] = spread
         return self.outcome

@@ -22,6 +22,7 @@ class QFedAvg(Strategy):
     """
 
     needs: ClassVar[type[View]] = Updates
+    unbounded: ClassVar[str] = "updates weigh by powers of the losses that nodes report, which have no bound"
 
     def __init__(
         self, *, client_learning_rate: float, q: float = 0.1, train_loss_key: str = "train_loss", **arguments: Any

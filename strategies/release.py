@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from privfed.context import derived_rng
 from privfed.distributed import Instruction
 from privfed.errors import PlanRefused, RunFailed
-from privfed.grid import Grid
+from privfed.grid import Grid, Recorder
 from privfed.plan import PrivacyPlan, joint_clip, tracked
 from privfed.privacy.events import Event
 from privfed.privacy.filters import Budget, BudgetExceeded
@@ -29,17 +31,24 @@ from privfed.update import dimension
 
 Seen = Sum | Updates | Unreleased | None
 
+_KEPT: WeakKeyDictionary[Recorder, Ledger] = WeakKeyDictionary()
+"""Ledgers of runs that write no file: all that a run releases is charged to one of them, whoever releases it."""
+
 
 def open_release(
-    plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int
+    plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int, *, purpose: str = "train"
 ) -> CentralRelease | SharedRelease:
-    """Return the release that a plan asks for. population: the nodes connected, unless the plan says how many."""
+    """Return the release that a plan asks for. population: the nodes connected, unless the plan says how many.
+
+    All releases of a run share its ledger, so they must be under the same terms: PlanRefused otherwise. purpose: of
+    what is released, "train" or "query"; the charges of each are told apart.
+    """
     if plan.correlation is not None:
         from privfed.strategies.correlated import MatrixRelease
 
-        return MatrixRelease(plan, grid, model, population, num_rounds)
+        return MatrixRelease(plan, grid, model, population, num_rounds, purpose)
     kind = SharedRelease if plan.distributed else CentralRelease
-    return kind(plan, grid, model, population, num_rounds)
+    return kind(plan, grid, model, population, num_rounds, purpose)
 
 
 class Release(ABC):
@@ -53,10 +62,12 @@ class Release(ABC):
     sampler: Sampler
     _noised: Float64s | None = None
 
-    def __init__(self, plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, grid: Grid, model: ArrayRecord, population: int, num_rounds: int, purpose: str
+    ) -> None:
         self.size = dimension(model)
         if self.size == 0:
-            raise ValueError("initial_arrays hold no elements, so there is nothing a privacy plan could protect")
+            raise ValueError("the arrays hold no elements, so there is nothing a privacy plan could protect")
         self.plan = plan
         self.population = plan.population if plan.population is not None else population
         self.denominator = plan.cohorts.expected_size(self.population)
@@ -67,7 +78,7 @@ class Release(ABC):
         adaptive, self.clip = plan.adaptive, plan.clip
         # Over the clip, and so the same in every round: with it, a round is one event whatever the clip.
         self._relative_weight = adaptive.bit_weight(self.noise_multiplier, self.denominator) if adaptive else 0.0
-        self.run = str(grid.run_id)
+        self.run = str(grid.run_id) if purpose == "train" else f"{grid.run_id}.{purpose}"
         self._ledger = None if self.seed is not None else self._open(grid)
 
     @abstractmethod
@@ -85,6 +96,11 @@ class Release(ABC):
     @abstractmethod
     def charge(self, server_round: int, view: Seen) -> dict[str, object]:
         """See that the round is charged, and only then noised; return what may be said. view None: nobody was asked."""
+
+    @property
+    @abstractmethod
+    def stddev(self) -> float:
+        """Standard deviation of the noise on each element of the sum, at most."""
 
     def view(self) -> Sum:
         """Return the released mean: the noised sum over the public cohort size."""
@@ -120,17 +136,20 @@ class Release(ABC):
     def _open(self, grid: Grid) -> Ledger:
         plan, path = self.plan, grid.recorder.ledger_path
         budget = Budget(plan.epsilon if plan.epsilon is not None else float("inf"), plan.delta)
-        terms = Terms(f"run {self.run}", budget, plan.unit, plan.relation, plan.observer)
+        terms = Terms(f"run {grid.run_id}", budget, plan.unit, plan.relation, plan.observer)
         if path is None:
-            return Ledger.create(None, terms)
+            ledger = _KEPT.setdefault(grid.recorder, Ledger.create(None, terms))
+            if ledger.terms != terms:
+                raise PlanRefused(f"the privacy ledger of this run was started under {ledger.terms}, not {terms}")
+            return ledger
         try:
             return Ledger.resume(path, terms)
         except LedgerError as cause:
             raise PlanRefused(f"the privacy ledger of this run cannot be charged: {cause}") from cause
 
     def close(self) -> None:
-        """Close the ledger."""
-        if self._ledger is not None:
+        """Close the ledger's file."""
+        if self._ledger is not None and self._ledger.path is not None:
             self._ledger.close()
 
     def authorise(self, server_round: int) -> None:
@@ -181,6 +200,11 @@ class Release(ABC):
 class CentralRelease(Release):
     """The server adds the noise."""
 
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on each element of the sum."""
+        return self.noise_multiplier * joint_clip(self.clip, self.bit_weight)
+
     def resolve(self, num_rounds: int) -> None:
         self.noise_multiplier = self.plan.resolve(num_rounds)
         self.event, self.sampler = self.plan.event(self.noise_multiplier), self.plan.cohorts
@@ -218,6 +242,12 @@ class SharedRelease(Release):
     _paid: tuple[int, float] | None = None
     _seed: bytes = b""
     _rotation: bytes = b""
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on each element of the sum, at most: that of every planned node's."""
+        scale = joint_clip(self.clip, self.bit_weight) if self.bit_weight else 1.0
+        return self.parameters.local_stddev * math.sqrt(self.parameters.nodes) * scale
 
     def resolve(self, num_rounds: int) -> None:
         sampler, nodes = self.plan.cohorts, round(self.denominator)

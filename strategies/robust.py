@@ -30,6 +30,10 @@ class RobustStrategy(Strategy, ABC):
     """Add `aggregate(rows)` to the model. A subclass of a few lines makes any rule a strategy."""
 
     needs: ClassVar[type[View]] = Updates
+    unbounded: ClassVar[str] = (
+        "its rule chooses among the updates, and one node may change the choice: the result then moves by the distance "
+        "between two other nodes' updates, which no clip bounds by one node's share of the mean"
+    )
 
     @abstractmethod
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:

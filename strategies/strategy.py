@@ -57,12 +57,15 @@ class Strategy:
     pace: over-selection, deadline and minimum completion of training rounds; default: ask no more than needed, wait.
 
     A subclass declares what it `needs` to see, and whether the sensitivity of what it reads is that of a clipped sum
-    (`linear`): only then may it run under a privacy plan. It overrides `update`, and, where it needs to, `configure`,
-    `configure_node`, `save` and `load`.
+    (`linear`): only then may it run under a privacy plan; `unbounded` says why it is not. It overrides `update`, and,
+    where it needs to, `configure`, `configure_node`, `save` and `load`.
     """
 
     needs: ClassVar[type[View]] = Sum
     linear: ClassVar[bool] = False
+    unbounded: ClassVar[str] = (
+        "it says neither that it reads the mean alone (`linear = True`) nor what it reads instead"
+    )
 
     def __init__(
         self,
@@ -191,7 +194,8 @@ class Strategy:
         name = type(self).__name__
         if not self.linear or self.needs is not Sum:
             raise PlanRefused(
-                f"privacy: no sensitivity is stated for {name}; use FedAvg or another strategy that reads only the sum"
+                f"privacy: no sensitivity is stated for {name}: {self.unbounded}; use FedAvg or another strategy that "
+                "reads only the sum"
             )
         if type(self).configure_node is not Strategy.configure_node:
             raise PlanRefused(f"privacy: {name} configures nodes apart, which the plan does not account for")

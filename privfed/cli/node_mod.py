@@ -26,7 +26,7 @@ from privfed.record import ConfigRecord
 from privfed.ring import SECURE
 from privfed.runtime.audit_log import Value
 from privfed.runtime.policy import NodePolicy
-from privfed.update import PLAN
+from privfed.update import PLAN, carries_update
 
 if TYPE_CHECKING:
     from privfed.privacy.ledger import Entry
@@ -89,10 +89,6 @@ def kind_of_plan(message: Message) -> str:
     if mechanism not in (CENTRAL, *SHARED):
         raise PlanRefused(f"mechanism {mechanism!r} is unknown to this node")
     return "central" if mechanism == CENTRAL else "distributed"
-
-
-def _is_train(message: Message) -> bool:
-    return message.metadata.message_type.partition(".")[0] == "train"
 
 
 def _refuse(message: Message, cause: Exception) -> Message:
@@ -160,19 +156,23 @@ def _floors(policy: NodePolicy | None) -> Policy:
 
 
 def _plans(policy: NodePolicy) -> Mod:
-    """Follow only the plans of the policy; without a plan, only where the policy has "none" or noises by itself."""
-    allowed = set(policy.privacy.plans)
-    if policy.mods.local_noise_multiplier is not None and "local" in allowed:
-        allowed.add("none")
+    """Follow only the plans of the policy; without a plan, only where the policy has "none" or noises by itself.
+
+    An evaluation never has a plan. It and a query without one also pass where the policy lists them as unaccounted.
+    """
+    allowed, free = set(policy.privacy.plans), set(policy.privacy.unaccounted)
+    noised = allowed | ({"none"} if policy.mods.local_noise_multiplier is not None and "local" in allowed else set())
 
     def judge(message: Message, context: Context, call_next: CallNext) -> Message:
-        if _is_train(message):
-            try:
-                kind = kind_of_plan(message)
-                if kind not in allowed:
-                    raise PlanRefused(f"plan {kind!r} is not among {', '.join(policy.privacy.plans)}")
-            except PlanRefused as cause:
-                return _refuse(message, cause)
+        asked = message.metadata.message_type
+        try:
+            kind = kind_of_plan(message)
+            if kind == "none" and asked.partition(".")[0] in free:
+                return call_next(message, context)
+            if kind not in (noised if carries_update(asked) else allowed & {"none"}):
+                raise PlanRefused(f"{asked}: plan {kind!r} is not among {', '.join(policy.privacy.plans)}")
+        except PlanRefused as cause:
+            return _refuse(message, cause)
         return call_next(message, context)
 
     return judge
@@ -247,7 +247,7 @@ def _noise(policy: NodePolicy) -> Mod:
         return local_dp(mods.clip, noise_multiplier=mods.local_noise_multiplier, delta=privacy.delta)
 
     def add(message: Message, context: Context, call_next: CallNext) -> Message:
-        if not _is_train(message):
+        if not carries_update(message.metadata.message_type):
             return call_next(message, context)
         kind = kind_of_plan(message)
         if kind == "distributed":
@@ -265,7 +265,8 @@ def _clipping(policy: NodePolicy) -> Mod:
 
     def cut(message: Message, context: Context, call_next: CallNext) -> Message:
         # A distributed plan clips by itself, in the lattice it rounds to; the policy's bound still applies before.
-        asked = bound is not None or kind_of_plan(message) == "central"
-        return mod(message, context, call_next) if _is_train(message) and asked else call_next(message, context)
+        carries = carries_update(message.metadata.message_type)
+        asked = carries and (bound is not None or kind_of_plan(message) == "central")
+        return mod(message, context, call_next) if asked else call_next(message, context)
 
     return cut

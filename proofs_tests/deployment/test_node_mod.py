@@ -172,3 +172,37 @@ def test_a_protocol_that_is_not_listed_is_refused(tmp_path: Path) -> None:
     message.content["privfed.secure.protocol"] = ConfigRecord({"name": "SecAgg"})
     reply, app = ask(held, message, tmp_path)
     assert (reply.error.reason, app.asked) == ("ProtocolRefused", 0)
+
+
+def test_queries_and_evaluations_follow_the_policy_too(tmp_path: Path) -> None:
+    """Without a limit on epsilon nothing counted them, and they left without noise where only plans are allowed."""
+    for plans in (["central"], ["distributed"], ["local"]):
+        held = policy(privacy={"plans": plans, "observer": "output"})
+        for kind in ("query", "query.look", "evaluate", "evaluate.again"):
+            reply, app = ask(held, train(kind=kind), tmp_path)
+            assert (reply.error.reason, app.asked) == ("PlanRefused", 0)
+    for kind in ("query.look", "evaluate"):
+        free = policy(privacy={"plans": ["central"], "unaccounted": [kind.partition(".")[0]]})
+        assert ask(free, train(kind=kind), tmp_path)[1].asked == 1
+        assert ask(policy(), train(kind=kind), tmp_path)[1].asked == 1  # plan "none" is among the default's
+
+
+def test_a_query_under_a_plan_is_clipped_and_charged_by_the_node(tmp_path: Path) -> None:
+    held = policy(privacy={"plans": ["central"], "observer": "output", "max-epsilon-per-run": 2.5})
+    reply, _ = ask(held, train(EVENT, kind="query.look"), tmp_path)
+    assert norm(reply.content.array_records["arrays"]) <= 1.0 + 1e-12
+    while not reply.has_error():
+        reply, _ = ask(held, train(EVENT, kind="query.look"), tmp_path)
+    assert reply.error.reason == "BudgetExceeded"
+    ledger = Ledger.read(next(iter(tmp_path.glob("run-*/node-1.jsonl"))))
+    accountant = Accountant(relation="zero_out", observer="output").step(EVENT, len(ledger.entries))
+    assert ledger.spent == pytest.approx(accountant.epsilon(delta=1e-5).upper, rel=1e-9)
+    assert 0 < ledger.spent <= 2.5 < accountant.step(EVENT).epsilon(delta=1e-5).upper
+
+
+def test_the_nodes_own_noise_is_on_answers_to_queries(tmp_path: Path) -> None:
+    """Standard deviation of 4 x 300 values of noise within 5 standard errors of 2: false alarms 6e-7."""
+    held = policy(privacy={"plans": ["local"]}, mods={"clip": 1.0, "local-noise-multiplier": 2.0})
+    drawn = [ask(held, train(kind="query.look"), tmp_path)[0].content.array_records["arrays"] for _ in range(300)]
+    values = np.concatenate([flatten(arrays) for arrays in drawn])
+    assert abs((values - 0.5).std() - 2.0) < 5 * 2.0 / np.sqrt(2 * values.size)

@@ -80,7 +80,7 @@ def test_an_error_costs_nothing_and_a_reply_made_twice_costs_twice(tmp_path: Pat
     [
         train(),
         train(EVENT, kind="evaluate"),
-        train(EVENT, kind="query"),
+        train(kind="query"),
         train(EVENT, insecure=True),
         train(EVENT, insecure=0),
         train(EVENT, event="{}"),

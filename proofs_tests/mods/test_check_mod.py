@@ -12,7 +12,9 @@ from privfed.array import Array
 from privfed.audit import ModCheckFailed, check_mod
 from privfed.context import Context
 from privfed.message import Message
-from privfed.record import ArrayRecord, ConfigRecord, MetricRecord
+from privfed.plan import BIT
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from privfed.update import PLAN
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,31 @@ from privfed.record import ArrayRecord, ConfigRecord, MetricRecord
 )
 def test_ours_pass(mod: Any) -> None:
     assert check_mod(mod).passed
+
+
+PLANNED: dict[str, Any] = {"clip": 2.0, "bit-weight": 0.5, "mechanism": "gaussian"}
+
+
+def told(mod: Any) -> Any:
+    """The mod under a plan whose clip adapts, on training messages; its bit is taken off, which has its own tests."""
+
+    def under_plan(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type.partition(".")[0] != "train":
+            return mod(message, context, call_next)
+        content = RecordDict({**message.content, PLAN: ConfigRecord(PLANNED)})
+        reply = mod(message.with_content(content), context, lambda m, c: call_next(message, c))
+        if reply.has_error() or BIT not in reply.content.array_records["arrays"]:
+            return reply
+        arrays = {name: array for name, array in reply.content.array_records["arrays"].items() if name != BIT}
+        return reply.with_content(RecordDict({**reply.content, "arrays": ArrayRecord(arrays)}))
+
+    return under_plan
+
+
+def test_adaptive_clip_passes_under_its_plan_and_refuses_training_without() -> None:
+    assert check_mod(told(mods.adaptive_clip())).passed
+    found = {problem for _, problem in check_mod(mods.adaptive_clip(), raise_on_failure=False).problems}
+    assert any("ordinary reply became an error (PlanRefused)" in problem for problem in found)
 
 
 def test_secure_aggregation_refuses_what_is_plain() -> None:

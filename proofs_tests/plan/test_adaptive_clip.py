@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed import mods
+from privfed.array import Array
 from privfed.context import Context
 from privfed.distributed import Instruction, PlanLimits
 from privfed.errors import PlanRefused, QuorumError
@@ -184,11 +185,77 @@ def test_update_and_bit_keep_one_bound(length: float, clip: float, z: float, coh
     assert math.hypot(1, weight / clip / 2) * z / (weight / clip) == pytest.approx(stddev, rel=1e-9)
 
 
-def test_a_clip_inside_would_hide_how_long_updates_are() -> None:
-    plan = PrivacyPlan(clip=1.0, noise_multiplier=1.0, adaptive=AdaptiveClip(), **SHARED)
+@pytest.mark.parametrize("inner", [mods.adaptive_clip, mods.clip, lambda: mods.clip(0.5)])
+def test_a_clip_inside_says_how_long_updates_were(inner: Any) -> None:
+    """Half of the updates are 8 long, half 0.1: where a mod inside has clipped them, the bits still say so."""
+    plan = PrivacyPlan(
+        clip=1.0, noise_multiplier=0.05, adaptive=AdaptiveClip(bits_stddev=0.05), mechanism="skellam", bits=30
+    )
     strategy = FedAvg(stage=SecureStage(SecAgg(threshold=0.6)), privacy=plan, **NONE)
-    with pytest.raises(QuorumError, match="UpdateError"):
-        strategy.start(LocalGrid(app_of(inner=[mods.distributed_dp(), mods.clip()]), 10), model(20), 1)
+    app = app_of(lambda node: 8.0 if node % 2 else 0.1, inner=[mods.distributed_dp(), inner()])
+    result = strategy.start(LocalGrid(app, 10), model(20), 1)
+    # The mean of ten bits has noise of sd 0.005: six of them.
+    assert result.rounds[0]["privacy"]["within-clip"] == pytest.approx(0.5, abs=0.03)
+
+
+def ask(mod: Any, message: Message, length: float = 3.0) -> tuple[Message, int]:
+    asked: list[int] = []
+
+    def answer(message: Message, context: Context) -> Message:
+        asked.append(1)
+        values = np.zeros(7)
+        values[2] = length
+        return Message(RecordDict({"arrays": ArrayRecord([values])}), reply_to=message)
+
+    return mod(message, Context(), answer), len(asked)
+
+
+def instructed(kind: str = "train", **plan: Any) -> Message:
+    return Message(RecordDict({"arrays": ArrayRecord([np.zeros(7)]), PLAN: ConfigRecord(plan)}), 1, kind)
+
+
+def test_the_mod_follows_a_plan_whose_clip_adapts_and_no_other() -> None:
+    mod = mods.adaptive_clip()
+    for length, bit in ((3.0, -0.25), (0.7, 0.25), (1.0, 0.25), (0.0, 0.25)):
+        update = ask(mod, instructed(clip=1.0, **{"bit-weight": 0.5}), length)[0].content.array_records["arrays"]
+        assert float(update[BIT].numpy()) == bit
+        assert norm(update) == pytest.approx(math.hypot(min(1.0, length), 0.25), rel=1e-12)
+    bare = Message(RecordDict({"arrays": ArrayRecord([np.zeros(7)])}), 1, "train")
+    for weight in ({}, {"bit-weight": 0.0}, {"bit-weight": -1.0}, {"bit-weight": math.inf}, {"bit-weight": 1}):
+        reply, asked = ask(mod, instructed(clip=1.0, **weight))
+        assert (reply.error.reason, asked) == ("PlanRefused", 0)
+    reply, asked = ask(mod, bare)
+    assert (reply.error.reason, asked) == ("PlanRefused", 0)
+    for kind in ("evaluate", "query"):  # no round of training: nothing adapts
+        reply, asked = ask(mod, instructed(kind, clip=1.0))
+        assert (reply.has_error(), asked) == (False, 1)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_mod_gives_what_clip_and_noise_give(kind: str) -> None:
+    """In place of clip, and inside distributed_dp, the clip moves to the same quantile."""
+    stage, terms, outer = RUNS[kind]
+    plan = PrivacyPlan(clip=1.0, noise_multiplier=0.3, adaptive=AdaptiveClip(learning_rate=1.0), **terms)
+    inner = [mods.distributed_dp(), mods.adaptive_clip()] if plan.distributed else [mods.adaptive_clip()]
+    app = app_of(inner=inner, outer=outer if outer is not None else passing, length=6.0)
+    built = stage()
+    strategy = FedAvg(privacy=plan, **NONE, **({"stage": built} if built is not None else {}))
+    result = strategy.start(LocalGrid(app, 10), model(20), 8)
+    # Noise of about 0.5 on the sum of ten bits moves the log of the clip by at most 6 sqrt(8) 0.05 = 0.85 in all.
+    assert 3.0 < result.rounds[-1]["privacy"]["clip"] < 20.0
+
+
+@pytest.mark.parametrize("value", [0.0, 1e9, 0.25 + 1e-9, math.nan])
+@pytest.mark.parametrize("make", [mods.adaptive_clip, mods.clip])
+def test_a_bit_that_is_none_is_refused(make: Any, value: float) -> None:
+    """An app that writes a bit itself could have sent any number in it."""
+
+    def forged(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"0": Array(np.zeros(7)), BIT: Array(np.array(value))})
+        return Message(RecordDict({"arrays": arrays, UPDATE: ConfigRecord({"relative": True})}), reply_to=message)
+
+    reply = make()(instructed(clip=1.0, **{"bit-weight": 0.5}), Context(), forged)
+    assert reply.error.reason == "UpdateError"
 
 
 def test_bits_that_would_spend_more_than_there_is_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,33 @@ def test_nodes_keep_their_distance_and_pay_once() -> None:
         for number in (1, 4, 5, 9)
     ]
     assert answers == [True, False, True, True]
+
+
+def test_a_round_that_a_node_is_asked_again_is_paid_again() -> None:
+    """The server noises what it is sent again: two releases, of which the node used to pay one."""
+    charged: list[float] = []
+    budget = privacy_budget(math.inf, observer="output", on_charge=lambda entry: charged.append(entry.spent))
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(3))})})
+    told = {"mechanism": "gaussian", "clip": 1.0, "insecure": False, "once": True, "separation": 1}
+    content[PLAN] = ConfigRecord({**told, "event": Central(MatrixGaussian(4.0, 2.0)).to_json()})
+    app, context = client([], [budget, clip()]), Context(run_id=1, node_id=5)
+    for number in (1, 2, 3, 3, 4, 2):
+        message = Message(content, 5, "train", group_id=str(number)).with_metadata(run_id=1)
+        assert not app(message, context).has_error()
+    new = [after > before for before, after in pairwise([0.0, *charged])]
+    assert new == [True, False, False, True, False, True]
+
+
+def test_a_run_that_has_paid_for_other_things_pays_for_its_correlated_noise(tmp_path: Path) -> None:
+    """Rounds of another plan, of the same run and terms, are not taken for a part of the price."""
+    terms = {"clip": 1.0, "noise_multiplier": 2.0, "relation": "add_remove"}
+    recorder = Recorder(tmp_path / "ledger.jsonl")
+    start(PrivacyPlan(**terms), recorder, 2, [])
+    start(PrivacyPlan(**terms, correlation=Tree()), Recorder(tmp_path / "ledger.jsonl"), 4, [])
+    events = [entry.event for entry in Ledger.read(tmp_path / "ledger.jsonl").entries]
+    assert events[:2] == [Central(Gaussian(2.0))] * 2
+    assert isinstance(events[2], Central)
+    assert isinstance(events[2].inner, MatrixGaussian)
 
 
 def test_plans_that_cannot_be_are_refused() -> None:

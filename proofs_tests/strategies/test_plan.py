@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from privfed import mods
+from privfed import mods, strategies
 from privfed.apps import ClientApp
 from privfed.array import Array
 from privfed.context import Context
@@ -22,7 +24,26 @@ from privfed.privacy.ledger import Ledger
 from privfed.privacy.sampling import AvailabilitySampler, FixedSizeSampler, PoissonSampler
 from privfed.protocols import SecAgg
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
-from privfed.strategies import FedAdam, FedAvg, FedMedian, GroupedStage, Krum, SecureStage, Strategy
+from privfed.strategies import (
+    RFA,
+    SCAFFOLD,
+    Bulyan,
+    CenteredClipping,
+    FedAdam,
+    FedAvg,
+    FedBuff,
+    FedMedian,
+    FedNova,
+    FedTrimmedAvg,
+    FedXgbBagging,
+    FLTrust,
+    GroupedStage,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+    SecureStage,
+    Strategy,
+)
 from privfed.update import PLAN
 
 NONE = {"fraction_evaluate": 0.0}
@@ -225,10 +246,37 @@ class Custom(Strategy):
         return arrays
 
 
-@pytest.mark.parametrize("strategy", [FedMedian, Krum, Custom])
-def test_a_strategy_without_stated_sensitivity_is_refused(strategy: Any) -> None:
-    with pytest.raises(PlanRefused, match="no sensitivity is stated"):
-        strategy(privacy=PrivacyPlan(clip=1.0, noise_multiplier=1.0), **NONE)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (FedMedian, "its rule chooses among the updates"),
+        (Krum, "its rule chooses among the updates"),
+        (MultiKrum, "its rule chooses among the updates"),
+        (Bulyan, "its rule chooses among the updates"),
+        (FedTrimmedAvg, "its rule chooses among the updates"),
+        (RFA, "its rule chooses among the updates"),
+        (partial(CenteredClipping, radius=1.0), "around the last round's aggregate"),
+        (partial(FLTrust, train=lambda arrays: arrays), "likeness to the server's own"),
+        (partial(QFedAvg, client_learning_rate=0.1), "powers of the losses"),
+        (SCAFFOLD, "arrays or weights of its own"),
+        (FedNova, "arrays or weights of its own"),
+        (partial(FedBuff, buffer_size=2), "how late the others are"),
+        (FedXgbBagging, "trees are documents"),
+        (Custom, "`linear = True`"),
+    ],
+)
+def test_a_strategy_without_a_sensitivity_is_refused_and_says_why(make: Any, reason: str) -> None:
+    name = getattr(make, "func", make).__name__
+    with pytest.raises(PlanRefused, match=f"no sensitivity is stated for {name}: .*{re.escape(reason)}"):
+        make(privacy=PrivacyPlan(clip=1.0, noise_multiplier=1.0), **NONE)
+
+
+def test_every_strategy_either_reads_the_mean_alone_or_says_why_not() -> None:
+    public = [getattr(strategies, name) for name in strategies.__all__]
+    found = [one for one in public if isinstance(one, type) and issubclass(one, Strategy) and one is not Strategy]
+    assert len(found) >= 20
+    for one in found:
+        assert one.linear or one.unbounded != Strategy.unbounded, one.__name__
 
 
 def test_evaluation_metrics_are_refused_under_a_plan() -> None:
