@@ -79,18 +79,26 @@ class Subject:
     mod: Mod
     deterministic: bool
     refuses: bool
+    withholds: bool = False
 
 
 def check_mod(
-    mod: Mod, *, deterministic: bool = True, refuses: bool = False, raise_on_failure: bool = True
+    mod: Mod,
+    *,
+    deterministic: bool = True,
+    refuses: bool = False,
+    withholds: bool = False,
+    raise_on_failure: bool = True,
 ) -> ModReport:
     """Check a mod: keys, shapes and dtypes, other records, shared requests, errors, hidden state, composition.
 
     deterministic: False for a mod that adds noise, whose outputs differ. refuses: True for a mod that must answer
-    every plain message with an error, without asking the app. Returns a report; raises ModCheckFailed with it when a
+    every plain message with an error, without asking the app. withholds: True for a mod that lets nothing leave but
+    arrays and constants: what is beside the arrays must not depend on what the app put there, and a message that it
+    refuses with an error need not reach the app. Returns a report; raises ModCheckFailed with it when a
     check fails, unless raise_on_failure is false.
     """
-    subject = Subject(mod, deterministic, refuses)
+    subject = Subject(mod, deterministic, refuses, withholds)
     problems: list[tuple[str, str]] = []
     checks = REFUSALS if refuses else CHECKS
     for check in checks:
@@ -174,6 +182,9 @@ def _shape(subject: Subject) -> Problems:
 
 def _other_records(subject: Subject) -> Problems:
     """Metrics and settings come through unchanged; added records have reserved names."""
+    if subject.withholds:
+        yield from _constant_records(subject)
+        return
     for case in _cases():
         reply = _ask(subject.mod, case)
         if reply.has_error() or not isinstance(case.reply, RecordDict):
@@ -186,6 +197,21 @@ def _other_records(subject: Subject) -> Problems:
             yield f"records {added} were added: {case.name}"
 
 
+def _constant_records(subject: Subject) -> Problems:
+    """What leaves beside the arrays is the same whatever the app put there."""
+    for case in _cases():
+        if not isinstance(case.reply, RecordDict):
+            continue
+        other: dict[str, Record] = {"metrics": MetricRecord({"num-examples": 8, "loss": 0.25}), "more": ConfigRecord()}
+        bare = Case(case.name, case.kind, case.request, RecordDict({"arrays": case.reply["arrays"], **other}))
+        first, second = (_ask(subject.mod, one) for one in (case, bare))
+        if first.has_error() or second.has_error():
+            continue
+        kept = [{n: r for n, r in reply.content.items() if n != "arrays"} for reply in (first, second)]
+        if kept[0] != kept[1]:
+            yield f"what left beside the arrays depends on what the app put there: {case.name}"
+
+
 def _addressing(subject: Subject) -> Problems:
     """The answer is a reply to the request, and the app is asked once, about the same kind of message."""
     for kind in KINDS:
@@ -196,7 +222,7 @@ def _addressing(subject: Subject) -> Problems:
         reply = subject.mod(message, Context(node_id=1), case.app(calls))
         if reply.metadata.reply_to_message_id != message.metadata.message_id:
             yield f"the answer to a {kind} message is no reply to it"
-        if len(calls) != 1:
+        if len(calls) != 1 and not (subject.withholds and not calls and reply.has_error()):
             yield f"the app was asked {len(calls)} times about a {kind} message"
         if any(call.metadata.message_type != kind for call in calls):
             yield f"the app was asked about another kind of message than {kind}"
@@ -217,8 +243,11 @@ def _errors_pass(subject: Subject) -> Problems:
     base = next(_cases())
     failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "KeyError")
     for kind in KINDS:
-        reply = _ask(subject.mod, Case("an error", kind, base.request, failed))
-        if not reply.has_error() or reply.error != failed:
+        calls: list[Message] = []
+        case = Case("an error", kind, base.request, failed)
+        reply = subject.mod(case.message(), Context(node_id=1), case.app(calls))
+        refused = subject.withholds and not calls
+        if not reply.has_error() or (reply.error != failed and not refused):
             yield f"the error of a {kind} message became {_body(reply)!r:.80}"
 
 

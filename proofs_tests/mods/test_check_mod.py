@@ -57,6 +57,54 @@ def test_adaptive_clip_passes_under_its_plan_and_refuses_training_without() -> N
     assert any("ordinary reply became an error (PlanRefused)" in problem for problem in found)
 
 
+@pytest.mark.parametrize(
+    "mod",
+    [mods.metric_floor(1), mods.unpack(), mods.compose(mods.unpack(), mods.sparsify(1.0))],
+    ids=["metric_floor", "unpack", "sparsify"],
+)
+def test_what_needs_no_plan_passes(mod: Any) -> None:
+    assert check_mod(mod).passed
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_quantising_passes_once_it_is_unpacked(bits: int) -> None:
+    assert check_mod(mods.compose(mods.unpack(), mods.quantize(bits)), deterministic=False).passed
+
+
+@pytest.mark.parametrize("mod", [mods.local_dp(1.0, noise_multiplier=1.0), mods.noise(1.0, 1.0, unit="record")])
+def test_local_noise_lets_nothing_else_leave(mod: Any) -> None:
+    assert check_mod(mod, deterministic=False, withholds=True).passed
+
+
+@pytest.mark.parametrize("mod", [mods.privacy_budget(8.0), mods.distributed_dp()], ids=["budget", "distributed"])
+def test_what_needs_a_plan_refuses_without(mod: Any) -> None:
+    assert check_mod(mod, refuses=True).passed
+
+
+def test_a_mod_that_withholds_but_half_fails() -> None:
+    def rounded(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        metrics = reply.content.metric_records.get("metrics", {})
+        content = RecordDict({"arrays": reply.content["arrays"]})
+        content["metrics"] = MetricRecord({"num-examples": 10 * round(float(str(metrics["num-examples"])) / 10)})
+        return reply.with_content(content)
+
+    def leaky(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        content = reply.content if reply.has_content() else RecordDict()
+        return (
+            reply
+            if reply.has_error()
+            else reply.with_content(RecordDict({"arrays": content["arrays"], "metrics": content["metrics"]}))
+        )
+
+    assert check_mod(rounded, withholds=True).passed  # 7 and 8 examples are both 10
+    report = check_mod(leaky, withholds=True, raise_on_failure=False)
+    assert any(check == "other-records" for check, _ in report.problems)
+
+
 def test_secure_aggregation_refuses_what_is_plain() -> None:
     assert check_mod(mods.secure_aggregation(), refuses=True).passed
     assert not check_mod(mods.secure_aggregation(), raise_on_failure=False).passed

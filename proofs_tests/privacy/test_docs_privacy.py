@@ -1,4 +1,4 @@
-"""Every Python block of the privacy pages runs as printed."""
+"""Every Python block of the pages on privacy, plans and mods runs as printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
-    for page in ("privacy.md", "accounting.md")
+    for page in ("privacy.md", "accounting.md", "mods.md", "plans.md")
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S))
 ]
 
