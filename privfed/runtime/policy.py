@@ -14,6 +14,8 @@ max-epsilon-per-period = 20.0
 period-days = 365
 min-cohort = 10                     # nodes in a round, as the plan promises
 min-separation = 1                  # rounds from one participation to the next, at least
+unaccounted = []                    # of "evaluate", "query": answered without a plan and not counted. Otherwise a query
+                                    # needs a plan as training does, and an evaluation passes where "none" is a plan
 
 [secure-aggregation]
 required = true                     # nothing leaves in the clear
