@@ -217,17 +217,20 @@ class Watch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.peaks: dict[tuple[str, str], float] = {}
+        self.seconds: dict[str, float] = {}
+        self._before = cpu(link)
         self.together: dict[str, float] = {}
 
     def _look(self) -> None:
         while not self._ended.wait(0.05):
             now: dict[str, float] = {}
             for name, process in [("SuperLink", self._link), *(("ServerApp", one) for one in children(self._link))]:
-                for key in ("VmHWM", "RssAnon", "VmRSS"):
-                    try:
-                        found = status(process, key)
-                    except (OSError, StopIteration):  # it has ended
-                        continue
+                try:
+                    self.seconds[name] = cpu(process) - (self._before if name == "SuperLink" else 0.0)
+                    seen = {key: status(process, key) for key in ("VmHWM", "RssAnon", "VmRSS")}
+                except (OSError, StopIteration):  # it has ended
+                    continue
+                for key, found in seen.items():
                     self.peaks[name, key] = max(found, self.peaks.get((name, key), 0.0))
                     now[key] = now.get(key, 0.0) + found
             self.together = {key: max(found, self.together.get(key, 0.0)) for key, found in now.items()}
@@ -283,15 +286,22 @@ def overhead(insecure: bool) -> None:
     )
 
 
-def large(insecure: bool, megabytes: int, nodes: int) -> None:
+def large(insecure: bool, megabytes: int, nodes: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), nodes, insecure, "subprocess")
         bench.start_nodes()
         with Watch(bench.link.pid) as watch:
-            seconds = bench.run(3, megabytes * 1_000_000)
+            seconds = bench.run(rounds, megabytes * 1_000_000)
+        nodes_seconds = sum(cpu(process.pid) for process in bench.processes[1:])
         bench.end()
     print(f"{megabytes} MB model, {nodes} nodes, both ways: rounds of {', '.join(f'{one:.2f}' for one in seconds)} s")
+    used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
+    print(f"  CPU seconds of all rounds, starts included: {used}, nodes {nodes_seconds:.1f}; load {load()}")
     watch.show(megabytes)
+
+
+def load() -> str:
+    return ", ".join(f"{one:.1f}" for one in os.getloadavg())
 
 
 def certify_crowd(bench: Bench, nodes: int) -> None:
@@ -409,12 +419,13 @@ def main() -> None:
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--nodes", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0)
     asked = parser.parse_args()
     if asked.only in (None, "overhead"):
         overhead(asked.insecure)
     if asked.only in (None, "large"):
-        large(asked.insecure, asked.megabytes, asked.nodes or 2)
+        large(asked.insecure, asked.megabytes, asked.nodes or 2, asked.rounds)
     if asked.only == "active":
         active(asked.insecure, asked.nodes or 500)
     if asked.only in (None, "idle"):

@@ -12,7 +12,7 @@ import numpy as np
 from privfed.array import Array
 from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import Checkpoint, Grid
-from privfed.mapped import let_go, zeros
+from privfed.mapped import file_of, let_go, zeros
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
 """(round, arrays) -> metrics on the server; round 0 is the initial model."""
 
+_ALIGNMENT = 64
 _ROUND_0 = "privfed.round-0"
 
 
@@ -418,14 +419,22 @@ def add_update(arrays: ArrayRecord, update: Float64s) -> ArrayRecord:
     Raises ValueError when a sum does not fit the dtype.
     """
     given = split(update, arrays)
-    return ArrayRecord({name: _add(name, array, given[name].reshape(-1)) for name, array in arrays.items()})
+    sizes = {name: array.nbytes + -array.nbytes % _ALIGNMENT for name, array in arrays.items()}
+    together = zeros(sum(sizes.values()), np.uint8)  # one file for all, where there is one
+    apart = file_of(together) is None
+    moved, start = {}, 0
+    for name, array in arrays.items():
+        place = np.empty(array.nbytes, np.uint8) if apart else together[start : start + array.nbytes]
+        moved[name] = _add(name, array, given[name].reshape(-1), place.data)
+        start += sizes[name]
+    return ArrayRecord(moved)
 
 
-def _add(name: str, array: Array, update: Float64s) -> Array:
+def _add(name: str, array: Array, update: Float64s, data: memoryview) -> Array:
+    """Write an array plus an update into `data`."""
     if not update.size:
         return array
-    moved, size = zeros(array.nbytes, np.uint8), array.nbytes // update.size
-    data = moved.data
+    size = array.nbytes // update.size
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, update.size, BLOCK):
             part = update[start : start + BLOCK]
