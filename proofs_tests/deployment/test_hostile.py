@@ -33,6 +33,7 @@ from privfed.runtime.frame import (
     unpack,
 )
 from privfed.runtime.handshake import NetworkError, Refused, greeting
+from privfed.runtime.result import ResultFile, ResultPart, ResultQuery
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
 
 CALM = {
@@ -46,10 +47,10 @@ CALM = {
     grpc.StatusCode.DATA_LOSS,
 }
 UNARY = ["/privfed.Fleet/Answer", "/privfed.Fleet/Run", "/privfed.Control/Resume", "/privfed.Control/Stop"]
-UNARY += [f"/privfed.Control/{name}" for name in ("Show", "Runs", "Nodes", "Node")]
-STREAMING = ["/privfed.Fleet/Download", "/privfed.Control/Follow"]
+UNARY += [f"/privfed.Control/{name}" for name in ("Show", "Runs", "Nodes", "Node", "Results")]
+STREAMING = ["/privfed.Fleet/Download", "/privfed.Control/Follow", "/privfed.Control/Result"]
 RECEIVING = ["/privfed.Fleet/Upload", "/privfed.Control/Submit"]
-CONVERSING = ["/privfed.Fleet/Session"]
+CONVERSING = ["/privfed.Fleet/Session", "/privfed.Fleet/Send", "/privfed.Fleet/Fetch"]
 
 
 @pytest.fixture
@@ -122,6 +123,8 @@ def test_malformed_frames_at_every_method_are_refused_by_name(link: LocalLink) -
         NodeChange(node_id=3, approve=True),
         RunName(name="nobody"),
         Listing(limit=3),
+        ResultQuery(name="x", models="all"),
+        ResultPart(run="x", file=ResultFile(path="format", size=1, digest=bytes(32)), offset=0),
     ]
     codes: set[grpc.StatusCode] = set()
     with (
@@ -130,7 +133,7 @@ def test_malformed_frames_at_every_method_are_refused_by_name(link: LocalLink) -
         grpc.insecure_channel(link.control) as users,
     ):
         eventually(lambda: len(link.link.dispatcher.sessions) == 1)
-        for method in UNARY + STREAMING + RECEIVING:
+        for method in UNARY + STREAMING + RECEIVING + CONVERSING[1:]:
             channel = fleet if "Fleet" in method else users
             for _ in range(60):
                 raw = bytearray(pack(rng.choice(seeds)))
@@ -267,14 +270,16 @@ def test_recorded_messages_replayed_change_nothing(link: LocalLink) -> None:
 def test_large_buffers_go_only_to_and_from_whom_they_are_for(link: LocalLink) -> None:
     _, clients, _ = hold_tasks(link, 2)
     other = [pack(Want(parts=(Progress(digest=bytes(32), size=0),)))]
-    assert call(link.fleet, "/privfed.Fleet/Download", other) == grpc.StatusCode.NOT_FOUND
     upload = [chunk(bytes(32), 0, 5, b"12345")]
-    assert call(link.fleet, "/privfed.Fleet/Upload", upload) == grpc.StatusCode.OUT_OF_RANGE
+    for method in ("Download", "Fetch"):
+        assert call(link.fleet, f"/privfed.Fleet/{method}", other) == grpc.StatusCode.NOT_FOUND
+    for method in ("Upload", "Send"):
+        assert call(link.fleet, f"/privfed.Fleet/{method}", upload) == grpc.StatusCode.OUT_OF_RANGE
     assert call(link.fleet, "/privfed.Fleet/Run", [pack(RunQuery(run_id=1))]) == grpc.StatusCode.NOT_FOUND
     assert not list((link.options.home / "incoming").glob("*/*"))
     stranger = greeting(node_id=77)
-    for method in ("/privfed.Fleet/Answer", "/privfed.Fleet/Run", "/privfed.Fleet/Download", "/privfed.Fleet/Upload"):
-        assert call(link.fleet, method, [b""], stranger) == grpc.StatusCode.UNAVAILABLE
+    for method in ("Answer", "Run", "Download", "Upload", "Fetch", "Send"):
+        assert call(link.fleet, f"/privfed.Fleet/{method}", [b""], stranger) == grpc.StatusCode.UNAVAILABLE
     for client in clients:
         client.close()
 

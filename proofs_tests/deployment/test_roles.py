@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import msgspec
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from privfed.runtime.audit_log import verify_log
 from privfed.runtime.authority import Authority, make_request
@@ -152,6 +153,23 @@ def test_strangers_do_not_get_past_the_handshake(link: LocalLink, tmp_path: Path
         user.runs()
     with ControlClient(link.control) as plain, pytest.raises(NetworkError, match="cannot be reached"):
         plain.runs()
+
+
+def test_load_balancers_are_told_that_every_listener_serves(link: LocalLink, members: Members) -> None:
+    """The health protocol of gRPC, at each listener by its own name; it takes a certificate, as everything does."""
+    for role, name, address, service in (
+        ("node", "hospital-a", link.fleet, "privfed.Fleet"),
+        ("viewer", "vera", link.control, "privfed.Control"),
+    ):
+        credentials = members.join(role, name).channel_credentials()
+        with grpc.secure_channel(address, credentials) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for asked in ("", service):
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=asked), timeout=10)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Check(health_pb2.HealthCheckRequest(service="other"), timeout=10)
+            assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 def test_without_keys_only_loopback_is_served_unless_forced(tmp_path: Path) -> None:
