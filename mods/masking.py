@@ -346,8 +346,9 @@ class _Session:
         stage, message, kind = self._stage, self._message, self._stage.kind
         if not stage.with_input:
             raise SessionOutOfOrder("the protocol asks for the input at a stage that came without the instructions")
-        if bind(message.content, stage.layout, kind) != stage.binding:
-            raise BindingMismatch("the model or configuration differs from what the session was opened for")
+        keys, shared = (stage.arrays_key, stage.weight_key), self._context.shared
+        if bind(message.content, stage.layout, kind, keys=keys, shared=shared) != stage.binding:
+            raise BindingMismatch("the model, configuration or settings differ from what the session was opened for")
         inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
         self._check_layout(inner)
         self._open_once(kind, inner)

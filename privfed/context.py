@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,7 @@ class Context:
     seed: the run's seed, or None; see `rng`. identify: returns the node's identity, where the runtime has one.
     masked: the policy under which `mods.secure_aggregation` masks the reply outside of what is called, or None.
     noised: whether the noise of the plan in the message is added outside of what is called.
+    shared: hash of what all nodes of the run are given alike (`shared_settings`); no secure sum is made with others'.
     """
 
     run_id: int = 0
@@ -36,6 +38,7 @@ class Context:
     identify: Callable[[], Identity | None] | None = field(default=None, repr=False)
     masked: Policy | None = None
     noised: bool = False
+    shared: bytes = b""
 
     def mod_state(self, name: str) -> RecordDict:
         """Return the records that the mod `name` keeps, apart from the app's own state."""
@@ -52,6 +55,18 @@ class Context:
         pass the round among the labels. Without a seed it is fresh from the operating system.
         """
         return derived_rng(self.seed, self.node_config.get("partition-id", self.node_id), *labels)
+
+
+def shared_settings(
+    run_config: Mapping[str, UserConfigValue], seed: int | None, app: str = "", nodes: Sequence[int] = ()
+) -> bytes:
+    """Return a hash of what a server hands to every node of a run alike, beside its messages: 32 bytes.
+
+    app: digest of the app's bundle, "" where there is none. nodes: the run's. A server that gives a node other settings
+    than the rest would make its update stand out in a sum, so this is in what a secure session is bound to.
+    """
+    text = json.dumps([dict(run_config), seed, app, list(nodes)], sort_keys=True)
+    return hashlib.sha256(b"privfed settings v1\0" + text.encode()).digest()
 
 
 def derived_rng(seed: int | None, *labels: object) -> np.random.Generator:

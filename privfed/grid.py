@@ -94,6 +94,8 @@ class Grid(ABC):
     recorder: Recorder
     run_id: int = 0
     seed: int | None = None
+    shared: bytes = b""
+    """Hash of what all nodes of the run are given alike (`privfed.context.shared_settings`); it binds secure sums."""
 
     @abstractmethod
     def get_node_ids(self) -> Sequence[int]:
@@ -258,6 +260,7 @@ class ModGrid(Grid):
         self.recorder = grid.recorder
         self.run_id = grid.run_id
         self.seed = grid.seed
+        self.shared = grid.shared
 
     def get_node_ids(self) -> Sequence[int]:
         return self._grid.get_node_ids()

@@ -241,19 +241,22 @@ class Decoded:
     error_bound: float
 
 
-def bind(content: RecordDict, layout: Layout, kind: str) -> bytes:
+def bind(
+    content: RecordDict, layout: Layout, kind: str, *, keys: tuple[str, str] = ("", ""), shared: bytes = b""
+) -> bytes:
     """Return H(model, shared configuration): 32 bytes that differ when any node is told anything else.
 
-    Covers every record of the content but those of the session itself, the layout, and the kind of message.
+    Covers every record of the content but those of the session itself, the layout, and the kind of message. keys: where
+    the model is in a message, and the weight in a reply. shared: hash of the run's settings (`Context.shared`).
     """
-    state = hashlib.sha256(b"privfed binding v1\0")
+    state = hashlib.sha256(b"privfed binding v2\0")
 
     def put(*parts: bytes) -> None:
         for part in parts:
             state.update(len(part).to_bytes(8, "big"))
             state.update(part)
 
-    put(kind.encode(), repr(layout).encode())
+    put(kind.encode(), repr(layout).encode(), *(key.encode() for key in keys), shared)
     for name, record in sorted(content.items()):
         if name == SECURE or name.startswith(SECURE + "."):
             continue

@@ -262,7 +262,13 @@ class SecureStage(Stage):
             nodes=nodes,
             dimension=layout.size,
             bits=layout.bits,
-            binding=bind(exchange.content, layout, exchange.kind),
+            binding=bind(
+                exchange.content,
+                layout,
+                exchange.kind,
+                keys=(exchange.arrays_key, exchange.weight_key or ""),
+                shared=exchange.grid.shared,
+            ),
         )
         if session != journal.pending:
             session = replace(session, round=self.next_number())

@@ -17,6 +17,7 @@ from privfed.runtime.store import NodeState, pack_states, unpack_states
 def pack_context(head: dict[str, Any], context: Context, message: Message | None = None) -> Packet:
     """Return a packet with a message, if there is one, and all of the context that an app may see."""
     head |= {"run": context.run_id, "node": context.node_id, "seed": context.seed}
+    head["shared"] = context.shared.hex()
     if context.masked is not None:
         policy = asdict(context.masked)
         head["masked"] = {**policy, "binding": policy["binding"].hex() if policy["binding"] else None}
@@ -38,6 +39,7 @@ def read_context(packet: Packet) -> Context:
         mod_states=state.mods,
         masked=_read_policy(head.get("masked")),
         noised=head.get("noised") is True,
+        shared=bytes.fromhex(head["shared"]),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from privfed.apps import CallNext
-from privfed.context import Context, UserConfig
+from privfed.context import Context, UserConfig, shared_settings
 from privfed.grid import answer
 from privfed.message import SERVER_NODE_ID, Error, ErrorCode, Message
 from privfed.protocols.session import Identity
@@ -26,12 +26,22 @@ Log = Callable[[Message, BaseException], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What every node of a run is given: its own configuration and identity by node id, the settings, and the seed."""
+    """What every node of a run is given: its own configuration and identity by node id, the settings, and the seed.
+
+    app, nodes: digest of the app's bundle, and the nodes of the run, where the runtime has them.
+    """
 
     node_config: Callable[[int], UserConfig]
     run_config: UserConfig = field(default_factory=dict)
     seed: int | None = None
     identity: Callable[[int], Identity | None] = lambda node_id: None
+    app: str = ""
+    nodes: tuple[int, ...] = ()
+
+    @property
+    def shared(self) -> bytes:
+        """Hash of what all nodes are given alike."""
+        return shared_settings(self.run_config, self.seed, self.app, self.nodes)
 
 
 def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tuple[Message, NodeState | None]:
@@ -53,6 +63,7 @@ def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tu
         seed=assignment.seed,
         mod_states=lease.state.mods,
         identify=functools.partial(assignment.identity, node_id),
+        shared=assignment.shared,
     )
     try:
         reply = answer(app, message.with_content(message.content.copy()), context, told)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from structlog.contextvars import bound_contextvars
 
-from privfed.context import Context
+from privfed.context import Context, shared_settings
 from privfed.errors import PrivfedError, RunFailed, RunStopped
 from privfed.grid import Grid
 from privfed.message import SERVER_NODE_ID
@@ -210,7 +210,10 @@ class FederationRun:
         if kept is not None:
             context.state, context.mod_states = kept.app, kept.mods
         self._recorder = PatientRecorder(self.folder, self._patiently, self.began[-1])
-        grid = PatientGrid(LinkGrid(self._link, self.run_id, self.folder, seed), self._recorder, self._patiently)
+        nodes = tuple(self._link.nodes(self.run_id))
+        shared = shared_settings(self.config["run-config"], seed, self.config["bundle"], nodes)
+        bare = LinkGrid(self._link, self.run_id, self.folder, seed, shared)
+        grid = PatientGrid(bare, self._recorder, self._patiently)
         before = self._link.traffic(self.run_id).messages_up
         self._run_app(grid, context)
         traffic = self._link.traffic(self.run_id)

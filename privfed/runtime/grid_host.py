@@ -52,7 +52,8 @@ class GridHost:
         recorder = self._grid.recorder
         ledger = None if recorder.ledger_path is None else str(recorder.ledger_path.resolve())
         told = {"ledger": ledger, "insecure": recorder.insecure_test_randomness}
-        return {"grid": {"run": self._grid.run_id, "seed": self._grid.seed}, **told}
+        grid = {"run": self._grid.run_id, "seed": self._grid.seed, "shared": self._grid.shared.hex()}
+        return {"grid": grid, **told}
 
     def serve(self) -> object:
         """Answer calls until the app ends; return its result.

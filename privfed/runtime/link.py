@@ -199,11 +199,19 @@ def _array_bytes(message: Message) -> int:
 class LinkGrid(Grid):
     """The Grid of one run over a Link in this process."""
 
-    def __init__(self, link: Link, run_id: int, recorder: Recorder | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        run_id: int,
+        recorder: Recorder | None = None,
+        seed: int | None = None,
+        shared: bytes = b"",
+    ) -> None:
         self._link = link
         self.run_id = run_id
         self.recorder = recorder if recorder is not None else MemoryRecorder()
         self.seed = seed
+        self.shared = shared
 
     def get_node_ids(self) -> Sequence[int]:
         return self._link.nodes(self.run_id)

@@ -114,6 +114,7 @@ class PatientGrid(Grid):
         self.recorder = recorder
         self.run_id = grid.run_id
         self.seed = grid.seed
+        self.shared = grid.shared
 
     def get_node_ids(self) -> Sequence[int]:
         return self._patience(self._grid.get_node_ids)

@@ -135,6 +135,7 @@ class RemoteGrid(Grid):
         self._caller = caller
         self.run_id = head["grid"]["run"]
         self.seed = head["grid"]["seed"]
+        self.shared = bytes.fromhex(head["grid"]["shared"])
         self.recorder = RemoteRecorder(caller, context, head)
 
     def get_node_ids(self) -> Sequence[int]:

@@ -99,7 +99,8 @@ def run_simulation(
     asked: dict[str, Any] = {"run-config": settings, "nodes": num_nodes, "seed": seed}
     recorder = _recorder(run_dir, resume, asked, insecure_test_randomness, on_event)
     identities = SimulatedIdentities(range(1, num_nodes + 1))
-    assignment = Assignment(_node_configs(num_nodes, node_config), settings, seed, identities)
+    nodes = tuple(range(1, num_nodes + 1))
+    assignment = Assignment(_node_configs(num_nodes, node_config), settings, seed, identities, nodes=nodes)
     run = _Run(num_nodes, assignment, recorder)
     return run.execute(server_app, client_app, min(num_nodes, threads or os.cpu_count() or 1))
 
@@ -192,7 +193,7 @@ class _Run:
         return self._result(state, result)
 
     def _serve(self, server_app: Main, engine: ThreadEngine) -> object:
-        grid = LinkGrid(self.link, self.run_id, self.recorder, self.assignment.seed)
+        grid = LinkGrid(self.link, self.run_id, self.recorder, self.assignment.seed, self.assignment.shared)
         try:
             result = server_app(grid, self.context)
         except (RunFailed, RunStopped):

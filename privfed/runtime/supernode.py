@@ -312,7 +312,8 @@ class _Lane(threading.Thread):
 
         app = options.wrap(call) if options.wrap is not None else call
         lease = Lease(task.token, message, NodeState(kept.app.app, kept.mods), task.expires_at)
-        assignment = Assignment(self._configure(grant), dict(grant.run_config), grant.seed, options.identity)
+        given = dict(grant.run_config), grant.seed, options.identity, grant.bundle, tuple(grant.nodes)
+        assignment = Assignment(self._configure(grant), *given)
         reply, after = execute(app, lease, assignment, self._log)
         if after is None:
             return reply, None

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from privfed import ConfigRecord, Context, Message, RecordDict, run_simulation
 from privfed.apps import CallNext
 from privfed.cli.node_mod import node_wrap
+from privfed.context import shared_settings
 from privfed.runtime import node_blob
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.identity import SimulatedIdentities
@@ -80,7 +82,9 @@ def processes(tmp_path: Path) -> Callable[[], Launcher]:
 
 
 def grid_of(paper: PaperLink) -> LinkGrid:
-    return LinkGrid(paper.link, RUN, seed=paper.grant.seed)
+    grant = paper.grant
+    shared = shared_settings(grant.run_config, grant.seed, grant.bundle, grant.nodes)
+    return LinkGrid(paper.link, RUN, seed=grant.seed, shared=shared)
 
 
 def ask(grid: LinkGrid, kind: str = "train") -> list[Message]:
@@ -154,6 +158,27 @@ def test_active_secure_aggregation_gives_the_bits_of_the_simulation_and_the_app_
     assert found is not None
     assert found.arrays == expected.arrays
     assert np.abs(found.arrays["0"].view()).max() > 0
+    paper.close()
+
+
+def test_a_node_that_is_given_other_settings_than_the_rest_gives_nothing(tmp_path: Path) -> None:
+    """A run configuration of its own would make one node stand out in the sum; so would another app or seed."""
+    app = odd_app.write(tmp_path / "app", client=odd_app.ACTIVE_CLIENT, server=odd_app.ACTIVE_SERVER)
+    config = {"rounds": 1}
+    paper = PaperLink(app, 4, config)  # type: ignore[arg-type]  # a UserConfig
+    grid = grid_of(paper)
+    places = [Place(paper, node, tmp_path / str(node)) for node in (1, 2, 3, 4)]
+    identify = SimulatedIdentities((1, 2, 3, 4))
+    with running(*places, wrap=node_wrap(None), identity=identify):
+        places[3].fleet.run = lambda run_id: replace(paper.grant, run_config={"rounds": 1, "local-epochs": 9})  # type: ignore[method-assign]
+        InlineLauncher().serve(app, grid, Context(run_config=dict(config), seed=1), tmp_path / "server.txt")
+    found = grid.recorder.restore()
+    assert found is not None
+    told = found.metrics[0]["train-replies"]
+    assert told["valid"] == 3
+    assert [(one["node"], one["cause"]) for one in told["excluded"]] == [
+        (4, "stage mask: POLICY_REFUSED BindingMismatch")
+    ]
     paper.close()
 
 

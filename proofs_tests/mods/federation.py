@@ -89,7 +89,7 @@ class Federation:
         content.update(more)
         protocol: Protocol = self.protocol
         last = kind if kind_at is None else kind_at(INPUT_STAGE[type(protocol).__name__])
-        binding = bind(content, plan, last)
+        binding = bind(content, plan, last, keys=("arrays", ""))
         facts = Session(RUN, number, kind, nodes, plan.size, plan.bits, binding)
         server = protocol.server(replace(facts, **told))
         refusals: set[str] = set()

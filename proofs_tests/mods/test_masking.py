@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from privfed import mods
 from privfed.apps import ClientApp
 from privfed.array import Array
+from privfed.context import shared_settings
 from privfed.message import Error, ErrorCode, Message
 from privfed.mods.masking import STATE
 from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
@@ -275,6 +276,41 @@ def test_nothing_changes_from_stage_to_stage(stage: int, weaken: str) -> None:
     lab = Federation(SecAgg(threshold=2))
     assert lab.session(1, change=only_at(stage, change))[1] == {"SessionOutOfOrder"}
     assert lab.trained == (3 if stage == 3 else 0)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+@pytest.mark.parametrize("key", ["arrays-key", "weight-key"])
+def test_where_model_and_weight_are_is_bound(protocol: Any, key: str) -> None:
+    """A node told to weigh by another metric than the rest would be the only one in the sum that counts."""
+    lab = Federation(protocol)
+
+    def change(content: RecordDict) -> None:
+        content.config_records[SECURE][key] = "accuracy"
+
+    assert lab.session(1, change=lambda stage: change)[1] == {"BindingMismatch"}
+    assert lab.trained == 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+def test_a_node_with_other_settings_than_the_session_is_bound_to_gives_nothing(protocol: Any) -> None:
+    lab = Federation(protocol)
+    for context in lab.contexts.values():
+        context.shared = shared_settings({"local-epochs": 0}, None)
+    server, refusals = lab.session(1)
+    assert refusals == {"BindingMismatch"}
+    assert server.result is None
+    assert lab.trained == 0
+
+
+def test_settings_are_all_that_nodes_are_given_alike() -> None:
+    base: tuple[Any, ...] = ({"lr": 0.1, "n": 1}, 7, "app", (1, 2))
+    others: list[tuple[Any, ...]] = [
+        ({"lr": 0.1, "n": 2}, *base[1:]), ({"lr": 0.1, "n": 1.0}, *base[1:]), ({"lr": 0.1, "n": True}, *base[1:]),
+        ({"lr": 0.1}, *base[1:]), (base[0], 8, "app", (1, 2)), (base[0], None, "app", (1, 2)),
+        (base[0], 7, "other", (1, 2)), (base[0], 7, "app", (1, 2, 3)),
+    ]  # fmt: skip
+    assert len({shared_settings(*one) for one in (base, *others)}) == 9
+    assert shared_settings({"n": 1, "lr": 0.1}, *base[1:]) == shared_settings(*base)
 
 
 # --- instructions that are none

@@ -78,6 +78,8 @@ def test_the_binding_covers_everything_a_node_is_told() -> None:
     ]
     seen |= {bind(one, layout, "train") for one in variants}
     seen |= {bind(base, layout, "evaluate"), bind(base, Layout(32, 4, 6, 1.0, None), "train")}
-    assert len(seen) == 8
+    seen |= {bind(base, layout, "train", keys=keys) for keys in (("arrays", ""), ("", "arrays"), ("", "loss"))}
+    seen |= {bind(base, layout, "train", shared=shared) for shared in (b"a", b"b")}
+    assert len(seen) == 13
     session = RecordDict({**base, SECURE: ConfigRecord({"stage": 1}), REQUEST: ArrayRecord()})
     assert bind(session, layout, "train") in seen
