@@ -247,6 +247,7 @@ class _Session:
         except (RemoteError, DecodeError) as cause:
             if kept and isinstance(last, ConfigRecord):  # a server that broke a rule gets no second try
                 self._state["session"] = ConfigRecord({**last, "kept": b""})
+                self._context.lasting.add(STATE)
             if isinstance(cause, DecodeError):
                 raise Refused(f"the request does not decode: {cause}") from cause
             raise
@@ -387,6 +388,8 @@ class _Session:
             received = tracked(received, weight)
             check_arrays(received, arrays, update=True)
             update = ArrayRecord({name: arrays[name] for name in received})
+        elif math.isfinite(clip):  # whatever its norm: whether it is refused must not tell
+            raise UpdateNotClipped(f"the plan clips to {clip:g}, and no mods.clip() made this update")
         else:
             update = subtract(arrays, received)
         if not norm(update) <= joint_clip(clip, weight) * _SLACK:

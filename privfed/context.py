@@ -25,6 +25,7 @@ class Context:
     seed: the run's seed, or None; see `rng`. identify: returns the node's identity, where the runtime has one.
     masked: the policy under which `mods.secure_aggregation` masks the reply outside of what is called, or None.
     noised: whether the noise of the plan in the message is added outside of what is called.
+    lasting: mods whose records are kept although the reply is an error, as a refusal that must not be forgotten.
     shared: hash of what all nodes of the run are given alike (`shared_settings`); no secure sum is made with others'.
     """
 
@@ -39,6 +40,7 @@ class Context:
     masked: Policy | None = None
     noised: bool = False
     shared: bytes = b""
+    lasting: set[str] = field(default_factory=set, repr=False)
 
     def mod_state(self, name: str) -> RecordDict:
         """Return the records that the mod `name` keeps, apart from the app's own state."""

@@ -1,14 +1,18 @@
 """The layout of a masked vector: updates, weight and metrics as integers modulo 2^bits, and back.
 
 Server and nodes agree on a layout before anything is masked. Values are rounded to a public step, a power of two, and
-the step is chosen so that the sum over the whole cohort fits the ring: what does not fit is an error on the node, and
-a sum cannot wrap. Entries are, in this order: the update (times the node's share of `max_weight`), the weight, the
-metrics. Under distributed noise the vector is made by the node before, and passes as it is.
+the step is chosen so that the sum over the whole cohort fits the ring: a sum cannot wrap. A value beyond its public
+range is sent as the nearest one within, and the sum says how many nodes did so. It is no error: the server picks the
+ranges, and whether one node refuses would tell it, bit by bit and without any sum, what that node's value is. Entries
+are, in this order: the update (times the node's share of `max_weight`), the weight, the metrics, the count of nodes
+that clamped. Under distributed noise the vector is made by the node before, and passes as it is; a plan's sum has no
+such count, and needs none, since updates are clipped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +24,8 @@ from numpy.typing import NDArray
 from privfed.errors import PrivfedError
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord, RecordDict
 from privfed.update import blocks, dimension
+
+log = logging.getLogger("privfed.mods")
 
 Float64s = NDArray[np.float64]
 Ring = NDArray[Any]
@@ -39,13 +45,15 @@ REMOVED = "privfed.secure.removed"
 """A ConfigRecord in a node's last reply: "keys" of the parts of its noise that so few drops do not need."""
 
 
+LEAST, MOST = 2.0**-500, 2.0**500
+"""Bounds of what a range may be: scales computed from it stay finite and above 0."""
 MARGIN = 2.0**-40
 FLOAT_ERROR = 2.0**-48
 """What float64 arithmetic adds to the fixed-point error of a mean, relative to max_value."""
 
 
 class RingOverflow(PrivfedError, ValueError):
-    """A value outside the public range of the layout; nothing was masked."""
+    """A reply that has no place in the layout, such as a weight that is no number; nothing was masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +89,16 @@ class Layout:
                 raise ValueError(f"the range of metric {name!r} must be finite and ascending, got ({low}, {high})")
         if self.reach < 1:
             raise ValueError(f"bits: 2^{self.bits} is too small a ring for the sum of {self.cohort} nodes")
+        if not LEAST <= self.max_value <= MOST:
+            raise ValueError(f"max_value must be in [{LEAST:g}, {MOST:g}], got {self.max_value}")
+        for name, low, high in self.metrics:
+            if not LEAST <= high - low <= MOST:
+                raise ValueError(
+                    f"the range of metric {name!r} must be {LEAST:g} to {MOST:g} wide, got ({low}, {high})"
+                )
         if self.max_weight is not None:
-            if not (math.isfinite(self.max_weight) and self.max_weight > 0):
-                raise ValueError(f"max_weight must be finite and > 0, got {self.max_weight}")
+            if not LEAST <= self.max_weight <= MOST:
+                raise ValueError(f"max_weight must be in [{LEAST:g}, {MOST:g}], got {self.max_weight}")
             if self._safe_reach < self.max_weight:
                 raise ValueError(
                     f"bits: {self.cohort} weights of up to {self.max_weight:g} do not fit 2^{self.bits}: "
@@ -117,7 +132,12 @@ class Layout:
     @property
     def size(self) -> int:
         """Entries of the vector."""
-        return self.dimension + (self.max_weight is not None) + len(self.metrics)
+        return self.dimension + (self.max_weight is not None) + len(self.metrics) + self.counts
+
+    @property
+    def counts(self) -> bool:
+        """Whether the last entry is the number of nodes that clamped a value."""
+        return self.max_weight is not None or bool(self.metrics)
 
     def to_config(self) -> ConfigRecord:
         """Return the layout as a record."""
@@ -168,16 +188,22 @@ class Layout:
         return vector
 
     def encode(self, update: ArrayRecord | None, weight: float, metrics: Mapping[str, object]) -> Ring:
-        """Return the ring vector of one node. Raises RingOverflow for a value outside the public ranges."""
-        share = 1.0
+        """Return the ring vector of one node, values beyond a public range moved into it. Raises RingOverflow.
+
+        RingOverflow: NaN, a weight below 0, a metric that is missing or no number, an update of another size.
+        """
+        share, clamped = 1.0, []
         if self.max_weight is not None:
-            if not 0 <= weight <= self.max_weight:
-                raise RingOverflow(f"weight {weight:g} is not in [0, max_weight={self.max_weight:g}]")
+            if not weight >= 0:
+                raise RingOverflow(f"the weight is {weight:g}, not a number >= 0")
+            if weight > self.max_weight:
+                weight = self.max_weight
+                clamped.append("the weight")
             share = weight / self.max_weight
         kind = np.uint32 if self.bits <= 32 else np.uint64
         vector = np.empty(self.size, kind)
         mask = (1 << self.bits) - 1
-        place = self._encode_update(update, share, vector) if update is not None else 0
+        place = self._encode_update(update, share, vector, clamped) if update is not None else 0
         if place != self.dimension:
             raise RingOverflow(f"the update has {place} elements, the layout {self.dimension}")
         if self.max_weight is not None:
@@ -185,22 +211,32 @@ class Layout:
             place += 1
         for name, low, high in self.metrics:
             value = metrics.get(name)
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise RingOverflow(f"metric {name!r} is {value!r}, not in its public range [{low:g}, {high:g}]")
+            if not isinstance(value, int | float) or math.isnan(value):
+                raise RingOverflow(f"metric {name!r} is {value!r}, not a number")
+            if not low <= value <= high:
+                value = min(max(value, low), high)
+                clamped.append(f"metric {name!r}")
             vector[place] = round(share * (2 * (value - low) / (high - low) - 1) * self._metric_scale) & mask
             place += 1
+        if self.counts:
+            vector[place] = bool(clamped)
+        if clamped:
+            log.warning("%s: beyond the public range, sent as its end", ", ".join(clamped))
         return vector
 
-    def _encode_update(self, update: ArrayRecord, share: float, vector: Ring) -> int:
+    def _encode_update(self, update: ArrayRecord, share: float, vector: Ring, clamped: list[str]) -> int:
         place, mask = 0, np.uint64((1 << self.bits) - 1)
         if dimension(update) != self.dimension:
             return dimension(update)
         factor = share / self.step
         for name, array in update.items():
             for _, block in blocks(array):
-                # A comparison with NaN is false, so NaN is refused here as well.
-                if not (block.size == 0 or float(np.abs(block).max()) <= self.max_value):
-                    raise RingOverflow(f"array {name!r} changes by more than max_value={self.max_value:g}")
+                largest = float(np.abs(block).max(initial=0.0))
+                if math.isnan(largest):
+                    raise RingOverflow(f"array {name!r} holds NaN")
+                if largest > self.max_value:
+                    np.clip(block, -self.max_value, self.max_value, out=block)
+                    clamped.append(f"array {name!r}")
                 block *= factor
                 steps = np.rint(block, out=block).astype(np.int64).view(np.uint64)
                 vector[place : place + block.size] = steps & mask
@@ -227,18 +263,23 @@ class Layout:
                 share = float(signed[place + index]) / self._metric_scale * scale / weight
                 metrics[name] = low + (share + 1) / 2 * (high - low)
         rounding = count * self.step / 2 * scale / weight if weight > 0 else 0.0
-        return Decoded(update, scale, weight, metrics, rounding + self.max_value * FLOAT_ERROR)
+        clamped = int(signed[self.size - 1]) if self.counts else 0
+        return Decoded(update, scale, weight, metrics, rounding + self.max_value * FLOAT_ERROR, clamped)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """total * scale is the weighted sum of updates, weight its weight; error_bound: per element of the mean."""
+    """total * scale is the weighted sum of updates, weight its weight; error_bound: per element of the mean.
+
+    clamped: how many nodes sent a value that had to be moved into its public range.
+    """
 
     total: Float64s
     scale: float
     weight: float
     metrics: MetricRecord
     error_bound: float
+    clamped: int = 0
 
 
 def bind(

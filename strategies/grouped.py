@@ -189,6 +189,8 @@ class GroupedStage(SecureStage):
             outcome.metrics[name] = total / weight if weight else 0.0
         if found:
             outcome.notes["groups"] = len(found)
+            if clamped := sum(decoded.clamped for decoded in found.values()):
+                outcome.notes["clamped"] = clamped
             outcome.notes["anonymity"] = self._anonymity(drives, sizes)
         return found
 

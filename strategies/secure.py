@@ -41,8 +41,10 @@ class SecureStage(Stage):
     protocol: any object that satisfies `privfed.protocols.session.Protocol`. bits: the ring is Z_2^bits.
     max_value: largest change of any one element of the model; under a privacy plan its clip is used.
     max_weight: largest weight. train_metrics, evaluate_metrics: name -> (lowest, highest) of the metrics that travel
-    inside the masked vector; every node must report them, others stay on the node. These are public; a node whose
-    value lies outside sends nothing but an error. stage_timeout: seconds each stage but the training one may take.
+    inside the masked vector; every node must report them, others stay on the node. These are public; a node whose value
+    lies outside sends the nearest one inside, and `clamped` in the round's metrics is how many nodes did (a refusal
+    would tell the server, which picks the ranges, about one node). stage_timeout: seconds each stage but the training
+    one may take.
 
     Guarantees: the mean's fixed-point error per element is at most `error-bound` in the round's metrics, which is
     survivors * step / 2 * max_weight / total weight; sums never wrap.
@@ -183,6 +185,8 @@ class SecureStage(Stage):
         outcome.metrics = decoded.metrics
         if layout.dimension:
             outcome.notes["error-bound"] = decoded.error_bound
+        if decoded.clamped:
+            outcome.notes["clamped"] = decoded.clamped
         return outcome, decoded
 
     def recovered(self, exchange: Exchange) -> Exchange:

@@ -45,10 +45,12 @@ class Assignment:
 
 
 def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tuple[Message, NodeState | None]:
-    """Run a client app on a task; return its reply, and the state to commit or None when the app failed.
+    """Run a client app on a task; return its reply, and the state to commit or None when there is none.
 
-    The app works on copies of the message's records and of the node's, so a failure changes nothing.
+    The app works on copies of the message's records and of the node's: a failure changes nothing but the records
+    of mods that asked for it (`Context.lasting`).
     """
+    before = lease.state.copy()
     message, node_id = lease.message, lease.message.metadata.dst_node_id
 
     def told(fault: BaseException) -> None:
@@ -72,7 +74,8 @@ def execute(app: CallNext, lease: Lease, assignment: Assignment, log: Log) -> tu
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(fault).__name__), reply_to=message)
     reply = _checked(reply, message)
     if reply.has_error():
-        return reply, None
+        lasting = {name: context.mod_states[name] for name in context.lasting if name in context.mod_states}
+        return reply, NodeState(before.app, {**before.mods, **lasting}).copy() if lasting else None
     # A copy: the reply may share records with the state, and the server may change the reply.
     return reply, NodeState(context.state, context.mod_states).copy()
 

@@ -299,6 +299,7 @@ class _Lane(threading.Thread):
                 raise
             logger.error("run %d: its app does not run here: %s", self._run_id, fault)
             return _refusal(message, fault), None
+        before = kept.app.copy().mods
         mods = dict(kept.app.mods)
 
         def call(asked: Message, context: Context) -> Message:
@@ -317,7 +318,7 @@ class _Lane(threading.Thread):
         reply, after = execute(app, lease, assignment, self._log)
         if after is None:
             return reply, None
-        return reply, Kept(NodeState(after.app, mods), after.mods)
+        return reply, Kept(NodeState(after.app, before if reply.has_error() else mods), after.mods)
 
     def _seconds(self, task: Task) -> float:
         left = task.expires_at - time.time()

@@ -49,6 +49,7 @@ class Federation:
         self.protocol = protocol
         self.contexts = {node: Context(run_id=RUN, node_id=node) for node in NODES}
         self.trained = 0
+        self.weight_key, self.shared = "", b""
         mod = mods.secure_aggregation(policy, identity=identity_of, **arguments)
         self.app = ClientApp(mods=[mod])
         for register in (self.app.train, self.app.evaluate, self.app.query):
@@ -89,7 +90,7 @@ class Federation:
         content.update(more)
         protocol: Protocol = self.protocol
         last = kind if kind_at is None else kind_at(INPUT_STAGE[type(protocol).__name__])
-        binding = bind(content, plan, last, keys=("arrays", ""))
+        binding = bind(content, plan, last, keys=("arrays", self.weight_key), shared=self.shared)
         facts = Session(RUN, number, kind, nodes, plan.size, plan.bits, binding)
         server = protocol.server(replace(facts, **told))
         refusals: set[str] = set()
@@ -137,7 +138,7 @@ class Federation:
             "binding": binding,
             "input": with_input,
             "arrays-key": "arrays",
-            "weight-key": "",
+            "weight-key": self.weight_key,
         }
         whole[SECURE] = ConfigRecord(header)
         if with_input:

@@ -20,8 +20,10 @@ from privfed.mods.masking import STATE
 from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
 from privfed.protocols.errors import DecodeError
 from privfed.protocols.session import FACTS, Policy
-from privfed.record import ArrayRecord, ConfigRecord, RecordDict
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.ring import BUFFER, DEMANDS, NOISED, REQUEST, SECURE, VECTOR, Layout
+from privfed.runtime.engine import Assignment, execute
+from privfed.runtime.store import Lease, NodeState
 from privfed.update import PLAN, UPDATE
 from proofs_tests.mods.federation import INPUT_STAGE, PROTOCOLS, RUN, Change, Federation, identity_of, model, moved
 
@@ -396,9 +398,59 @@ def test_an_error_of_the_app_passes_as_it_is() -> None:
 def test_an_update_beyond_the_plans_clip_stays(clip: float) -> None:
     """The update is 1 in four elements: its norm is 2."""
     for limit, refusal in ((clip, {"UpdateNotClipped"}), (2.0, set()), ("wide", {"Refused"}), (None, {"Refused"})):
-        lab = Federation(SecAgg(threshold=2))
+        update = ArrayRecord({"w": Array(np.ones(4, np.float32))})
+        made = {"arrays": update, UPDATE: ConfigRecord({})}
+        lab = answering(lambda message, made=made: moved(0, message, **made))  # type: ignore[misc]
         plan = ConfigRecord({} if limit is None else {"clip": limit})
         assert lab.session(1, more={PLAN: plan})[1] == refusal
+
+
+def test_whether_an_update_is_refused_for_want_of_a_clip_tells_nothing_about_it() -> None:
+    """A server names clips as it likes: an update that no mods.clip() made is refused under each, short or long."""
+    for clip in (1e-9, 1.0, 1e9):
+        lab = Federation(SecAgg(threshold=2))
+        assert lab.session(1, more={PLAN: ConfigRecord({"clip": clip})})[1] == {"UpdateNotClipped"}
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(32, 3, 4, 0.5, None), Layout(32, 3, 4, 8.0, 0.5), Layout(32, 3, 4, 8.0, 8.0, (("loss", 0.0, 1.0),)),
+    Layout(32, 3, 4, 8.0, 8.0, (("loss", 90.0, 91.0),)), Layout(32, 3, 4, 1e-9, 1e-9, (("loss", 0.0, 1e-9),)),
+])  # fmt: skip
+def test_a_nodes_values_do_not_show_in_whether_it_refuses(layout: Layout) -> None:
+    """The update is 1 in each element, the weight 1, the loss 50: no range that a server names makes nodes refuse."""
+
+    def reply(message: Message) -> Message:
+        return moved(1, message, metrics=MetricRecord({"num-examples": 1, "loss": 50.0}))
+
+    lab = answering(reply)
+    lab.weight_key = "num-examples"
+    server, refusals = lab.session(1, layout=layout)
+    assert refusals == set()
+    assert server.result is not None
+    decoded = layout.decode(server.result.total, 3)
+    assert decoded.clamped == (3 if layout.counts else 0)
+    np.testing.assert_allclose(decoded.total * decoded.scale / decoded.weight, min(1, layout.max_value), rtol=1e-6)
+
+
+def test_a_server_that_broke_a_rule_gets_no_second_try_of_a_node_as_the_runtime_keeps_it() -> None:
+    """The refusal is an error, and the runtime keeps nothing of those, but for what the mod says must last."""
+    lab = Federation(SecAgg(threshold=2))
+    states = {node: NodeState() for node in lab.contexts}
+    asked: list[int] = []
+
+    def ask(message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        given = Assignment(lambda node: {}, identity=lambda node: identity_of(lab.contexts[node]))
+        message.metadata = replace(message.metadata, run_id=RUN, message_id=f"{len(asked)}")
+        asked.append(node)
+        reply, after = execute(lab.app, Lease("", message, states[node].copy(), 1e18), given, lambda *_: None)
+        states[node] = after if after is not None else states[node]
+        return reply
+
+    lab.ask = ask  # type: ignore[method-assign]
+    lab.shared = Assignment(lambda node: {}).shared
+    assert lab.session(1, spoil=3)[1] == {"SessionOutOfOrder"}, "a damaged request, then the right one"
+    assert lab.session(2, value=1.0)[1] == set(), "another session is another one"
 
 
 def test_an_update_is_checked_like_full_weights() -> None:

@@ -217,6 +217,36 @@ def test_a_node_that_lies_about_its_group_does_not_change_the_others() -> None:
     assert server.groups == ((2, 3, 5), (7, 11, 13))
 
 
+def test_few_that_claim_to_have_groups_do_not_end_a_draw() -> None:
+    """Four of twelve answer the first commitment with groups of their liking, each with an honest node in it."""
+    nodes = tuple(range(1, 13))
+    claims = {9: (1, 9, 10), 10: (1, 9, 10), 11: (2, 11, 12), 12: (2, 11, 12)}
+    for beacon in (Beacon(4), Beacon(committee=4)):
+        server = beacon.server(Session(1, 1, "train", nodes, 0, 32))
+        kept = dict.fromkeys(nodes, b"")
+        while server.stage:
+            for node, request in server.outbound().items():
+                if node in claims:
+                    reply: Any = bytes([SETTLED]) + codec.u32(12) + codec.node_list(claims[node])
+                else:
+                    kept[node], reply = beacon.client(node).step(kept[node], request, _none)
+                server.receive(node, reply)
+            server.close()
+        drawn = {node for group in server.groups for node in group}
+        assert drawn <= set(range(1, 9))
+        assert server.nodes == 8
+
+
+def test_a_group_with_a_member_that_has_none_is_not_taken() -> None:
+    server = Beacon(2).server(Session(1, 1, "train", NODES, 0, 32))
+    told = {2: (2, 3), 3: (2, 3), 5: (5, 7), 7: (5, 7), 11: (11, 13)}
+    for node, group in told.items():
+        server.receive(node, bytes([SETTLED]) + codec.u32(6) + codec.node_list(group))
+    server.receive(13, bytes([1]) + bytes(32))
+    server.close()
+    assert server.groups == ((2, 3), (5, 7))
+
+
 def settled(run: Run) -> Any:
     server = run.start()
     while server.stage:

@@ -58,11 +58,39 @@ def test_what_does_not_fit_the_ring_is_an_error_and_never_wraps() -> None:
     top = layout.encode(ArrayRecord([np.array([1.0, -1.0])]), 1, {})
     total = (10 * top.astype(np.uint64)) & np.uint64(2**16 - 1)
     np.testing.assert_allclose(layout.decode(total, 10).total, [10, -10], rtol=1e-3)
-    for bad in ([1.001, 0.0], [0.0, -1.001], [math.inf, 0.0], [math.nan, 0.0]):
-        with pytest.raises(RingOverflow):
-            layout.encode(ArrayRecord([np.array(bad)]), 1, {})
+    with pytest.raises(RingOverflow, match="NaN"):
+        layout.encode(ArrayRecord([np.array([math.nan, 0.0])]), 1, {})
     with pytest.raises(RingOverflow, match="3 elements"):
         layout.encode(ArrayRecord([np.zeros(3)]), 1, {})
+
+
+@given(
+    st.integers(1, 8), st.floats(0, 1e12),
+    st.lists(st.floats(-1e12, 1e12) | st.just(-math.inf), min_size=2, max_size=2), st.floats(-1e300, 1e300) | st.just(math.inf),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_what_lies_beyond_a_range_is_sent_as_its_end(
+    nodes: int, weight: float, update: list[float], loss: float
+) -> None:
+    """No wrap and no error, whatever the values: the sum is that of the clamped ones, with how many clamped."""
+    layout = Layout(32, nodes, 2, 2.0, 10.0, (("loss", -1.0, 3.0),))
+    vectors = [layout.encode(ArrayRecord([np.array(update)]), weight, {"loss": loss}) for _ in range(nodes)]
+    total = np.sum([vector.astype(np.uint64) for vector in vectors], axis=0) & np.uint64(2**32 - 1)
+    decoded = layout.decode(total, nodes)
+    beyond = weight > 10 or max(map(abs, update)) > 2 or not -1 <= loss <= 3
+    assert decoded.clamped == nodes * beyond
+    assert decoded.weight == pytest.approx(nodes * min(weight, 10.0), abs=1e-6)
+    if weight > 0.01:
+        mean = decoded.total * decoded.scale / decoded.weight
+        np.testing.assert_allclose(mean, np.clip(update, -2, 2), atol=1e-3)
+        assert float(str(decoded.metrics["loss"])) == pytest.approx(min(max(loss, -1.0), 3.0), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-200, 1e200, math.inf, math.nan, 0.0, -1.0])
+def test_ranges_from_which_no_scale_follows_are_no_layout(value: float) -> None:
+    for arguments in ({"max_value": value}, {"max_weight": value}, {"metrics": (("loss", 0.0, value),)}):
+        with pytest.raises(ValueError, match=r"max_value|max_weight|range"):
+            Layout(**{"bits": 32, "cohort": 3, "dimension": 2, "max_value": 1.0, "max_weight": 1.0, **arguments})  # type: ignore[arg-type]
 
 
 def test_the_binding_covers_everything_a_node_is_told() -> None:

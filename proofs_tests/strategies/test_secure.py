@@ -189,8 +189,6 @@ BAD = {
     "shape": (with_arrays(scalar=Array(np.zeros(1))), "UpdateError"),
     "dtype": (with_arrays(scalar=Array(np.array(0, np.float32))), "UpdateError"),
     "key": (with_arrays(more=Array(np.array(0.0))), "UpdateError"),
-    "too far": (with_arrays(scalar=Array(np.array(9.0))), "RingOverflow"),
-    "weight": (lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": 1e9})}), "RingOverflow"),
     "negative weight": (
         lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": -1})}),
         "RingOverflow",
@@ -212,6 +210,23 @@ def test_a_bad_reply_is_refused_before_masking(name: str) -> None:
     (excluded,) = result.rounds[0]["train-replies"]["excluded"]
     assert excluded["node"] == 2
     assert cause in excluded["cause"]
+
+
+def test_a_value_beyond_its_range_is_sent_as_its_end_and_counted() -> None:
+    """Node 2 reports a weight of 10^9 where 8 is the most: as an error it would tell the server about node 2."""
+    train = spoilt(lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": 1e9})}))
+    grid = FlakyGrid(app_of(train), 4)
+    result = FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2), max_weight=8)).start(grid, MODEL, 1)
+    told = result.rounds[0]["train-replies"]
+    assert (told["valid"], told["clamped"], told.get("excluded", [])) == (4, 1, [])
+    far = FlakyGrid(app_of(spoilt(with_arrays(scalar=Array(np.array(9.0))))), 4)
+    result = FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2), max_weight=8)).start(far, MODEL, 1)
+    assert result.rounds[0]["train-replies"]["clamped"] == 1
+    good_ones = FlakyGrid(app_of(), 4)
+    result = FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=2), max_weight=8)).start(
+        good_ones, MODEL, 1
+    )
+    assert "clamped" not in result.rounds[0]["train-replies"]
 
 
 def test_all_failing_fails_the_run() -> None:
