@@ -66,7 +66,8 @@ def test_what_does_not_fit_the_ring_is_an_error_and_never_wraps() -> None:
 
 @given(
     st.integers(1, 8), st.floats(0, 1e12),
-    st.lists(st.floats(-1e12, 1e12) | st.just(-math.inf), min_size=2, max_size=2), st.floats(-1e300, 1e300) | st.just(math.inf),
+    st.lists(st.floats(-1e12, 1e12) | st.just(-math.inf), min_size=2, max_size=2),
+    st.floats(-1e300, 1e300) | st.just(math.inf),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_what_lies_beyond_a_range_is_sent_as_its_end(
