@@ -168,12 +168,17 @@ def _refuse(deviation: str, detail: str) -> RemoteError:
 
 @dataclass(frozen=True, slots=True)
 class BeaconClient:
-    """One node. What it kept of earlier beacons of the run goes in as `kept` at the first stage."""
+    """One node. What it kept of earlier beacons of the run goes in as `kept` at the first stage.
+
+    group_size, committee: of its `Beacon`; a request for another draw is refused.
+    """
 
     node: int
     identity: Identity | None = field(repr=False)
     policy: Policy
     random: Random = field(repr=False)
+    group_size: int
+    committee: int
 
     def step(self, kept: bytes, request: Buffer, source: Source) -> tuple[bytes, Buffer]:
         """Answer one request. Raises RemoteError naming the deviation."""
@@ -213,6 +218,10 @@ class BeaconClient:
             raise LocalError("the policy requires active security: give this node an identity")
         if self.identity is not None and (strangers := set(session.nodes) - set(self.identity.roster)):
             raise _refuse("foreign-node", f"nodes {sorted(strangers)} are not on the roster")
+        if (size, committee) != (self.group_size, self.committee):
+            raise _refuse(
+                "parameters-differ", f"groups of {size}, a committee of {committee}: asked for by another draw"
+            )
         fresh = self.random(32)
         reply = codec.u8(COMMITTED) + beacon_commitment(keys.digest(b"beacon", terms), self.node, fresh)
         return Kept(COMMITTED, state.attempts, fresh, terms), reply
@@ -407,4 +416,4 @@ class Beacon:
         policy: Policy = Policy(),
         random: Random = os_random,
     ) -> BeaconClient:
-        return BeaconClient(node, identity, policy, random)
+        return BeaconClient(node, identity, policy, random, self.group_size, self.committee)

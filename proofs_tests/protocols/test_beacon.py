@@ -191,6 +191,17 @@ def test_what_committee_a_node_does_not_draw(policy: Policy, size: int, committe
     assert refusal(Run(policy=policy, committee=4), 2, asked(session, size, committee)) == deviation
 
 
+def test_a_node_takes_part_in_the_draw_that_it_was_called_for() -> None:
+    """A request for groups under the name of a committee would make a node file its group as the run's committee."""
+    for run, other in (
+        (Run(), Beacon(committee=3)),
+        (Run(committee=3), Beacon(3)),
+        (Run(committee=3), Beacon(committee=4)),
+    ):
+        session = Session(1, next(numbers), "train", NODES, 0, 32)
+        assert refusal(run, 2, bytes(other.server(session).outbound()[2])) == "parameters-differ"
+
+
 def test_the_server_refuses_what_no_honest_node_sends() -> None:
     run = Run()
     server = run.start()
@@ -313,7 +324,7 @@ def test_context_and_size_are_in_every_commitment() -> None:
     session = Session(1, 1, "train", NODES, 0, 32)
     seen = set()
     for told, size, committee in ((session, 0, 4), (session, 0, 3), (session, 3, 0), (replace(session, run=2), 0, 4)):
-        client = Beacon(committee=4).client(2, identity=Identity(2, SIGNING[2], ROSTER), random=bytes)
+        client = Beacon(size, committee).client(2, identity=Identity(2, SIGNING[2], ROSTER), random=bytes)
         seen.add(bytes(client.step(b"", asked(told, size, committee), _none)[1]))
     assert len(seen) == 4
 
