@@ -35,8 +35,10 @@ def draw(book: Ledger, path: Path) -> None:
     numbers = [0, *(number for number, _, _ in points)]
     lower = [0.0, *(low for _, low, _ in points)]
     upper = [0.0, *(high for _, _, high in points)]
-    axes.fill_between(numbers, lower, upper, alpha=0.3, color="tab:blue", label="certified: lower to upper")
-    axes.plot(numbers, upper, color="tab:blue", linewidth=1)
+    axes.fill_between(
+        numbers, lower, upper, step="post", alpha=0.3, color="tab:blue", label="certified: lower to upper"
+    )
+    axes.step(numbers, upper, where="post", color="tab:blue", linewidth=1.5)
     budget = book.terms.budget
     if book.measure == "epsilon":
         charged = [0, *(entry.sequence for entry in book.entries)]

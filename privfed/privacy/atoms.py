@@ -88,6 +88,16 @@ def certain_of(pair: object) -> float:
     return float(getattr(pair, "certain", 0.0))
 
 
+def loss_error(pair: object) -> float:
+    """Bound how far the losses of outcomes are from the true ones; for densities that is part of the masses' errors."""
+    if isinstance(pair, Atoms):
+        logs = float(np.abs(np.log(np.concatenate((pair.p, pair.q)))).max())
+        return 2 * pair.rounding + 4 * ULP * (1 + logs)
+    parts = [branch for _, branch in getattr(pair, "branches", ())]
+    parts += [getattr(pair, name) for name in ("pair", "above", "below") if hasattr(pair, name)]
+    return max((loss_error(part) for part in parts), default=0.0)
+
+
 def atoms_of(pair: Pair) -> tuple[float, float] | None:
     """Return the losses of two atoms that hold much of the mass, if the pair has such."""
     ends = getattr(pair, "ends", None)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from privfed.privacy import lattice, pld
-from privfed.privacy.atoms import Atoms, atoms_of, certain_of
+from privfed.privacy.atoms import Atoms, atoms_of, certain_of, loss_error
 from privfed.privacy.closed_form import root
 from privfed.privacy.cumulant import Cumulants, Inversion, Part, invert
 from privfed.privacy.pair import ULP, Pair
@@ -49,6 +49,11 @@ class Direction:
     def certain(self) -> float:
         """Probability of an outcome that only P has."""
         return _once(tuple((certain_of(pair), count) for pair, count in self.parts))
+
+    @cached_property
+    def _room(self) -> float:
+        """How far the losses of single outcomes, summed over all uses, may be from the true ones."""
+        return sum(count * loss_error(pair) for pair, count in self.parts)
 
     @cached_property
     def _mixed(self) -> bool:
@@ -141,6 +146,10 @@ class Direction:
 
     def bracket_epsilon(self, delta: float, tol: float, enough: float = -math.inf) -> Bracket:
         """Bracket epsilon(delta); stop early when the upper bound is at most `enough`."""
+        found = self._bracket_epsilon(delta, tol, enough - self._room)
+        return Bracket(found.lower - self._room, found.estimate, found.upper + self._room, found.settled)
+
+    def _bracket_epsilon(self, delta: float, tol: float, enough: float) -> Bracket:
         estimate, settled = self.near_epsilon(delta, tol)
         if math.isinf(estimate):
             lower = math.inf if self.surely * (1 - 1e-11) >= delta else 0.0
@@ -152,7 +161,7 @@ class Direction:
         peak = self._peak(delta)
         if peak is not None and _close(peak.lower, peak.upper, tol / 10, 1e-3):
             return peak
-        limit = self.ceiling * (1 + 1e-12) if self.certain == 0 and delta > 1e-280 else math.inf
+        limit = self.ceiling + 1e-12 * abs(self.ceiling) if self.certain == 0 and delta > 1e-280 else math.inf
         if limit <= enough:
             return Bracket(-math.inf, min(estimate, limit), limit, True)
         exact = self._exact()
@@ -218,7 +227,7 @@ class Direction:
         assert isinstance(pair, Atoms)
         mass = math.exp(count * math.log(pair.top()[1]))
         value = -mass * math.expm1(epsilon - self.ceiling)
-        wrong = mass * 8 * ULP * (1 + self.ceiling) + value * (count + 4) * (pair.rounding + 8 * ULP)
+        wrong = mass * (self._room + 8 * ULP * (1 + self.ceiling)) + value * (count + 4) * (pair.rounding + 8 * ULP)
         return Bracket(max(0.0, value - wrong), value, value + wrong, True)
 
     def _exact(self) -> list[tuple[lattice.Lattice, int]] | None:
@@ -243,7 +252,7 @@ class Direction:
         step = float(getattr(self.parts[0][0], "spacing", 0.0))
         order, window = tilt(self.parts, self.cumulants, epsilon)
         composition = pld.compose(parts, step, order, window)
-        room = 4 * ULP * sum(count for _, count in parts) * max(1.0, abs(epsilon))
+        room = self._room + 4 * ULP * sum(count for _, count in parts) * max(1.0, abs(epsilon))
         upper = composition.delta(epsilon - room, True)
         lower = composition.delta(epsilon + room, False)
         return Bracket(lower, (lower + upper) / 2, upper, _close(lower, upper, 1e-2, 1e-300))
@@ -266,7 +275,8 @@ class Direction:
             return Bracket(max(0.0, estimate - wrong), estimate, min(1.0, estimate + wrong), True)
         if epsilon >= self.ceiling:  # the true ceiling may lie a rounding error higher
             # above it for sure, there is only what P alone has, and what is too rare for floats
-            unsure = 0.0 if epsilon > self.ceiling + 1e-12 * abs(self.ceiling) else 2e-12 * abs(self.ceiling)
+            near = self._room + 2e-12 * abs(self.ceiling)
+            unsure = 0.0 if epsilon > self.ceiling + near else near
             upper = self.certain * (1 + 1e-12) + unsure + 1e-280
             return Bracket(self.surely * (1 - 1e-12), self.certain, min(1.0, upper), True)
         top = self._top_delta(epsilon)
@@ -276,6 +286,7 @@ class Direction:
         if exact is not None:
             return self._lattice_delta(exact, epsilon)
 
+        room = self._room
         if self._mixed:
             shift = tol / self.cumulants.order_for_epsilon(epsilon)
             lower, upper, done = refined(
@@ -285,13 +296,13 @@ class Direction:
                 max(estimate, 1e-300),
                 shift,
                 (tol, 1e-300),
-                lambda composition, upper: composition.delta(epsilon, upper),
+                lambda composition, upper: composition.delta(epsilon + (-room if upper else room), upper),
                 -math.inf,
             )
             middle = estimate if settled or not math.isfinite(upper - lower) else (lower + upper) / 2
             return Bracket(lower, min(max(middle, lower), upper), upper, done)
         line = self._line_at(self.cumulants.order_for_epsilon(epsilon))
-        lower, upper, done = bracket_delta(self.pairs, self.counts, epsilon, estimate, settled, tol, line)
+        lower, upper, done = bracket_delta(self.pairs, self.counts, epsilon, estimate, settled, tol, line, room)
         middle = estimate if settled else (lower + upper) / 2
         return Bracket(lower, min(max(middle, lower), upper), upper, done)
 
@@ -333,7 +344,7 @@ def _meet(first: Bracket, second: Bracket | None) -> Bracket:
 def _profile_error(pair: Pair, epsilon: float) -> float:
     """Bound the rounding of a profile: it is a difference of two masses, each with its own error."""
     growth = math.exp(min(epsilon, 700.0))
-    p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon])))
+    p, q, p_error, q_error = (float(part[1]) for part in pair.masses(np.array([epsilon - loss_error(pair)])))
     reach = 4 * ULP * (1 + abs(epsilon))
     return p_error + growth * q_error + reach * (p + growth * q) + 1e-12 * certain_of(pair) + 1e-290
 

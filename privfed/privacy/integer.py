@@ -91,7 +91,10 @@ def log_skellam(k: npt.NDArray[np.int64], variance: float) -> Floats:
     with np.errstate(divide="ignore"):
         direct = np.log(special.ive(size, variance))
     start = size * (math.log(variance / 2) if variance > 0 else 0.0) - special.gammaln(size + 1) - variance
-    series = start + (variance / 2) ** 2 / (size + 1)  # an upper bound within (variance^2 / 4 / size)^2
+    rest = (variance / 2) ** 2 / (size + 1)
+    # Where the function underflows, so does the mass, unless the variance is tiny: then the series' first term is an
+    # upper bound within rest^2.
+    series = np.where(rest < 0.5, start + rest, -np.inf)
     return np.where(np.isfinite(direct), direct, series)
 
 

@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 ULP = 2.0**-52
 MOST_NODES = 500_000  # of one quadrature
 _CDF = 4 * ULP  # relative error of scipy's normal distribution function in its small tail; tested, half of it is seen
+_RAREST = 1e-307  # tails below underflow
 
 
 class Masses(NamedTuple):
@@ -62,7 +63,7 @@ def between(lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
     right = np.concatenate(([1.0], upper, [0.0]))
     use_left = left[1:] < 0.5
     mass = np.where(use_left, np.diff(left), -np.diff(right))
-    error = _CDF * np.where(use_left, left[1:] + left[:-1], right[1:] + right[:-1])
+    error = _CDF * np.where(use_left, left[1:] + left[:-1], right[1:] + right[:-1]) + _RAREST
     return np.maximum(mass, 0.0), error
 
 
@@ -82,14 +83,12 @@ class NormalPair:
     def place(self, losses: Floats) -> Floats:
         """Return x with that loss; -inf below the smallest loss."""
         mu, rate = self.mu, self.rate
-        if self.antipodal:
+        if self.antipodal:  # 2 sinh(mu x - loss / 2) = (1 / rate - 1) exp(mu^2 / 2) 2 sinh(loss / 2), by logarithms
             size = np.abs(losses)
-            half = (1 - rate) * np.exp(mu**2 / 2) / (2 * rate) * -np.expm1(-size)
-            with np.errstate(over="ignore"):
-                return np.asarray(
-                    np.sign(losses) * (size + np.log(half + np.sqrt(half * half + np.exp(-size)))) / mu,
-                    dtype=np.float64,
-                )
+            with np.errstate(divide="ignore", over="ignore"):
+                log_half = mu**2 / 2 + math.log((1 - rate) / (2 * rate)) + np.log(-np.expm1(-size)) + size / 2
+                turned = np.where(log_half > 20, log_half + math.log(2), np.arcsinh(np.exp(np.minimum(log_half, 20.0))))
+            return np.asarray(np.sign(losses) * (size / 2 + turned) / mu, dtype=np.float64)
         if rate == 1:
             return losses / mu + mu / 2
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,8 +101,9 @@ class NormalPair:
         x = self.place(edges)
         base, base_error = between(*_tails(x))
         shifted, shifted_error = between(*_tails(x - self.mu))
-        spread = np.concatenate((x, [0.0]))
-        room = 1 + np.where(np.isfinite(spread), spread, 0.0) ** 2
+        # A place is known to a few ulp of |x| + mu, and the tail beyond it changes by as much as it lies out.
+        far = np.where(np.isfinite(x), (np.abs(x) + self.mu) ** 2, 0.0)
+        room = 1 + np.maximum(np.append(far, 0.0), np.append(0.0, far))
         p = (1 - self.rate) * base + self.rate * shifted
         p_error = ((1 - self.rate) * base_error + self.rate * shifted_error) * room
         if not self.antipodal:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from privfed.privacy import closed_form, rdp
 from privfed.privacy import events as ev
-from privfed.privacy.atoms import Atoms, OutOfRange, certain_of
+from privfed.privacy.atoms import Atoms, OutOfRange, certain_of, loss_error
 from privfed.privacy.bound import Bound, exact
 from privfed.privacy.cumulant import Part
 from privfed.privacy.dominating import RENYI_ONLY, gaussian_mu, pairs, silent
 from privfed.privacy.engine import Bracket, Direction
 from privfed.privacy.pair import NormalPair
 
+_WIDEST = 550.0  # losses of a block; what lies beyond counts as certain
 _RARE = 1e-15  # deltas where what an allocation pair leaves out may show
+_MOMENTS = "moments: effort limit, losses leave the range of floats"
 _RENYI_LOWER = "; lower covers the parts with a dominating pair only, and tol does not apply"
+
+
+Answer = TypeVar("Answer")
 
 
 class Plan:
@@ -101,7 +107,10 @@ class Plan:
             return self.epsilon(delta, 1e-3).estimate
         if self.gaussian:
             return closed_form.gaussian_epsilon(self.mu, delta)
-        return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
+        try:
+            return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
+        except OverflowError:
+            return self._coarse(delta).upper
 
     def rough_epsilon(self, delta: float, side: int | None = None) -> float:
         """Return an epsilon for searches: the estimate, or where parts have Renyi bounds only, the moments of all.
@@ -112,7 +121,10 @@ class Plan:
             return self._coarse(delta).upper
         if side is None or self._simple(delta):
             return self.estimate(delta)
-        return max(0.0, self.directions[side].estimate_epsilon(delta)[0])
+        try:
+            return max(0.0, self.directions[side].estimate_epsilon(delta)[0])
+        except OverflowError:
+            return self._coarse(delta).upper
 
     def _simple(self, delta: float) -> bool:
         """Say whether epsilon takes no inversion."""
@@ -122,13 +134,19 @@ class Plan:
         """Return the number of the direction that costs more by the estimate, None where none is composed."""
         if self._simple(delta):
             return None
-        return int(np.argmax([direction.estimate_epsilon(delta)[0] for direction in self.directions]))
+        try:
+            return int(np.argmax([direction.estimate_epsilon(delta)[0] for direction in self.directions]))
+        except OverflowError:
+            return None
 
     def rough_delta(self, epsilon: float) -> float:
         """Return the estimate of delta."""
         if self.infinite or self.renyi or self.gaussian:
             return self.delta(epsilon, 1e-3).estimate
-        return max(direction.estimate_delta(epsilon)[0] for direction in self.directions)
+        try:
+            return max(direction.estimate_delta(epsilon)[0] for direction in self.directions)
+        except OverflowError:
+            return self._coarse_delta(epsilon).upper
 
     def epsilon(self, delta: float, tol: float) -> Bound:
         """Bracket epsilon(delta)."""
@@ -173,13 +191,14 @@ class Plan:
         if self.gaussian:
             value = closed_form.gaussian_delta(self.mu, epsilon)
             bound = exact(value, "closed form", "Gaussian composition [BW18, DRS22]", 1e-10)
-            return Bound(bound.lower, value, min(1.0, bound.upper), bound.method, bound.proof)
+            lower = bound.lower if value > 1e-300 else 0.0  # below lie the numbers that have few digits
+            return Bound(lower, value, min(1.0, bound.upper + 1e-300), bound.method, bound.proof)
         if self.renyi:
             return self._renyi_delta(epsilon, tol)
         try:
             found = [direction.bracket_delta(epsilon, tol) for direction in self.directions]
         except OverflowError:
-            return Bound(0.0, 1.0, 1.0, "none: effort limit", "losses leave the range of floats; nothing is claimed")
+            return self._coarse_delta(epsilon)
         best = found[0]
         for other in found[1:]:
             best = _largest(best, other)
@@ -205,60 +224,88 @@ class Plan:
         """Return epsilon at delta 0: the sum of the largest losses, if they have one."""
         if self.mu > 0 or self.renyi:
             return exact(math.inf, "closed form", "unbounded privacy losses")
-        worst = 0.0
+        worst = wrong = 0.0
         for side in self._parts:
-            total = 0.0
-            for pair, count in side:
-                total += count * _ceiling(pair)
-            worst = max(worst, total)
+            worst = max(worst, sum(count * _ceiling(pair) for pair, count in side))
+            wrong = max(wrong, sum(count * loss_error(pair) for pair, count in side))
         if worst == math.inf:
             return exact(math.inf, "closed form", "unbounded privacy losses")
-        return exact(worst, "closed form", "largest privacy losses add up [DR14, Thm 3.16]", 1e-12)
+        wrong += 1e-12 * worst
+        proof = "largest privacy losses add up [DR14, Thm 3.16]"
+        return Bound(max(0.0, worst - wrong), worst, worst + wrong, "closed form", proof)
 
-    def _coarse(self, delta: float) -> Bound:
-        """Return the moment bound where losses are too large for a lattice."""
+    def _moments(self) -> np.ndarray:
+        """Return the divergences of everything at all orders."""
         total = self.mu**2 / 2 * np.array(rdp.ORDERS)
         for event, count in self.counts.items():
             if gaussian_mu(event, self.relation) is None:
                 total = total + count * rdp.divergence(event, rdp.ORDERS, self.relation)
-        upper = rdp.epsilon_of(rdp.ORDERS, total, delta) * (1 + 1e-9)
-        return Bound(
-            0.0, upper, upper, "moments: effort limit, losses leave the range of floats", "Renyi conversion [BBG+20]"
-        )
+        return np.asarray(total * (1 + 1e-12))
+
+    def _coarse(self, delta: float) -> Bound:
+        """Return the moment bound where losses are too large for a lattice."""
+        upper = rdp.epsilon_of(rdp.ORDERS, self._moments(), delta) * (1 + 1e-9)
+        return Bound(0.0, upper, upper, _MOMENTS, "Renyi conversion [BBG+20]")
+
+    def _coarse_delta(self, epsilon: float) -> Bound:
+        """Return the same for delta."""
+        upper = _mirrored_delta(self._moments(), epsilon)
+        return Bound(0.0, upper, upper, _MOMENTS, "Renyi conversion [BBG+20]")
 
     def _renyi_epsilon(self, delta: float, tol: float) -> Bound:
         orders = np.array(rdp.ORDERS)
         divergences = self._divergences(orders)
-        whole = self.mu**2 / 2 * orders
         if not self._parts[0]:
-            upper = rdp.epsilon_of(rdp.ORDERS, divergences + whole, delta) * (1 + 1e-12)
+            upper = rdp.epsilon_of(rdp.ORDERS, divergences + self.mu**2 / 2 * orders, delta) * (1 + 1e-12)
             lower = closed_form.gaussian_epsilon(self.mu, delta) * (1 - closed_form.SLACK) if self.mu else 0.0
             lower = min(lower, upper)
             return Bound(lower, upper, upper, "Renyi divergences", "[BBG+20, Thm 21]" + _RENYI_LOWER)
-        blocked = self._worst(delta, tol, self._blocked())
-        upper = blocked.upper
-        if not upper - blocked.estimate <= tol * max(upper, 1e-3):
+        upper, near = self._within(lambda: _ends(self._worst(delta, tol, self._blocked())), (math.inf, 0.0))
+        if not upper - near <= tol * max(upper, 1e-3):
             for share in (0.5, 0.95, 0.05):
-                part = self._worst(delta * share, tol, self.directions).upper
-                upper = min(upper, part + rdp.epsilon_of(rdp.ORDERS, divergences, delta * (1 - share)))
-        lower = min(self._worst(delta, tol, self.directions).lower, upper)
+                upper = min(upper, self._split(delta, share, tol))
+            upper = min(upper, self._coarse(delta).upper)
+        lower = min(self._within(lambda: self._worst(delta, tol, self.directions).lower, 0.0), upper)
         method = "Renyi block as a dominating pair, composed on a lattice, or delta split"
         return Bound(lower, upper, upper, method, "[BBG+20, ZDW22]" + _RENYI_LOWER)
 
+    def _split(self, delta: float, share: float, tol: float) -> float:
+        """Return an epsilon of both kinds of parts, each with its share of delta."""
+        rest = rdp.epsilon_of(rdp.ORDERS, self._divergences(np.array(rdp.ORDERS)), delta * (1 - share))
+        return rest + self._within(lambda: self._worst(delta * share, tol, self.directions).upper, math.inf)
+
     def _renyi_delta(self, epsilon: float, tol: float) -> Bound:
-        orders = np.array(rdp.ORDERS)
         if not self._parts[0]:
-            all_of_it = self._divergences(orders) + self.mu**2 / 2 * orders
-            if epsilon >= 0:
-                upper = float(rdp.delta_of(rdp.ORDERS, all_of_it, epsilon)[0])
-            else:
-                mirrored = float(rdp.delta_of(rdp.ORDERS, all_of_it, -epsilon)[0])
-                upper = min(1.0, -math.expm1(epsilon) + math.exp(epsilon) * mirrored)
+            upper = _mirrored_delta(self._moments(), epsilon)
             lower = closed_form.gaussian_delta(self.mu, epsilon) * (1 - 1e-10)
             return Bound(min(lower, upper), upper, upper, "Renyi divergences", "[BBG+20, Thm 20]" + _RENYI_LOWER)
-        upper = min(1.0, max(direction.bracket_delta(epsilon, tol).upper for direction in self._blocked()))
-        lower = max(direction.bracket_delta(epsilon, tol).lower for direction in self.directions)
+        upper = self._within(
+            lambda: max(direction.bracket_delta(epsilon, tol).upper for direction in self._blocked()), 1.0
+        )
+        if upper >= 1:
+            upper = self._coarse_delta(epsilon).upper
+        lower = self._within(
+            lambda: max(direction.bracket_delta(epsilon, tol).lower for direction in self.directions), 0.0
+        )
         return Bound(min(lower, upper), upper, upper, "Renyi block on a lattice", "[BBG+20, ZDW22]" + _RENYI_LOWER)
+
+    @staticmethod
+    def _within(work: Callable[[], Answer], otherwise: Answer) -> Answer:
+        """Return what the work finds, or something else if losses leave the range of floats."""
+        try:
+            return work()
+        except OverflowError:
+            return otherwise
+
+
+def _ends(bracket: Bracket) -> tuple[float, float]:
+    return bracket.upper, bracket.estimate
+
+
+def _mirrored_delta(divergences: np.ndarray, epsilon: float) -> float:
+    """Return delta from divergences in both directions, for negative epsilon by the other direction."""
+    delta = float(rdp.delta_of(rdp.ORDERS, divergences, abs(epsilon))[0]) * (1 + 1e-12)
+    return min(1.0, delta if epsilon >= 0 else -math.expm1(epsilon) + math.exp(epsilon) * delta)
 
 
 def _only_renyi(event: ev.Event) -> bool:
@@ -287,7 +334,7 @@ def renyi_pair(orders: np.ndarray, divergences: np.ndarray) -> Atoms:
 
     The privacy profile is convex in exp(epsilon); the least convex curve above it on a grid of losses has a pair.
     """
-    most = max(1.0, rdp.epsilon_of(list(orders), divergences, 1e-30))
+    most = min(_WIDEST, max(1.0, rdp.epsilon_of(list(orders), divergences, 1e-30)))
     up = np.linspace(0.0, most, 3001)
     delta = rdp.delta_of(list(orders), divergences, up)
     losses = np.concatenate((-up[:0:-1], up))
@@ -307,6 +354,8 @@ def renyi_pair(orders: np.ndarray, divergences: np.ndarray) -> Atoms:
     q = np.diff(slope)
     p = q * x[1:]
     good = q > 0
+    if not good.any():
+        raise OverflowError("nothing of this block lies within the range of floats")
     return Atoms(p[good], q[good], float(y[-1]), rounding=1e-9)
 
 

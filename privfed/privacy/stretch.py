@@ -330,9 +330,16 @@ class Stretch:
 
 
 def bracket_delta(
-    pairs: tuple[Pair, ...], counts: Counts, epsilon: float, estimate: float, settled: bool, tol: float, line: Inversion
+    pairs: tuple[Pair, ...],
+    counts: Counts,
+    epsilon: float,
+    estimate: float,
+    settled: bool,
+    tol: float,
+    line: Inversion,
+    room: float,
 ) -> tuple[float, float, bool]:
-    """Return (lower, upper, whether they are close) of delta at epsilon for these counts alone."""
+    """Return (lower, upper, whether they are close) of delta at epsilon, give or take `room`, for these counts."""
     goal = Goal(tol, 1e-300)
     delta = max(estimate, 1e-300)
     aim = aimed(pairs, ((counts, epsilon),), delta, 1e-2 * tol, line)
@@ -345,9 +352,9 @@ def bracket_delta(
     while not done and ladder.grow(ratio):
         number = len(ladder.levels) - 1
         if not settled or not upper - delta < room:
-            upper = min(upper, ladder.spectrum(number, True).at(counts).delta(epsilon, True))
+            upper = min(upper, ladder.spectrum(number, True).at(counts).delta(epsilon - room, True))
         if not settled or not delta - lower < room:
-            lower = max(lower, ladder.spectrum(number, False).at(counts).delta(epsilon, False))
+            lower = max(lower, ladder.spectrum(number, False).at(counts).delta(epsilon + room, False))
         done = goal.met(lower, upper)
         ratio = goal.ratio(lower, upper)
     return lower, upper, done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -246,3 +247,90 @@ def test_directions_mirror() -> None:
         assert swapped is not None
         mirrored = 1 - math.exp(epsilon) + math.exp(epsilon) * pair.profile(-epsilon)
         assert swapped[1].profile(epsilon) == pytest.approx(mirrored, abs=1e-14)
+
+
+def sampled_stick(rate: float, mu: float, epsilon: float, antipodal: bool) -> mpmath.mpf:
+    """Return the hockey stick of one sampled Gaussian against its noise (or its mirror image), 60 digits."""
+    with mpmath.workdps(60):
+        q, m, growth = mpmath.mpf(rate), mpmath.mpf(mu), mpmath.exp(mpmath.mpf(epsilon))
+        if antipodal:
+            c, b = q * mpmath.exp(-m * m / 2), (1 - q) * (1 - growth)
+            x = mpmath.log((-b + mpmath.sqrt(b * b + 4 * c * c * growth)) / (2 * c)) / m
+            other = (1 - q) * mpmath.ncdf(-x) + q * mpmath.ncdf(-m - x)
+        else:
+            x = (mpmath.log((growth - 1 + q) / q) + m * m / 2) / m
+            other = mpmath.ncdf(-x)
+        return (1 - q) * mpmath.ncdf(-x) + q * mpmath.ncdf(m - x) - growth * other
+
+
+EXTREME = [
+    (0.05, 0.22, 3.4e-229, True),  # where a tail's argument counts for more than its own digits
+    (1.4e-6, 28.2, 2.4e-7, True),  # where a likelihood ratio's square leaves the range of floats
+    (0.4, 12.0, 1e-30, True),
+    (0.98, 10.95, 4.6e-281, False),  # where one of two tails underflows
+    (0.01, 1.0, 1e-30, False),
+    (1 - 1e-9, 3.0, 1e-120, False),
+]
+
+
+@pytest.mark.parametrize(("rate", "mu", "delta", "antipodal"), EXTREME)
+def test_extreme_sampled_gaussians_hold_60_digits(rate: float, mu: float, delta: float, antipodal: bool) -> None:
+    """One use, both sides, at deltas and noise far from what anybody runs."""
+    relation = "replace_one" if antipodal else "add_remove"
+    found = Accountant(relation=relation).step(ev.PoissonSampled(rate, ev.Gaussian(1 / mu)), 1).epsilon(delta)
+    scale = 1 / (1 / mu)  # what the accountant makes of it
+    assert sampled_stick(rate, scale, found.upper, antipodal) <= delta
+    assert found.lower > 0 or "effort limit" in found.method
+    assert found.lower == 0 or sampled_stick(rate, scale, found.lower, antipodal) >= delta
+
+
+def test_bounds_allow_for_what_losses_are_off_by() -> None:
+    """Beside the largest loss a delta of 1e-17 hangs on its last digit: 2 / scale, and no more."""
+    scale = 57.22656838333692
+    found = Accountant().step(ev.DiscreteLaplace(scale, 2)).epsilon(8.047e-18)
+    with mpmath.workdps(40):
+        exact = 2 / mpmath.mpf(scale)  # less some 1e-17
+    assert found.lower <= exact - 1e-16 < exact <= found.upper
+
+
+WILD: list[Any] = [
+    (
+        "zero_out",
+        3.19e-103,
+        [(ev.MatrixGaussian(0.566, 2.41), 254_384), (ev.PoissonSampled(0.638, ev.Skellam(0.14)), 5)],
+    ),
+    ("add_remove", 1.28e-24, [(ev.PoissonSampled(1e-15, ev.Gaussian(3.377)), 86), (ev.Gaussian(0.0043), 1)]),
+    pytest.param(
+        "zero_out",
+        0.5,
+        [
+            (ev.PoissonSampled(0.0043, ev.DiscreteGaussian(1.527, 1, 3)), 21),
+            (ev.DistributedDiscreteGaussian(0.1626, 1.0, 3.055, 609, 155, 2**24, 0.0), 1),
+        ],
+        marks=pytest.mark.long,
+    ),
+    ("zero_out", 0.5, [(ev.PoissonSampled(0.53, ev.Gaussian(0.0079)), 7), (ev.ZCDP(0.1), 2), (ev.Laplace(0.01), 7)]),
+    ("add_remove", 0.1, [(ev.PoissonSampled(0.293, ev.Skellam(19_326.46, 3)), 2)]),
+    (
+        "add_remove",
+        2.4e-17,
+        [
+            (ev.TruncatedPoisson(0.125, 50, 20, ev.Gaussian(0.747)), 1),
+            (ev.PoissonSampled(0.05, ev.DiscreteLaplace(1.42)), 2),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("relation", "delta", "parts"), WILD)
+def test_wild_parameters_get_an_answer(relation: str, delta: float, parts: list[tuple[ev.Event, int]]) -> None:
+    """Whatever leaves the range of floats, an answer comes: ordered, without a warning, and the estimate as well."""
+    accountant = Accountant(relation=relation)
+    for event, count in parts:
+        accountant.step(event, count)
+    found = accountant.epsilon(delta)
+    assert 0 <= found.lower <= found.estimate <= found.upper
+    assert accountant.estimate(delta) <= found.upper * (1 + 1e-9)
+    if found.upper < math.inf:
+        back = accountant.delta(found.upper)
+        assert back.lower <= delta * (1 + 1e-9)
