@@ -24,6 +24,7 @@ LOG_TAIL = -27.0  # of the tilted mass outside the window; what is really there 
 _FIRST, _LARGEST = 2**12, 2**21  # points of the composed lattice
 _ROUNDS = 7  # of refinement
 _KEPT = 48  # stretches
+_PRECISE = 1e-11  # of an estimate, relative
 
 Counts = tuple[int, ...]
 
@@ -240,7 +241,7 @@ class Stretch:
         spread = math.sqrt(max(self._inverted.bend(counts), 1e-300))
         line = self._inverted.line(counts)
         most = self._inverted.most(counts, log_delta)
-        xtol = 0.0 if settled else 1e-4
+        xtol = _PRECISE * (1e-3 + abs(guess)) if settled else 1e-4
         return line.epsilon(log_delta, guess, 6 * spread + 1 / line.order, xtol, most), settled
 
     def _share(self, counts: Counts) -> float:
