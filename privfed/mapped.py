@@ -124,7 +124,7 @@ def zeros(count: int, dtype: DTypeLike = np.float64) -> NDArray[Any]:
     try:
         os.posix_fallocate(descriptor, 0, size)  # a full disk is found out here, and not by a signal later
         return np.frombuffer(map_file(descriptor, size, write=True), dtype)
-    except OSError:
+    except (AttributeError, OSError):  # not every system can reserve room
         return np.zeros(count, dtype)
     finally:
         os.close(descriptor)
