@@ -117,7 +117,8 @@ class Direction:
         # Chernoff's bound: what the trapezoid rule says beyond it is an echo
         most = min((self.cumulants.at(a)[0] - log_delta) / a for a in (f * line.order for f in _NEARBY))
         xtol = 0.0 if line.settled else 1e-4
-        return line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, xtol, most), line.settled
+        found = line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, xtol, most)
+        return min(found, self.ceiling) if self.certain == 0 else found, line.settled
 
     def near_epsilon(self, delta: float, tol: float) -> tuple[float, bool]:
         """Return the same from what a bracket to `tol` prepares anyway."""

@@ -108,7 +108,8 @@ class Plan:
         if self.gaussian:
             return closed_form.gaussian_epsilon(self.mu, delta)
         try:
-            return max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
+            found = max(0.0, max(direction.estimate_epsilon(delta)[0] for direction in self.directions))
+            return found if found < math.inf or self._opened is None else self._opened.estimate(delta)
         except OverflowError:
             return self._coarse(delta).upper
 

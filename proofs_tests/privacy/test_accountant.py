@@ -298,3 +298,11 @@ def test_import_is_lazy() -> None:
         "assert 'scipy.stats' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_estimates_are_no_worse_than_what_is_known() -> None:
+    """Below the largest loss where that decides, and finite where rare outcomes were left out of a pair."""
+    tiny = Accountant().step(ev.PoissonSampled(6.6e-7, ev.DiscreteLaplace(2.2)), 2)
+    assert tiny.estimate(2.6e-180) <= tiny.epsilon(2.6e-180).upper
+    passes = Accountant(relation="zero_out").step(ev.RandomAllocation(1773, ev.Gaussian(8.64)), 12)
+    assert 0 < passes.estimate(3.6e-97) <= passes.epsilon(3.6e-97).upper * (1 + 1e-9) < math.inf
