@@ -125,6 +125,11 @@ def test_a_node_shares_its_secret_only_with_the_committee_it_saw_drawn() -> None
     refuses("committee-not-drawn", {SERVER}, asked(5, Policy()))
     refuses("unsafe-session", {SERVER}, asked(4, Policy(committee=DRAWN)))
     refuses("foreign-node", {SERVER}, asked(5, Policy(committee=DRAWN), roster_of(range(1, 9))))
+    known = replace(cohort.identities[1], roster={**cohort.roster, **named.roster})
+    everyone = OneShot(4).client(1, identity=known, policy=Policy(committee=DRAWN))
+    refuses(
+        "foreign-committee", {SERVER}, lambda: everyone.step(b"", named.server.outbound()[1], lambda: named.inputs[1])
+    )
     pinned = OneShot(4, committee=None).client(1, identity=cohort.identities[1], policy=Policy(committee=DRAWN))
     refuses("foreign-committee", {SERVER}, lambda: pinned.step(b"", request, lambda: cohort.inputs[1]))
     assert cohort.answer(1, request)

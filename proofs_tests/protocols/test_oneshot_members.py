@@ -11,7 +11,7 @@ import pytest
 
 from privfed.protocols import keys
 from privfed.protocols.errors import ProtocolError, RemoteError, TooFewSurvivors
-from privfed.protocols.oneshot import OneShot, committee, ring, sealing, sharing
+from privfed.protocols.oneshot import OneShot, committee, packing, ring, sealing, sharing
 from privfed.protocols.oneshot.messages import BOX_BYTES, Contribution, Kept, Share
 from proofs_tests.protocols.oneshot_cohort import Cohort, refuses
 
@@ -144,6 +144,22 @@ def test_secrets_too_large_for_the_law_are_noticed() -> None:
     assert sharing.combine(answers, 2, (1, 2), count)[5] == 127
     refuses("inconsistent-shares", set(), lambda: sharing.combine(answers, 2, (1, 2), 1))
     assert size == 12336
+
+
+@pytest.mark.parametrize("n", [2, 100, 1010])
+def test_what_is_too_loud_for_noise_is_garbage_even_within_its_bound(n: int) -> None:
+    """Each entry may be large, all of them together may not: half the bound everywhere is 12 times the mean square."""
+    bound = packing.noise_bound(n)
+    honest = np.rint(np.random.default_rng(n).normal(0, 6.4 * n**0.5, (3, ring.N))).astype(np.int64)
+    assert packing.is_noise(honest, n)
+    spiked = honest.copy()
+    spiked[1, 7] = bound
+    assert packing.is_noise(spiked, n)
+    spiked[1, 7] = -bound - 1
+    assert not packing.is_noise(spiked, n)
+    loud = honest.copy()
+    loud[2] = bound // 2
+    assert not packing.is_noise(loud, n)
 
 
 def test_after_too_few_survivors_nothing_is_opened() -> None:
