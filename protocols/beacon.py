@@ -360,7 +360,7 @@ class BeaconServer:
         """
         claims = Counter(claim for node, claim in self._known.items() if self._committee or node in claim[0])
         ordered = sorted(claims.items(), key=lambda item: (-item[1], item[0]))
-        if self._committee and 2 * ordered[0][1] > len(self._known):
+        if self._committee and 2 * ordered[0][1] > len(self._replies):
             return (ordered[0][0][0],), ordered[0][0][1]
         loose, least = set(self._replies) - set(self._known), min(self._size, len(self._asked))
         found: dict[tuple[int, ...], int] = {}

@@ -55,14 +55,14 @@ def test_every_dropout_pattern(nodes: int) -> None:
             run(SecAgg(threshold=threshold), pattern)
 
 
-@pytest.mark.parametrize("nodes", [3, 4])
+@pytest.mark.parametrize("nodes", [3, 4, 5, 6])
 def test_every_dropout_pattern_up_to_symmetry_active(nodes: int) -> None:
     for pattern in patterns(nodes, 5, symmetric=True):
         run(SecAgg(threshold=nodes, mode="active", corrupt=0.0), pattern)
-        run(SecAgg(threshold=3, mode="active", corrupt=0.0), pattern)
+        run(SecAgg(threshold=nodes // 2 + 1, mode="active", corrupt=0.0), pattern)
 
 
-@pytest.mark.parametrize("nodes", [2, 3, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("nodes", [2, 3, 4, *(pytest.param(many, marks=pytest.mark.long) for many in (5, 6))])
 def test_every_dropout_pattern_active(nodes: int) -> None:
     for pattern in patterns(nodes, 5, symmetric=False):
         run(SecAgg(threshold=nodes // 2 + 1, mode="active", corrupt=0.0), pattern)
