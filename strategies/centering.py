@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from privfed.array import Array
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
-from privfed.strategies.robust import RobustStrategy
+from privfed.strategies.robust import Rows, RuleStrategy
 
 CENTER = "centered-clipping"
 
 
-class CenteredClipping(RobustStrategy):
+class CenteredClipping(RuleStrategy):
     """Add the mean of the updates clipped to `radius` around the last round's aggregate, `steps` times over.
 
     The first round clips around zero. radius: the distance that honest updates may have from each other.
@@ -36,7 +36,7 @@ class CenteredClipping(RobustStrategy):
         self.steps = steps
         self._center: NDArray[np.float32] | None = None
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the aggregate and remember it as the next center."""
         found = np.asarray(rules.centered_clipping(rows, self.radius, self._center, self.steps), np.float32)
         self._center = found

@@ -74,7 +74,7 @@ def mean_around(X: Any, reference: Any, keep: int) -> Any:
     """
 
     def body(rows: Matrix, f: int) -> Floats:
-        kept = count(keep, rows.count)
+        kept = count(keep, "keep")
         if not 1 <= kept <= rows.count:
             raise Refusal(f"mean_around needs 1 <= keep <= n, got keep = {keep} with n = {rows.count} rows")
         center = flat_vector(reference, rows, "reference")

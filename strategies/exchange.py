@@ -56,7 +56,7 @@ class Exchange:
 
     enough: replies that count after which no more are awaited; None: all are.
     weight_key None: every reply weighs 1 (a privacy plan). clip: the plan's bound on one update's L2 norm, or None.
-    noise: None unless the nodes add it.
+    noise: None unless the nodes add it. objection: says what is wrong with a training reply's metrics, or None.
     """
 
     grid: Grid
@@ -74,6 +74,7 @@ class Exchange:
     noise: SharedNoise | None = None
     content_for: Callable[[int], RecordDict] | None = field(default=None, repr=False)
     enough: int | None = None
+    objection: Callable[[MetricRecord], str | None] | None = field(default=None, repr=False)
 
     @property
     def remaining(self) -> float:

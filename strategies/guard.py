@@ -47,14 +47,14 @@ def limit(dtype: np.dtype[Any]) -> float:
     return 2.0**57 if dtype.itemsize <= 4 else 2.0**490
 
 
-def count(f: Any, n: int) -> int:
-    """Return f as an int; ValueError when it is not a whole number from 0 to n."""
+def count(f: Any, name: str = "f") -> int:
+    """Return f as an int; ValueError, with the argument's name, when it is no whole number of at least 0."""
     try:
         value = operator.index(f)
     except TypeError:
-        raise ValueError(f"f must be a whole number of clients, got {f!r}") from None
+        raise ValueError(f"{name} must be a whole number of clients, got {f!r}") from None
     if isinstance(f, bool | np.bool_) or value < 0:
-        raise ValueError(f"f must be a whole number of clients of at least 0, got {f!r}")
+        raise ValueError(f"{name} must be a whole number of clients of at least 0, got {f!r}")
     return value
 
 
@@ -101,7 +101,7 @@ def screen(X: Any, f: int, *, largest: float | None = None) -> Screened:
     if isinstance(X, Screened):
         return X
     matrix = as_matrix(X)
-    f = count(f, matrix.count)
+    f = count(f)
     bound = limit(matrix.work) if largest is None else float(largest)
     reasons = _reasons(matrix, bound)
     excluded = tuple(Exclusion(i, reason) for i, reason in enumerate(reasons) if reason)
@@ -139,10 +139,10 @@ def guarded(X: Any, f: Any, body: Callable[[Matrix, int], Floats]) -> Any:
     f None stands for what a rule without f tolerates: every minority.
     """
     if isinstance(X, Screened):
-        left = X.f if f is None else min(count(f, X.rows.count), X.f)
+        left = X.f if f is None else min(count(f), X.f)
         return X.rows.wrap(body(X.rows, left).astype(X.rows.dtype, copy=False))
     matrix = as_matrix(X)
-    value = (matrix.count - 1) // 2 if f is None else count(f, matrix.count)
+    value = (matrix.count - 1) // 2 if f is None else count(f)
     try:
         flat = body(matrix, value)
     except Tainted:

@@ -8,24 +8,34 @@ from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.strategies.diagnostic import describe_metrics
 from privfed.strategies.exchange import Exchange
+from privfed.strategies.metric import metrics_of
 from privfed.strategies.reply import BadReply, Reply, read_evaluate, read_train
 from privfed.strategies.view import Exclusion, Outcome, Sum, Unreleased, Updates
 
 
 class Intake:
-    """Read the replies of an exchange in the order of its nodes."""
+    """Read the replies of an exchange in the order of its nodes. spoiled: how many held what cannot be used."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._metrics: list[RecordDict] = []
         self._rejected = False
+        self.spoiled = 0
         size = exchange.content.count_bytes()
         self.outcome = Outcome(bytes_down=size * len(exchange.nodes))
 
     def train(self) -> Iterator[Reply]:
         """Yield valid training replies; `reject` during the loop's body excludes the one at hand."""
         exchange = self._exchange
-        return self._read(lambda node, m: read_train(node, m, exchange.model, exchange.arrays_key, exchange.weight_key))
+
+        def read(node: int, message: Message) -> Reply:
+            reply = read_train(node, message, exchange.model, exchange.arrays_key, exchange.weight_key)
+            cause = exchange.objection(metrics_of(reply.metrics)) if exchange.objection is not None else None
+            if cause is not None:
+                raise BadReply(cause)
+            return reply
+
+        return self._read(read)
 
     def evaluate(self) -> Iterator[Reply]:
         """Yield valid evaluation replies."""
@@ -34,6 +44,7 @@ class Intake:
     def reject(self, node: int, cause: str) -> None:
         """Exclude the reply that was yielded last."""
         self._rejected = True
+        self.spoiled += 1
         self.outcome.excluded.append(Exclusion(node, cause))
 
     def void(self, cause: str) -> None:
@@ -62,6 +73,7 @@ class Intake:
             try:
                 reply = read(node, message)
             except BadReply as cause:
+                self.spoiled += message.has_content()  # an error, or silence, is no proof of anything
                 self.outcome.excluded.append(Exclusion(node, str(cause)))
                 continue
             self._rejected = False

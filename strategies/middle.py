@@ -25,8 +25,8 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
     weighs no more than `cap` ordinary ones. Not robust: one row decides the result. Errors: Refusal when a row
     holds NaN, infinity or a huge number; ValueError for weights that are negative, not finite or all zero.
     """
-    rows = X.rows if isinstance(X, Screened) else as_matrix(X)
-    factor = _shares(weights, rows.count, cap)
+    given = X if isinstance(X, Screened) else as_matrix(X)
+    factor = _shares(weights, given.rows.count if isinstance(given, Screened) else given.count, cap)
 
     def body(rows: Matrix, f: int) -> Floats:
         out = np.empty(rows.size, rows.work)
@@ -38,7 +38,7 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
         run_blocks(rows.size, 16384 if rows.direct else rows.width(16384), columns)
         return out
 
-    return guarded(X, None if isinstance(X, Screened) else 0, body)
+    return guarded(given, None if isinstance(given, Screened) else 0, body)
 
 
 def clip_weights(G: Square | Gram, radius: float, steps: int = 1) -> Vector:

@@ -141,9 +141,9 @@ def _lazy(X: Any, f: int | None, plan: Plan) -> Screened:
         screened = X
     else:
         rows = as_matrix(X)
-        value = (rows.count - 1) // 2 if f is None else count(f, rows.count)
+        value = (rows.count - 1) // 2 if f is None else count(f)
         screened = Screened(rows, (), value, tuple(range(rows.count)))
-    left = screened.f if f is None else min(count(f, screened.rows.count), screened.f)
+    left = screened.f if f is None else min(count(f), screened.f)
     try:
         plan_ = plan(screened.rows, left)
     except Tainted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,32 +10,44 @@ from numpy.typing import NDArray
 
 from privfed.record import RecordDict
 from privfed.strategies import rules
-from privfed.strategies.robust import RobustStrategy
+from privfed.strategies.matrix import dense
+from privfed.strategies.robust import CountingStrategy, RobustStrategy, Rows, RuleStrategy, count_rows
 
 
-class NearestNeighborMixing(RobustStrategy):
+class NearestNeighborMixing(CountingStrategy):
     """Replace each update by the mean of its n - f nearest, then apply the rule of `strategy`.
 
-    Sampling, keys, stage and all else are those given here; of `strategy` only the rule is used.
+    Sampling, keys, stage and all else are those given here; of `strategy` only the rule is used. A rule with kappa has
+    8f/(n-f) (kappa + 1) behind it. The rules of this package read mixed updates block by block and never hold them all;
+    a rule of your own gets them as one array.
     """
 
     def __init__(self, strategy: RobustStrategy, *, num_malicious_nodes: int, **arguments: Any) -> None:
         if not isinstance(strategy, RobustStrategy):
             raise ValueError(f"strategy must be a robust one, got {type(strategy).__name__}")
-        if num_malicious_nodes < 0:
-            raise ValueError(f"num_malicious_nodes must be >= 0, got {num_malicious_nodes}")
-        super().__init__(**arguments)
+        super().__init__(num_malicious_nodes=num_malicious_nodes, **arguments)
         self.strategy = strategy
-        self.num_malicious_nodes = num_malicious_nodes
+
+    def rows_for(self, f: int) -> tuple[int, str]:
+        """Return 2f + 1."""
+        return 2 * f + 1, "2f + 1"
 
     def least_rows(self) -> tuple[int, str]:
         """Return 2f + 1, or what the rule needs if that is more."""
-        return max((2 * self.num_malicious_nodes + 1, "2f + 1"), self.strategy.least_rows())
+        return max(super().least_rows(), self.strategy.least_rows())
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return what the rule makes of the mixed rows."""
-        mixed = rules.nearest_neighbor_mixing(rows, self.num_malicious_nodes)
-        return self.strategy.aggregate(np.asarray(mixed, np.float32))
+        mixed = rules.lazy_mixing(rows, self.tolerated(count_rows(rows)))
+        left = mixed.rows.count
+        inner = self.strategy
+        inner.spoiled = self.spoiled + count_rows(rows) - left
+        if isinstance(inner, RuleStrategy) and type(inner).aggregate is RuleStrategy.aggregate:
+            # how many it is to tolerate is for the rule to say, not for the mixing
+            return inner.rule(replace(mixed, f=(left - 1) // 2))
+        made = dense(mixed.rows).array
+        assert made is not None
+        return inner.aggregate(np.asarray(made, np.float32))
 
     def save(self) -> RecordDict:
         """Return the rule's own state."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from privfed.record import ArrayRecord
+from privfed.record import ArrayRecord, MetricRecord, RecordDict
+from privfed.strategies.exchange import Exchange
 from privfed.strategies.strategy import Strategy, add_update
 from privfed.strategies.view import Updates, View
+
+if TYPE_CHECKING:
+    from privfed.strategies.strategy import _Run
 
 
 class QFedAvg(Strategy):
@@ -17,8 +22,9 @@ class QFedAvg(Strategy):
 
     With L = 1 / client_learning_rate and D = -L * update, the model moves by
     -sum(F^q D) / sum(q F^(q-1) ||D||^2 + L F^q).
-    q = 0 is the unweighted mean. train_loss_key: the metric that holds F, the node's loss on the model it received,
-    which must be > 0. Nodes' losses and single updates are needed, so only PlainStage will do.
+    q = 0 is the unweighted mean. train_loss_key: the metric that holds F, the node's loss on the model it received;
+    a node that reports none > 0 is excluded. Nodes' losses and single updates are needed, so only PlainStage will do.
+    Not robust: the loss is the node's own word, and a large one takes over the mean.
     """
 
     needs: ClassVar[type[View]] = Updates
@@ -43,19 +49,34 @@ class QFedAvg(Strategy):
         if not isinstance(view, Updates):
             raise TypeError(f"QFedAvg needs Updates, got {type(view).__name__}")
         lipschitz = 1 / self.client_learning_rate
-        losses = np.array([self._loss(node, view) for node in range(len(view.rows))])
+        logs = np.log([self._loss(metrics) for metrics in view.metrics])
         squares = np.array([float(np.linalg.norm(row.astype(np.float64))) for row in view.rows]) ** 2 * lipschitz**2
-        powers = losses**self.q
-        steps = self.q * losses ** (self.q - 1) * squares + lipschitz * powers
+        # both sums over the greatest F^q, so that no loss, however large or small, leaves the range of float64
+        greatest = self.q * logs.max()
+        powers = np.exp(self.q * logs - greatest)
+        steps = lipschitz * powers
+        if self.q:
+            # an infinite denominator is a step that does not move the model
+            with np.errstate(over="ignore", invalid="ignore"):
+                steps = steps + np.where(squares > 0, self.q * np.exp((self.q - 1) * logs - greatest) * squares, 0.0)
         move = np.zeros(view.rows.shape[1])
         for power, row in zip(powers, view.rows, strict=True):
             move += power * lipschitz * row
         return add_update(arrays, np.asarray(move / steps.sum()))
 
-    def _loss(self, index: int, view: Updates) -> float:
-        loss = view.metrics[index].get(self.train_loss_key)
-        if not isinstance(loss, int | float) or not loss > 0:
-            raise ValueError(
-                f"node {view.sources[index]} reports {self.train_loss_key}={loss!r}; q-FedAvg needs a loss > 0"
-            )
+    def _loss(self, metrics: MetricRecord) -> float:
+        loss = metrics[self.train_loss_key]
+        assert not isinstance(loss, list)  # as the objection has seen to
         return float(loss)
+
+    def _objection(self, metrics: MetricRecord) -> str | None:
+        loss = metrics.get(self.train_loss_key)
+        if isinstance(loss, int | float) and loss > 0:
+            return None
+        return f"{self.train_loss_key}={loss!r}, and q-FedAvg needs a loss > 0"
+
+    def _exchange(
+        self, run: _Run, server_round: int, kind: str, content: RecordDict, cohort: tuple[int, ...]
+    ) -> Exchange:
+        exchange = super()._exchange(run, server_round, kind, content, cohort)
+        return replace(exchange, objection=self._objection) if kind == "train" else exchange

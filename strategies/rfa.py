@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.strategies import rules
-from privfed.strategies.robust import RobustStrategy
+from privfed.strategies.robust import Rows, RuleStrategy
 
 
-class RFA(RobustStrategy):
-    """Add the geometric median of the updates, unweighted and converged; it withstands any minority."""
+class RFA(RuleStrategy):
+    """Add the geometric median of the updates, unweighted and converged.
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    It withstands any minority; kappa = 4 (1 + f/(n-2f))^2 [AFGGPS23].
+    """
+
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the geometric median."""
         return np.asarray(rules.geometric_median(rows))

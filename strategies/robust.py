@@ -3,14 +3,16 @@
 They ignore the weights nodes claim, which would be a lever. Under GroupedStage the rows are group means, and the number
 of nodes to tolerate is the number of groups to tolerate: f nodes spoil at most f groups. What a rule cannot promise for
 the rows that are there (Krum needs n >= 2 f + 3, Bulyan n >= 4 f + 3, others n > 2 f) fails the round with the numbers,
-before any node is asked when the cohort or its groups are too few, and afterwards when too few have answered.
+before any node is asked when the cohort or its groups are too few, and afterwards when too few have answered. A node
+whose reply held what no rule can use is one of the f: where the rows that are left need it, f is lowered by as many
+nodes, so that none can stop training by sending NaN.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +21,20 @@ from privfed.errors import RunFailed
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
 from privfed.strategies.exchange import Exchange
+from privfed.strategies.guard import Screened
 from privfed.strategies.strategy import Strategy, add_update
 from privfed.strategies.view import Updates, View
 
 if TYPE_CHECKING:
     from privfed.strategies.strategy import _Run
+
+Rows: TypeAlias = NDArray[np.float32] | Screened
+"""A plain array, or rows that a rule of `privfed.strategies.rules` makes block by block as it reads them."""
+
+
+def count_rows(rows: Rows) -> int:
+    """Return how many rows there are."""
+    return rows.rows.count if isinstance(rows, Screened) else len(rows)
 
 
 class RobustStrategy(Strategy, ABC):
@@ -34,6 +45,10 @@ class RobustStrategy(Strategy, ABC):
         "its rule chooses among the updates, and one node may change the choice: the result then moves by the distance "
         "between two other nodes' updates, which no clip bounds by one node's share of the mean"
     )
+    share: ClassVar[str] = "num_malicious_nodes"
+    """The argument that says how many nodes to tolerate, for messages."""
+    spoiled = 0
+    """How many nodes of the round at hand are known to be Byzantine, their replies left out."""
 
     @abstractmethod
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
@@ -47,6 +62,7 @@ class RobustStrategy(Strategy, ABC):
         """Add what the rule makes of the updates."""
         if not isinstance(view, Updates):
             raise TypeError(f"{type(self).__name__} needs Updates, got {type(view).__name__}")
+        self.spoiled = view.spoiled
         return add_update(arrays, np.asarray(self.aggregate(view.rows), np.float64))
 
     def _exchange(
@@ -60,25 +76,43 @@ class RobustStrategy(Strategy, ABC):
             remedy = "make the groups smaller, ask more nodes" if group_size > 1 else "ask more nodes"
             raise RunFailed(
                 f"round {server_round}: {type(self).__name__} needs n >= {formula} = {least} rows, got n = {rows} "
-                f"({source}); {remedy}, or lower num_malicious_nodes"
+                f"({source}); {remedy}, or lower {self.share}"
             )
         return super()._exchange(run, server_round, kind, content, cohort)
 
 
-class FedMedian(RobustStrategy):
-    """The coordinate-wise median of the updates, unweighted [YCRB18]."""
+class RuleStrategy(RobustStrategy, ABC):
+    """A strategy by a rule of `privfed.strategies.rules`, which takes rows before they are made."""
+
+    @abstractmethod
+    def rule(self, rows: Rows) -> NDArray[Any]:
+        """Return one row from n rows."""
 
     def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return what the rule makes of the rows."""
+        return self.rule(rows)
+
+
+class FedMedian(RuleStrategy):
+    """The coordinate-wise median of the updates, unweighted [YCRB18].
+
+    It withstands any minority; kappa = n/(n-2f).
+    """
+
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the median."""
         return np.asarray(rules.median(rows))
 
 
-class FedTrimmedAvg(RobustStrategy):
+class FedTrimmedAvg(RuleStrategy):
     """The mean without the beta * n smallest and largest values of each coordinate, unweighted [YCRB18].
 
     beta is a share in [0, 0.5); the number cut on each side is rounded up, so that a small share never becomes no
-    protection at all.
+    protection at all, and leaves the middle one or two: 3 rows are needed unless beta is 0, which is the plain mean. It
+    withstands a share beta of the nodes; kappa = f/(n-2f), the least there is, with f nodes cut on each side.
     """
+
+    share = "beta"
 
     def __init__(self, *, beta: float = 0.2, **arguments: Any) -> None:
         if not 0 <= beta < 0.5:
@@ -86,33 +120,61 @@ class FedTrimmedAvg(RobustStrategy):
         super().__init__(**arguments)
         self.beta = beta
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def least_rows(self) -> tuple[int, str]:
+        """Return 3, of which the middle one is left, or 1 when nothing is cut."""
+        return (3, "2f + 1") if self.beta else (1, "1")
+
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the trimmed mean."""
-        return np.asarray(rules.trimmed_mean(rows, math.ceil(self.beta * len(rows) - 1e-9)))
+        n = count_rows(rows)
+        # fewer than n/2 nodes are a share beta, so that the middle never has to be cut for them
+        cut = min(math.ceil(self.beta * n - 1e-9), max((n - 1) // 2, 1))
+        return np.asarray(rules.trimmed_mean(rows, cut))
 
 
-class _Counting(RobustStrategy):
+class CountingStrategy(RuleStrategy, ABC):
+    """A strategy by a rule that is told how many nodes to tolerate."""
+
     def __init__(self, *, num_malicious_nodes: int = 0, **arguments: Any) -> None:
         if num_malicious_nodes < 0:
             raise ValueError(f"num_malicious_nodes must be >= 0, got {num_malicious_nodes}")
         super().__init__(**arguments)
         self.num_malicious_nodes = num_malicious_nodes
 
+    @abstractmethod
+    def rows_for(self, f: int) -> tuple[int, str]:
+        """Return how many rows the rule needs to tolerate f nodes, and the formula."""
+
     def least_rows(self) -> tuple[int, str]:
-        """Return 2f + 3, Krum's least."""
-        return 2 * self.num_malicious_nodes + 3, "2f + 3"
+        """Return what num_malicious_nodes needs."""
+        return self.rows_for(self.num_malicious_nodes)
+
+    def tolerated(self, n: int) -> int:
+        """Return f for n rows: the nodes to tolerate, less those left out already where n is too small for all."""
+        f = self.num_malicious_nodes
+        least = max(0, f - self.spoiled)
+        while f > least and n < self.rows_for(f)[0]:
+            f -= 1
+        return f
 
 
-class Krum(_Counting):
-    """The update whose n - f - 2 nearest others are nearest [BEGS17]."""
+class Krum(CountingStrategy):
+    """The update whose n - f - 2 nearest others are nearest [BEGS17]; n >= 2f + 3."""
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def rows_for(self, f: int) -> tuple[int, str]:
+        """Return 2f + 3."""
+        return 2 * f + 3, "2f + 3"
+
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the chosen row."""
-        return np.asarray(rules.krum(rows, self.num_malicious_nodes))
+        return np.asarray(rules.krum(rows, self.tolerated(count_rows(rows))))
 
 
-class MultiKrum(_Counting):
-    """The unweighted mean of the `num_nodes_to_select` updates of least Krum score [BEGS17]."""
+class MultiKrum(CountingStrategy):
+    """The unweighted mean of the `num_nodes_to_select` updates of least Krum score [BEGS17]; n >= 2f + 3.
+
+    Of n updates at most n - f are taken, since more would be sure to take in an attacker.
+    """
 
     def __init__(self, *, num_malicious_nodes: int = 0, num_nodes_to_select: int = 1, **arguments: Any) -> None:
         if num_nodes_to_select < 1:
@@ -120,18 +182,24 @@ class MultiKrum(_Counting):
         super().__init__(num_malicious_nodes=num_malicious_nodes, **arguments)
         self.num_nodes_to_select = num_nodes_to_select
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def rows_for(self, f: int) -> tuple[int, str]:
+        """Return 2f + 3."""
+        return 2 * f + 3, "2f + 3"
+
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the mean of the chosen rows."""
-        return np.asarray(rules.multi_krum(rows, self.num_malicious_nodes, self.num_nodes_to_select))
+        n = count_rows(rows)
+        f = self.tolerated(n)
+        return np.asarray(rules.multi_krum(rows, f, max(1, min(self.num_nodes_to_select, n - f))))
 
 
-class Bulyan(_Counting):
-    """Repeated Krum, then the mean of the values nearest to the median [EGR18]."""
+class Bulyan(CountingStrategy):
+    """Repeated Krum, then the mean of the values nearest to the median [EGR18]; n >= 4f + 3."""
 
-    def least_rows(self) -> tuple[int, str]:
+    def rows_for(self, f: int) -> tuple[int, str]:
         """Return 4f + 3."""
-        return 4 * self.num_malicious_nodes + 3, "4f + 3"
+        return 4 * f + 3, "4f + 3"
 
-    def aggregate(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+    def rule(self, rows: Rows) -> NDArray[Any]:
         """Return Bulyan's row."""
-        return np.asarray(rules.bulyan(rows, self.num_malicious_nodes))
+        return np.asarray(rules.bulyan(rows, self.tolerated(count_rows(rows))))

@@ -97,13 +97,13 @@ def multi_krum(
 
     def body(rows: Matrix, f: int) -> Floats:
         n = rows.count
-        kept = n - f if keep is None else count(keep, n)
+        kept = n - f if keep is None else count(keep, "keep")
         if neighbours is not None and neighbours >= n - f - 1:
             require_majority(rule, n, f)
         else:
             require(rule, n, f, 2 * f + 3, "2f + 3")
-        if not 1 <= kept <= n:
-            raise Refusal(f"{rule} needs 1 <= keep <= n, got keep = {kept} with n = {n} rows")
+        if not 1 <= kept <= n - f:  # more would be sure to take in one of f
+            raise Refusal(f"{rule} needs 1 <= keep <= n - f = {n - f}, got keep = {kept} with n = {n} rows")
         return combine(rows, multi_krum_weights(gram(rows, center_of(rows, center)), f, kept, neighbours))
 
     return guarded(X, f, body)
@@ -157,7 +157,8 @@ def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
     X: n rows of d numbers, n > 2f. pivot: a row's index, or a trusted row of the server's own. All of the
     guarantee rests on the pivot being honest.
     """
-    everyone = X.rows if isinstance(X, Screened) else as_matrix(X)
+    given = X if isinstance(X, Screened) else as_matrix(X)
+    everyone = given.rows if isinstance(given, Screened) else given
     trusted = full_row(everyone, int(pivot)) if isinstance(pivot, int | np.integer) else pivot
     vector = flat_vector(trusted, everyone, "pivot").astype(everyone.work, copy=False)
 
@@ -167,7 +168,7 @@ def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
         row = G.distance[-1][:-1]
         return combine(rows, index_set(np.argsort(row, kind="stable")[: rows.count - f], rows.count))
 
-    return guarded(X, f, body)
+    return guarded(given, f, body)
 
 
 def _neighbours(n: int, f: int, neighbours: int | None) -> int:

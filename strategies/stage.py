@@ -98,7 +98,7 @@ class PlainStage(Stage):
                 metrics.append(metrics_of(reply.metrics))
             else:
                 intake.reject(reply.node, "its update is too large for float32")
-        view = Updates(rows.rows, tuple(rows.sources), tuple(rows.weights), tuple(metrics))
+        view = Updates(rows.rows, tuple(rows.sources), tuple(rows.weights), tuple(metrics), intake.spoiled)
         if exchange.enough is not None:  # they came in the order of arrival
             view = view.ordered()
         intake.outcome.notes["updates"] = describe_updates(view)

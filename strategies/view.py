@@ -31,20 +31,22 @@ class Sum:
 class Updates:
     """rows: float32[count, dimension], one update each, by ascending source. weights: what their nodes claim.
 
-    metrics: what each node reported, where single nodes are seen.
+    metrics: what each node reported, where single nodes are seen. spoiled: replies that came and held what no rule can
+    use (NaN, a wrong shape, a weight that is none): their nodes are among the Byzantine ones.
     """
 
     rows: NDArray[np.float32]
     sources: tuple[int, ...]
     weights: tuple[float, ...]
     metrics: tuple[MetricRecord, ...] = ()
+    spoiled: int = 0
 
     def ordered(self) -> Updates:
         """Return the same updates by ascending source."""
         order = sorted(range(len(self.sources)), key=lambda index: self.sources[index])
         sources, weights = tuple(self.sources[i] for i in order), tuple(self.weights[i] for i in order)
         metrics = tuple(self.metrics[i] for i in order) if self.metrics else ()
-        return Updates(self.rows[order], sources, weights, metrics)
+        return Updates(self.rows[order], sources, weights, metrics, self.spoiled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -364,7 +364,7 @@ def test_q_fedavg_takes_the_papers_step(losses: list[float], q: float, rate: flo
 
 
 def test_q_fedavg_needs_losses_it_can_see() -> None:
-    with pytest.raises(RunFailed, match="node 2 reports train_loss=0"):
+    with pytest.raises(RunFailed, match=r"train_loss=0\.0, and q-FedAvg needs a loss > 0"):
         QFedAvg(client_learning_rate=0.1, **NONE).start(
             LocalGrid(losses_app([1.0, 0.0]), 2), ArrayRecord([np.zeros(2)]), 1
         )
