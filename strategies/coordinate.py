@@ -15,8 +15,9 @@ from privfed.strategies.network import by_rank
 def median(X: Any, f: int | None = None) -> Any:
     """Return the coordinate-wise median [YCRB18]; the mean of the two middle values when n is even.
 
-    X: n rows of d numbers. Kappa = 4 (1 + f/(n-2f))^2 for every f < n/2 [AFGGPS23]; breakdown point 1/2.
-    Cost: n d log^2 n comparisons, in cache. Errors: Refusal when more rows than f (any minority) are unusable.
+    X: n rows of d numbers. Guarantee: kappa = n/(n-2f) for every f < n/2 (docs/robustness.md; [AFGGPS23] has 4 (1 +
+    f/(n-2f))^2). Breakdown point: 1/2. Cost: n d log^2 n comparisons, in cache. Errors: Refusal when more rows than f
+    (any minority) are unusable.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -29,8 +30,9 @@ def median(X: Any, f: int | None = None) -> Any:
 def trimmed_mean(X: Any, f: int) -> Any:
     """Return the mean of what is left in each coordinate without its f smallest and f largest values [YCRB18].
 
-    X: n rows of d numbers, n > 2f. Kappa = 6f/(n-2f) (1 + f/(n-2f)) [AFGGPS23]; breakdown point f/n.
-    f is a number of clients, never a share, so that nothing rounds it down to no protection at all.
+    X: n rows of d numbers, n > 2f. f is a number of clients, never a share, so that nothing rounds it down to no
+    protection at all. Guarantee: kappa = f/(n-2f), the least there is (docs/robustness.md; [AFGGPS23] has 6f/(n-2f) (1
+    + f/(n-2f))). Breakdown point: f/n. Cost: n d log^2 n comparisons, in cache.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -43,8 +45,9 @@ def trimmed_mean(X: Any, f: int) -> Any:
 def meamed(X: Any, f: int) -> Any:
     """Return, in each coordinate, the mean of the n-f values nearest to the median [XKG18].
 
-    X: n rows of d numbers, n > 2f. Breakdown point 1/2. Equally near values: the lower one, whatever the order
-    of rows.
+    X: n rows of d numbers, n > 2f. Equally near values: the lower one, whatever the order of rows. Guarantee: kappa =
+    (sqrt(c) + sqrt(1+c))^2 with c = n/(n-2f) (docs/robustness.md). Breakdown point: f/n. Cost: n d log^2 n comparisons
+    and f d more, in cache.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -57,7 +60,8 @@ def meamed(X: Any, f: int) -> Any:
 def phocas(X: Any, f: int) -> Any:
     """Return, in each coordinate, the mean of the n-f values nearest to the trimmed mean [XKG18b].
 
-    X: n rows of d numbers, n > 2f. Breakdown point f/n. Equally near values: the lower one.
+    X: n rows of d numbers, n > 2f. Equally near values: the lower one. Guarantee: kappa = (sqrt(c) + sqrt(1+c))^2 with
+    c = f/(n-2f) (docs/robustness.md). Breakdown point: f/n. Cost: n d log^2 n comparisons and f d more, in cache.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -70,7 +74,9 @@ def phocas(X: Any, f: int) -> Any:
 def mean_around(X: Any, reference: Any, keep: int) -> Any:
     """Return, in each coordinate, the mean of the `keep` values nearest to `reference`; lowest index on ties.
 
-    X: n rows of d numbers; reference: one row, or one number for all coordinates. 1 <= keep <= n.
+    X: n rows of d numbers; reference: one row, or one number for all coordinates. 1 <= keep <= n. Guarantee: as that of
+    meamed with c v the reference's squared error, for keep = n-f; none for a reference nobody can vouch for. Breakdown
+    point: (n-keep)/n. Cost: n d log n comparisons, column by column.
     """
 
     def body(rows: Matrix, f: int) -> Floats:

@@ -70,6 +70,35 @@ def sharp_krum(n: int, f: int) -> float:
     return float((np.sqrt(2 * (n - f)) + np.sqrt(f + 1)) ** 2 / (n - 2 * f - 1))
 
 
+def _near(c: float) -> float:
+    return float((np.sqrt(c) + np.sqrt(1 + c)) ** 2)
+
+
+def sharp_meamed(n: int, f: int) -> float:
+    """Return (sqrt(c) + sqrt(1+c))^2, c = n/(n-2f): of the mean of the n-f values nearest to the median."""
+    return _near(sharp_median(n, f))
+
+
+def sharp_phocas(n: int, f: int) -> float:
+    """Return (sqrt(c) + sqrt(1+c))^2, c = f/(n-2f): of the mean of the n-f values nearest to the trimmed mean."""
+    return _near(sharp_trimmed(n, f))
+
+
+def sharp_bulyan(n: int, f: int) -> float:
+    """Return ((sqrt(c) + sqrt(1+c))^2 + 1) (n-f)/(n-3f), c = (n-2f)/(n-4f): whichever n-2f rows Bulyan picks."""
+    return (_near((n - 2 * f) / (n - 4 * f)) + 1) * (n - f) / (n - 3 * f)
+
+
+def sharp_diameter(n: int, f: int) -> float:
+    """Return 8f^2/(n-f), of the mean of the n-f rows of least diameter."""
+    return 8 * f * f / (n - f)
+
+
+def sharp_smea(n: int, f: int) -> float:
+    """Return 4f/(n-2f), of the mean of the n-f rows whose covariance has the least top eigenvalue."""
+    return 4 * f / (n - 2 * f)
+
+
 def mixed_kappa(kappa: Kappa) -> Kappa:
     """Return 8f/(n-f) (kappa + 1): of a rule behind nearest-neighbour mixing [AFGGPS23]."""
     return lambda n, f: 8 * f / (n - f) * (kappa(n, f) + 1)
@@ -107,21 +136,21 @@ LAWS: dict[str, Law] = {
     ),
     "median": Law(lambda X, f: coordinate.median(X), majority, kappa=kappa_median, sharp=sharp_median),
     "trimmed_mean": Law(coordinate.trimmed_mean, majority, kappa=kappa_trimmed, sharp=sharp_trimmed),
-    "meamed": Law(coordinate.meamed, majority),
-    "phocas": Law(coordinate.phocas, majority),
+    "meamed": Law(coordinate.meamed, majority, sharp=sharp_meamed),
+    "phocas": Law(coordinate.phocas, majority, sharp=sharp_phocas),
     "krum": Law(selection.krum, lambda f: 2 * f + 3, sharp=sharp_krum),
     "krum_allouah": Law(
         lambda X, f: selection.krum(X, f, neighbours=as_matrix(X).count - f - 1), majority, kappa=kappa_krum
     ),
-    "multi_krum": Law(selection.multi_krum, lambda f: 2 * f + 3),
+    "multi_krum": Law(selection.multi_krum, lambda f: 2 * f + 3, sharp=sharp_krum),
     # the last picks count one neighbour, and the two nearest rows always tie
-    "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3, permutation=False),
+    "bulyan": Law(selection.bulyan, lambda f: 4 * f + 3, permutation=False, sharp=sharp_bulyan),
     # several sets often share their two farthest rows, and with them their diameter
-    "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority, permutation=False),
+    "minimum_diameter_mean": Law(selection.minimum_diameter_mean, majority, permutation=False, sharp=sharp_diameter),
     # its pivot is one of the rows
     "monna": Law(selection.monna, majority, permutation=False),
     "cge": Law(selection.cge, majority, translation=False),
-    "smea": Law(spectral.smea, majority),
+    "smea": Law(spectral.smea, majority, sharp=sharp_smea),
     "caf": Law(spectral.caf, majority),
     "dnc": Law(spectral.dnc, majority),
     "geometric_median": Law(lambda X, f: middle.geometric_median(X), majority, kappa=kappa_median),

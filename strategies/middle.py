@@ -14,16 +14,20 @@ CONVERGED = 1e-9
 
 
 def mean(X: Any) -> Any:
-    """Return the plain mean of rows. It tolerates no Byzantine client: Refusal when one row is unusable."""
+    """Return the plain mean of rows.
+
+    Guarantee: none; Refusal when one row is unusable. Breakdown point: 0, one row decides the result. Cost: one read.
+    """
     return weighted_mean(X, None)
 
 
 def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> Any:
     """Return sum_i w_i x_i / sum_i w_i; equal weights when none are given [MMRHA17].
 
-    cap: the most any one weight may count, in units of the median weight: a client that claims 1e9 examples then
-    weighs no more than `cap` ordinary ones. Not robust: one row decides the result. Errors: Refusal when a row
-    holds NaN, infinity or a huge number; ValueError for weights that are negative, not finite or all zero.
+    cap: the most any one weight may count, in units of the median weight: a client that claims 1e9 examples then weighs
+    no more than `cap` ordinary ones. Guarantee: none. Breakdown point: 0, one row decides the result. Cost: one read.
+    Errors: Refusal when a row holds NaN, infinity or a huge number; ValueError for weights that are negative, not
+    finite or all zero.
     """
     given = X if isinstance(X, Screened) else as_matrix(X)
     factor = _shares(weights, given.rows.count if isinstance(given, Screened) else given.count, cap)
@@ -52,8 +56,10 @@ def clip_weights(G: Square | Gram, radius: float, steps: int = 1) -> Vector:
 def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1) -> Any:
     """Return v after `steps` of v <- v + mean_i (x_i - v) min(1, radius / |x_i - v|), from v = center [KHJ21].
 
-    center: the last aggregate, or the global model; zero by default, right for updates. It keeps no state. With
-    c = the distance allowed by honest variance the error is O(f/n) of it; breakdown point 1/2. radius > 0.
+    center: the last aggregate, or the global model; zero by default, right for updates. It keeps no state. radius > 0.
+    Guarantee: a step goes no farther than radius, and f rows move where it goes by 2 f radius / n at most; with a
+    radius that suits the honest variance the squared error is O(f/n) of it [KHJ21], no constant is stated. Breakdown
+    point: 1/2. Cost: one Gram matrix, n^2 d / 2 multiplications; the steps are n^2 each.
     """
     if not radius > 0:
         raise ValueError(f"radius must be positive, got {radius}")
@@ -68,9 +74,10 @@ def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1)
 
 
 def norm_bounding(X: Any, bound: float, *, center: Any = None) -> Any:
-    """Return the mean of updates scaled down to norm `bound` [SKSM19]: one client moves it by bound / n at most.
+    """Return the mean of updates scaled down to norm `bound` [SKSM19].
 
-    X: n updates, or n models with center = the global model.
+    X: n updates, or n models with center = the global model. Guarantee: f rows move it by 2 f bound / n at most; no
+    kappa. Breakdown point: none within that bound. Cost: one Gram matrix, n^2 d / 2 multiplications.
     """
     return centered_clipping(X, bound, center, 1)
 
@@ -104,8 +111,8 @@ def geometric_median_weights(G: Square | Gram, *, tolerance: float = CONVERGED, 
 def geometric_median(X: Any, f: int | None = None, *, center: Any = None) -> Any:
     """Return the point of least total distance to the rows (RFA without smoothing), converged [PKH22].
 
-    X: n rows of d numbers. Kappa = 4 (1 + f/(n-2f))^2 for every f < n/2 [AFGGPS23]; breakdown point 1/2. Rotation
-    and translation move it along. Cost: one Gram matrix; the iterations are n^2 each.
+    X: n rows of d numbers. Rotation and translation move it along. Guarantee: kappa = 4 (1 + f/(n-2f))^2 for every f <
+    n/2 [AFGGPS23]. Breakdown point: 1/2. Cost: one Gram matrix, n^2 d / 2 multiplications; the iterations are n^2 each.
     """
 
     def body(rows: Matrix, f: int) -> Floats:

@@ -73,9 +73,10 @@ def monna_weights(G: Square | Gram, f: int, pivot: int = 0) -> Vector:
 def krum(X: Any, f: int, *, neighbours: int | None = None, center: Any = None) -> Any:
     """Return the row whose n-f-2 nearest others are nearest, in squared distance [BEGS17].
 
-    X: n rows of d numbers, n >= 2f+3. With `neighbours` = n-f-1, n > 2f suffices and kappa = 6 (1 + f/(n-2f))
-    [AFGGPS23]. center: the global model, where rows are models, saves a second look at the rows. Ties: lowest
-    index. Breakdown point f/n. Cost: n^2 d / 2 multiplications.
+    X: n rows of d numbers, n >= 2f+3; with `neighbours` = n-f-1, n > 2f suffices. center: the global model, where rows
+    are models, saves a second look at the rows. Ties: lowest index. Guarantee: kappa = (sqrt(2(n-f)) + sqrt(f+1))^2 /
+    (n-2f-1) (docs/robustness.md); with n-f-1 neighbours 6 (1 + f/(n-2f)) [AFGGPS23]. Breakdown point: f/n. Cost: n^2 d
+    / 2 multiplications.
     """
     return multi_krum(X, f, 1, neighbours=neighbours, center=center, rule="krum")
 
@@ -89,10 +90,11 @@ def multi_krum(
     center: Any = None,
     rule: str = "multi_krum",
 ) -> Any:
-    """Return the unweighted mean of the `keep` rows of least Krum score [BEGS17]; keep is n-f by default.
+    """Return the unweighted mean of the `keep` rows of least Krum score [BEGS17]; keep is n-f by default, and at most.
 
-    X: n rows of d numbers, n >= 2f+3 (n > 2f with `neighbours` = n-f-1). Clients' claimed numbers of examples
-    have no part in it: a weight is a lever. Ties: lowest index. Errors: Refusal says the numbers.
+    X: n rows of d numbers, n >= 2f+3 (n > 2f with `neighbours` = n-f-1). Clients' claimed numbers of examples have no
+    part in it: a weight is a lever. Ties: lowest index. Guarantee: Krum's kappa, for any keep (docs/robustness.md).
+    Breakdown point: f/n. Cost: n^2 d / 2 multiplications. Errors: Refusal says the numbers.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -112,7 +114,9 @@ def multi_krum(
 def bulyan(X: Any, f: int, *, center: Any = None) -> Any:
     """Return the mean of the n-4f values nearest to the median of n-2f rows picked by repeated Krum [EGR18].
 
-    X: n rows of d numbers, n >= 4f+3. theta = n-2f, beta = theta-2f, as in the paper. Breakdown point about 1/4.
+    X: n rows of d numbers, n >= 4f+3. theta = n-2f, beta = theta-2f, as in the paper. Guarantee: kappa = ((sqrt(c) +
+    sqrt(1+c))^2 + 1) (n-f)/(n-3f) with c = (n-2f)/(n-4f), whichever rows are picked (docs/robustness.md). Breakdown
+    point: f/n, about 1/4. Cost: n^2 d / 2 multiplications, n^3 log n for the picks, n d log^2 n comparisons.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -127,8 +131,9 @@ def bulyan(X: Any, f: int, *, center: Any = None) -> Any:
 def minimum_diameter_mean(X: Any, f: int, *, budget: int = BUDGET, center: Any = None) -> Any:
     """Return the mean of the n-f rows whose greatest mutual distance is least, exactly [EGGR20].
 
-    X: n rows of d numbers, n > 2f. Ties: the first set in dictionary order. The search is exponential in f at
-    worst; Refusal when it takes more than `budget` steps. Breakdown point 1/2.
+    X: n rows of d numbers, n > 2f. Ties: the first set in dictionary order. Guarantee: within 2f/(n-f) of the greatest
+    distance among honest rows, so kappa = 8f^2/(n-f) (docs/robustness.md). Breakdown point: f/n. Cost: n^2 d / 2
+    multiplications, and a search that is exponential in f at worst; Refusal when it takes more than `budget` steps.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -141,7 +146,9 @@ def minimum_diameter_mean(X: Any, f: int, *, budget: int = BUDGET, center: Any =
 def cge(X: Any, f: int, *, center: Any = None) -> Any:
     """Return the mean of the n-f rows of least norm (comparative gradient elimination) [GV20].
 
-    X: n updates, or n models with center = the global model; n > 2f. The paper sums; this is the mean.
+    X: n updates, or n models with center = the global model; n > 2f. The paper sums; this is the mean. Ties: lowest
+    index. Guarantee: no row counts that is longer than the longest honest one; there is no kappa, since short rows of
+    any direction pass. Breakdown point: f/n. Cost: n^2 d / 2 multiplications.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -154,8 +161,10 @@ def cge(X: Any, f: int, *, center: Any = None) -> Any:
 def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
     """Return the mean of the n-f rows nearest to a trusted one [FGGPS23].
 
-    X: n rows of d numbers, n > 2f. pivot: a row's index, or a trusted row of the server's own. All of the
-    guarantee rests on the pivot being honest.
+    X: n rows of d numbers, n > 2f. pivot: a row's index, or a trusted row of the server's own. Ties: lowest index.
+    Guarantee: squared error at most 4f/(n-f) (v + |pivot - m|^2), m and v the mean and variance of honest rows
+    (docs/robustness.md): all of it rests on the pivot being honest. Breakdown point: f/n, and the pivot alone. Cost:
+    n^2 d / 2 multiplications.
     """
     given = X if isinstance(X, Screened) else as_matrix(X)
     everyone = given.rows if isinstance(given, Screened) else given

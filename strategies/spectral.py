@@ -42,8 +42,10 @@ def smea_weights(G: Square | Gram, f: int, budget: int = SUBSETS) -> Vector:
 def smea(X: Any, f: int, *, budget: int = SUBSETS, center: Any = None) -> Any:
     """Return the mean of the n-f rows of least variance in their worst direction [AGPS23].
 
-    X: n rows of d numbers, n > 2f, few enough that C(n, f) sets can be looked at. Its error is bounded by the top
-    eigenvalue of honest covariance, not by its trace: the rule that stays useful under noise added for privacy.
+    X: n rows of d numbers, n > 2f, few enough that C(n, f) sets can be looked at. Guarantee: squared error at most
+    4f/(n-2f) times the top eigenvalue of honest covariance, not its trace, so that it stays useful under noise added
+    for privacy; kappa = 4f/(n-2f) all the more (docs/robustness.md). Breakdown point: f/n. Cost: n^2 d / 2
+    multiplications and C(n, f) eigenvalue problems of n x n.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -80,7 +82,9 @@ def caf_weights(G: Square | Gram, f: int) -> Vector:
 def caf(X: Any, f: int, *, center: Any = None) -> Any:
     """Return the mean left by a filter that needs no bound on honest covariance [AGS25].
 
-    X: n rows of d numbers, n > 2f. Polynomial where SMEA is exponential: at most n eigenvalue problems of n x n.
+    X: n rows of d numbers, n > 2f. Guarantee: of SMEA's kind, in the top eigenvalue [AGS25]; its constant is not
+    checked here. Breakdown point: f/n. Cost: n^2 d / 2 multiplications and at most n eigenvalue problems of n x n,
+    where SMEA's number is exponential.
     """
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -112,9 +116,11 @@ def dnc(
 ) -> Any:
     """Return the mean of rows that divide-and-conquer never finds extreme [SH21].
 
-    Each iteration projects `dimension` random coordinates on their top direction and drops the share * f most
-    extreme rows; rows dropped never are averaged. X: n > 2f rows, n > iterations * ceil(share * f). rng draws
-    coordinates: without one all coordinates are used, and one iteration says it all.
+    Each iteration projects `dimension` random coordinates on their top direction and drops the share * f most extreme
+    rows; rows dropped never are averaged. X: n > 2f rows, n > iterations * ceil(share * f). rng draws coordinates:
+    without one all coordinates are used, and one iteration says it all. Guarantee: no kappa is known; the paper's bound
+    supposes attackers far out in one direction. Breakdown point: share * f / n. Cost: n^2 d / 2 multiplications, and
+    n^2 dimension / 2 an iteration.
     """
     if rng is None and iterations != 1:
         raise ValueError("iterations beyond the first need rng: without it every iteration sees the same coordinates")
