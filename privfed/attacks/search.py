@@ -37,7 +37,8 @@ def strongest(
 
     rule: a function of the (n, d) matrix, honest rows first: a partial of one of `privfed.strategies.rules`, with any
     mixing or clipping in front. The step doubles while that helps; afterwards steps from the best strength so far
-    shrink by `ratio`. `evaluations` bounds the calls of the rule. A step may be negative.
+    shrink by `ratio`. `evaluations` bounds the calls of the rule. A step may be negative. A strength that the rule
+    refuses does no damage; where it refuses `start`, its error is raised.
     """
     if evaluations < 1 or step == 0 or not 0 < ratio < 1:
         raise ValueError(f"need evaluations >= 1, step != 0, 0 < ratio < 1; got {evaluations}, {step}, {ratio}")
@@ -53,7 +54,10 @@ def strongest(
     growing = True
     for _ in range(evaluations - 1):
         proposed = best + step
-        found = damage(proposed)
+        try:
+            found = damage(proposed)
+        except ValueError:  # rows too large for any rule: the round would fail and the model stay
+            found = 0.0
         better = found > most
         if better:
             best, most = proposed, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
+from privfed.apps import ClientApp
 from privfed.attacks import client, forgery
 from privfed.attacks.search import strongest, strongest_inner_product, strongest_little
 from privfed.context import Context
+from privfed.grid import LocalGrid
 from privfed.message import Message
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
-from privfed.strategies import rules
+from privfed.strategies import RFA, FedAvg, FedMedian, Strategy, rules
 
 
 def honest_rows(seed: int, n: int = 9, d: int = 12) -> Any:
@@ -154,3 +158,77 @@ def test_labels_and_backdoors() -> None:
     assert not x[2:].any()
     with pytest.raises(ValueError, match="share"):
         client.stamp_backdoor(x, y, coordinates=[0], value=1.0, target=0, share=2.0)
+
+
+def test_a_search_goes_on_where_a_rule_refuses() -> None:
+    """A strength that no rule takes does no damage; a rule that refuses from the start is an error."""
+    found = strongest_inner_product(honest_rows(0).astype(np.float32), 2, rules.mean, evaluations=90)
+    assert np.isfinite(found.row).all() and 1e15 < found.strength < 1e18
+    with pytest.raises(rules.Refusal, match="krum needs"):
+        strongest_inner_product(honest_rows(0, n=4), 3, partial(rules.krum, f=3))
+
+
+CLASSES, NODES = 10, 10
+
+
+def learn(w: Any, inputs: Any, labels: Any, steps: int) -> Any:
+    for _ in range(steps):
+        odds = np.exp(inputs @ w - (inputs @ w).max(axis=1, keepdims=True))
+        w = w - 0.5 * inputs.T @ (odds / odds.sum(axis=1, keepdims=True) - np.eye(CLASSES)[labels]) / len(labels)
+    return w
+
+
+def federation(strategy: Strategy, bad: dict[int, tuple[Callable[[Any, Any], Any], client.Mod | None]]) -> Any:
+    """Train on digits, real ones, and return the model: `bad` has what a node makes of its data, and its mod."""
+    digits = load_digits()
+    inputs, labels = np.c_[digits.data / 16, np.ones(len(digits.data))], digits.target
+    parts = np.array_split(np.random.default_rng(0).permutation(1500), NODES)
+
+    def corrupt(message: Message, context: Context, call_next: Any) -> Message:
+        mod = bad.get(context.node_id, (None, None))[1]
+        return mod(message, context, call_next) if mod is not None else call_next(message, context)
+
+    app = ClientApp(mods=[corrupt])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        mine = parts[context.node_id - 1]
+        data = inputs[mine], labels[mine]
+        if context.node_id in bad:
+            data = bad[context.node_id][0](*data)
+        w = learn(message.content.array_records["arrays"]["0"].numpy(), *data, 10)
+        metrics = MetricRecord({"num-examples": len(mine)})
+        return Message(RecordDict({"arrays": ArrayRecord([w]), "metrics": metrics}), reply_to=message)
+
+    start = ArrayRecord([np.zeros((inputs.shape[1], CLASSES))])
+    model = strategy.start(LocalGrid(app, NODES, seed=1), start, 15).arrays["0"].numpy()
+    return model, inputs[1500:], labels[1500:]
+
+
+def share(model: Any, inputs: Any, labels: Any) -> float:
+    return float(((inputs @ model).argmax(axis=1) == labels).mean())
+
+
+def test_label_flips_take_a_mean_along_and_no_median() -> None:
+    flippers = {node: (lambda x, y: (x, client.flip_labels(y, CLASSES)), client.boost(6.0)) for node in (1, 2, 3)}
+    ruined = federation(FedAvg(fraction_evaluate=0), flippers)
+    assert share(*ruined) < 0.4 < 0.8 < share(*federation(FedAvg(fraction_evaluate=0), {}))
+    assert share(*federation(FedMedian(fraction_evaluate=0), flippers)) > 0.8
+
+
+def test_one_replaced_model_brings_a_backdoor_into_a_mean_and_into_no_geometric_median() -> None:
+    """The corner pixel, always dark in digits, is the trigger; the boosted update of one node of ten carries it."""
+
+    def poisoned(x: Any, y: Any) -> Any:
+        stamped, changed = client.stamp_backdoor(x, y, coordinates=[0, 32], value=2.0, target=7, share=0.5)
+        return np.r_[x, stamped], np.r_[y, changed]
+
+    bad = {4: (poisoned, client.boost(float(NODES)))}
+    hits = []
+    for strategy in (FedAvg(fraction_evaluate=0), RFA(fraction_evaluate=0)):
+        model, inputs, labels = federation(strategy, bad)
+        stamped, _ = client.stamp_backdoor(inputs, labels, coordinates=[0, 32], value=2.0, target=7)
+        others = labels != 7
+        hits.append(share(model, stamped[others], np.full(others.sum(), 7)))
+        assert share(model, inputs, labels) > 0.75
+    assert hits[0] > 0.9 and hits[1] < 0.3
