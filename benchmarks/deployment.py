@@ -203,9 +203,11 @@ def active(insecure: bool, nodes: int, size: int = 1_000_000) -> None:
             bench.processes.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log))
         with Watch(bench.link.pid) as watch:
             seconds = bench.run(2, size)
+        nodes_seconds = sum(cpu(process.pid) for process in bench.processes[1:])
         bench.end()
     kind = "plain" if insecure else "TLS"
     print(f"{nodes} active nodes, {kind}, {size / 1e6:g} MB: rounds of {', '.join(f'{one:.1f}' for one in seconds)} s")
+    watch.show_time(nodes_seconds)
     watch.show(size / 1e6)
 
 
@@ -242,6 +244,12 @@ class Watch:
     def __exit__(self, *fault: object) -> None:
         self._ended.set()
         self._thread.join()
+
+    def show_time(self, nodes: float) -> None:
+        """Print the CPU seconds of all rounds and the load of the machine."""
+        used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+        print(f"  CPU seconds of all rounds, starts included: {used}, nodes {nodes:.1f}; load {load}")
 
     def show(self, megabytes: float) -> None:
         """Print the peaks. VmHWM counts every page a process had mapped at one time, page cache included."""
@@ -295,13 +303,8 @@ def large(insecure: bool, megabytes: int, nodes: int, rounds: int) -> None:
         nodes_seconds = sum(cpu(process.pid) for process in bench.processes[1:])
         bench.end()
     print(f"{megabytes} MB model, {nodes} nodes, both ways: rounds of {', '.join(f'{one:.2f}' for one in seconds)} s")
-    used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
-    print(f"  CPU seconds of all rounds, starts included: {used}, nodes {nodes_seconds:.1f}; load {load()}")
+    watch.show_time(nodes_seconds)
     watch.show(megabytes)
-
-
-def load() -> str:
-    return ", ".join(f"{one:.1f}" for one in os.getloadavg())
 
 
 def certify_crowd(bench: Bench, nodes: int) -> None:
