@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.errors import PlanRefused, QuorumError
+from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import Grid
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord, RecordDict
 from privfed.strategies.cohort import wait_for_nodes
@@ -84,8 +84,9 @@ class FedAnalytics:
 
         shapes: name -> shape of each array a node answers with, as float64, in an ArrayRecord named "arrays".
         action: the handler, `@app.query(action)`; "" is the default one. timeout: seconds.
-        Raises QuorumError when fewer than min_nodes answers are valid; under a plan RunFailed when the budget does not
-        cover the query, before anything is sent, and PlanRefused for a cohort or size that the plan does not suit.
+        Raises QuorumError when fewer than min_nodes answers are valid, RunFailed when their sum leaves the range of
+        float64; under a plan RunFailed when the budget does not cover the query, before anything is sent, and
+        PlanRefused for a cohort or size that the plan does not suit.
         """
         template = ArrayRecord(
             {name: ArrayRecord([np.zeros(shape)])["0"] for name, shape in shapes.items()},
@@ -148,6 +149,11 @@ class FedAnalytics:
 def _totals(view: Sum, template: ArrayRecord) -> dict[str, NDArray[np.float64]]:
     """Return the sums, by name and in shape."""
     total, at, totals = view.mean * view.weight, 0, {}
+    if not np.isfinite(total).all():
+        raise RunFailed(
+            "query: the sum of the answers leaves the range of float64, so some node's answer is no measurement; ask "
+            "through SecureStage(protocol, max_value=...), which bounds every entry"
+        )
     for name, array in template.items():
         size = array.view().size
         totals[name] = np.asarray(total[at : at + size]).reshape(array.shape)

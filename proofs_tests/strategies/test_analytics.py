@@ -11,7 +11,7 @@ from privfed import mods
 from privfed.apps import ClientApp
 from privfed.array import Array
 from privfed.context import Context
-from privfed.errors import QuorumError
+from privfed.errors import QuorumError, RunFailed
 from privfed.grid import LocalGrid
 from privfed.message import Message
 from privfed.protocols import SecAgg
@@ -70,3 +70,14 @@ def test_too_few_answers_fail() -> None:
         FedAnalytics().query(LocalGrid(app_of(masked=False), 3), SHAPES)
     with pytest.raises(ValueError, match="min_nodes"):
         FedAnalytics(min_nodes=1)
+
+
+def test_a_sum_that_is_no_number_is_refused() -> None:
+    app = ClientApp()
+
+    @app.query()
+    def answer(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord({"count": Array(np.array(1.7e308))})}), reply_to=message)
+
+    with pytest.raises(RunFailed, match="leaves the range of float64"):
+        FedAnalytics().query(LocalGrid(app, 2), {"count": ()})
