@@ -20,11 +20,10 @@ from privfed.update import (
     arrays_name,
     arrays_of,
     carries_update,
-    check_arrays,
     is_update,
     mark_update,
     norm,
-    subtract,
+    update_of,
 )
 
 log = logging.getLogger("privfed.mods")
@@ -36,9 +35,10 @@ def clip(max_norm: float | None = None) -> Mod:
 
     The bound that a privacy plan asks for applies as well; without `max_norm` it is the only one. An update within
     the bound is left as it is, a longer one is scaled; integer arrays are scaled towards zero. The norm is taken in
-    float64 and holds for what is sent, after rounding to each array's dtype. Replies that hold NaN or infinity, or do
-    not fit the arrays received, become errors (UpdateError). A query's answer is clipped where the query has a plan;
-    other messages pass.
+    float64 and holds for what is sent, after rounding to each array's dtype. Replies that do not fit the arrays
+    received become errors (UpdateError), and so do those that hold NaN or infinity; but where the reply is masked
+    outside of this mod they become an update of zeros, as an error would tell the server of this node's data. A query's
+    answer is clipped where the query has a plan; other messages pass.
 
     Where the plan's clip adapts, the update gets one more element, which says whether it was within the plan's clip.
 
@@ -55,7 +55,8 @@ def clip(max_norm: float | None = None) -> Mod:
         if not clipped or reply.has_error():
             return reply
         try:
-            return reply.with_content(_clipped(message.content, reply.content, max_norm))
+            hidden = context.masked is not None or context.noised
+            return reply.with_content(_clipped(message.content, reply.content, max_norm, hidden=hidden))
         except UpdateError as cause:
             log.warning("node %d: the update was not sent: %s", context.node_id, cause)
             return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, "UpdateError"), reply_to=message)
@@ -79,16 +80,16 @@ def _bounds(content: RecordDict, max_norm: float | None) -> tuple[float, float, 
     return min(bounds), float(str(asked)), float(weight)
 
 
-def _clipped(request: RecordDict, reply: RecordDict, max_norm: float | None) -> RecordDict:
+def _clipped(request: RecordDict, reply: RecordDict, max_norm: float | None, *, hidden: bool) -> RecordDict:
     bound, asked, weight = _bounds(request, max_norm)
     received, name = arrays_of(request), arrays_name(reply)
     arrays = reply.array_records[name]
     bit = arrays.get(BIT) if weight else None  # a mod inside has clipped already
     if is_update(reply):
-        check_arrays(received if bit is None else tracked(received, weight), arrays, update=True)
-        update = ArrayRecord({key: array for key, array in arrays.items() if key != BIT}) if bit else arrays
+        whole = update_of(arrays, received if bit is None else tracked(received, weight), update=True, silent=hidden)
+        update = ArrayRecord({key: array for key, array in whole.items() if key != BIT}) if bit else whole
     else:
-        update = subtract(arrays, received)
+        update = update_of(arrays, received, update=False, silent=hidden)
     content = RecordDict(dict(reply))
     content[name] = clip_record(update, bound)
     if weight:

@@ -25,12 +25,11 @@ from privfed.update import (
     UpdateError,
     arrays_of,
     carries_update,
-    check_arrays,
     dimension,
     flatten,
     is_update,
     norm,
-    subtract,
+    update_of,
 )
 
 log = logging.getLogger("privfed.mods")
@@ -144,10 +143,10 @@ def _update(request: RecordDict, reply: RecordDict, weight: float) -> tuple[Arra
     """Return the update, and what a mod inside that clipped it says of its length before; None: none did."""
     received, arrays = arrays_of(request), arrays_of(reply)
     if not is_update(reply):
-        return subtract(arrays, received), None
+        return update_of(arrays, received, update=False, silent=True), None
     bit = arrays.get(BIT) if weight else None
-    check_arrays(received if bit is None else tracked(received, weight), arrays, update=True)
-    update = ArrayRecord({name: arrays[name] for name in received})
+    whole = update_of(arrays, received if bit is None else tracked(received, weight), update=True, silent=True)
+    update = ArrayRecord({name: whole[name] for name in received})
     return update, None if bit is None else says_within(bit, weight)
 
 

@@ -24,12 +24,11 @@ from privfed.update import (
     UpdateError,
     arrays_of,
     carries_update,
-    check_arrays,
     flatten,
     is_update,
     mark_update,
     split,
-    subtract,
+    update_of,
 )
 
 log = logging.getLogger("privfed.mods")
@@ -189,10 +188,7 @@ def _noised(
 
 def _update(request: RecordDict, reply: RecordDict) -> ArrayRecord:
     received, arrays = arrays_of(request), arrays_of(reply)
-    if not is_update(reply):
-        return subtract(arrays, received)
-    check_arrays(received, arrays, update=True)
-    return ArrayRecord({name: arrays[name] for name in received})
+    return update_of(arrays, received, update=is_update(reply), silent=True)  # else a refusal would tell without noise
 
 
 def _content(update: ArrayRecord, event: Gaussian, bound: float, weight_key: str, random: Random) -> RecordDict:

@@ -17,6 +17,7 @@ from privfed.array import Array
 from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
+from privfed.mods.clipping import clip_record
 from privfed.mods.level import Levels
 from privfed.mods.participation import BEACON, Makers, as_drawn, make_protocol, place_of
 from privfed.mods.refusal import (
@@ -36,7 +37,18 @@ from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
 from privfed.protocols.session import FACTS, Identity, Policy
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, RecordDict
 from privfed.ring import BUFFER, DEMANDS, NOISED, REMOVED, REPLY, REQUEST, SECURE, VECTOR, Layout, RingOverflow, bind
-from privfed.update import PLAN, UpdateError, arrays_of, check_arrays, dimension, is_update, norm, subtract
+from privfed.update import (
+    PLAN,
+    NotFinite,
+    UpdateError,
+    arrays_of,
+    dimension,
+    is_update,
+    norm,
+    subtract,
+    update_of,
+    zeros_of,
+)
 
 log = logging.getLogger("privfed.mods")
 
@@ -363,11 +375,16 @@ class _Session:
             raise _Failed(reply.error)
         if stage.layout.integers:
             return self._noised(reply.content)
-        update = self._update(inner, reply.content) if stage.layout.dimension else None
         metrics = _numbers(reply.content)
         weight = metrics.get(stage.weight_key) if stage.layout.max_weight is not None else 1.0
         if not isinstance(weight, int | float):
             raise RingOverflow(f"metric {stage.weight_key!r}, the weight, is {weight!r}")
+        update = None
+        try:
+            update = self._update(inner, reply.content) if stage.layout.dimension else None
+        except NotFinite as cause:  # a server that picks the model would read data from who refuses
+            log.warning("node %d counts for nothing in this sum: %s", self._context.node_id, cause)
+            update, weight = zeros_of(tracked(arrays_of(inner, stage.arrays_key), _clip_of(inner)[1])), math.nan
         return stage.layout.encode(update, float(weight), metrics)
 
     def _noised(self, reply: RecordDict) -> NDArray[Any]:
@@ -385,15 +402,14 @@ class _Session:
         received, arrays = arrays_of(request, self._stage.arrays_key), arrays_of(reply, self._stage.arrays_key)
         clip, weight = _clip_of(request)
         if is_update(reply):
-            received = tracked(received, weight)
-            check_arrays(received, arrays, update=True)
-            update = ArrayRecord({name: arrays[name] for name in received})
+            update = update_of(arrays, tracked(received, weight), update=True, silent=False)
         elif math.isfinite(clip):  # whatever its norm: whether it is refused must not tell
             raise UpdateNotClipped(f"the plan clips to {clip:g}, and no mods.clip() made this update")
         else:
             update = subtract(arrays, received)
-        if not norm(update) <= joint_clip(clip, weight) * _SLACK:
-            raise UpdateNotClipped(f"the update's norm is {norm(update):g}, the plan's clip {clip:g}")
+        if not norm(update) <= joint_clip(clip, weight) * _SLACK:  # an app's own update; a refusal would tell its norm
+            log.warning("the update's norm is %g, and is clipped to the plan's %g", norm(update), clip)
+            update = clip_record(update, joint_clip(clip, weight))
         return update
 
 
@@ -403,9 +419,12 @@ def _clip_of(request: RecordDict) -> tuple[float, float]:
     if not isinstance(plan, ConfigRecord):
         return math.inf, 0.0
     try:
-        return float(str(plan["clip"])), float(str(plan.get("bit-weight", 0.0)))
+        clip, weight = float(str(plan["clip"])), float(str(plan.get("bit-weight", 0.0)))
     except (KeyError, ValueError) as cause:
         raise Refused(f"the plan in the message has no clip: {cause!r}") from cause
+    if not (clip > 0 and 0 <= weight < math.inf):
+        raise Refused(f"the plan in the message clips to {clip:g}, with a bit of weight {weight:g}")
+    return clip, weight
 
 
 def _is_session(name: str) -> bool:

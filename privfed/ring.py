@@ -190,14 +190,15 @@ class Layout:
     def encode(self, update: ArrayRecord | None, weight: float, metrics: Mapping[str, object]) -> Ring:
         """Return the ring vector of one node, values beyond a public range moved into it. Raises RingOverflow.
 
-        RingOverflow: NaN, a weight below 0, a metric that is missing or no number, an update of another size.
+        A node with a NaN among its numbers counts with weight 0, or with the lowest value where all weigh the same.
+        RingOverflow: a metric that is missing or no number, an update of another size.
         """
         share, clamped = 1.0, []
         if self.max_weight is not None:
-            if not weight >= 0:
-                raise RingOverflow(f"the weight is {weight:g}, not a number >= 0")
-            if weight > self.max_weight:
-                weight = self.max_weight
+            if any(value != value for value in (metrics.get(name) for name, _, _ in self.metrics)):
+                weight = math.nan
+            if not 0 <= weight <= self.max_weight:
+                weight = self.max_weight if weight > 0 else 0.0
                 clamped.append("the weight")
             share = weight / self.max_weight
         kind = np.uint32 if self.bits <= 32 else np.uint64
@@ -211,10 +212,10 @@ class Layout:
             place += 1
         for name, low, high in self.metrics:
             value = metrics.get(name)
-            if not isinstance(value, int | float) or math.isnan(value):
+            if not isinstance(value, int | float):
                 raise RingOverflow(f"metric {name!r} is {value!r}, not a number")
             if not low <= value <= high:
-                value = min(max(value, low), high)
+                value = high if value > high else low
                 clamped.append(f"metric {name!r}")
             vector[place] = round(share * (2 * (value - low) / (high - low) - 1) * self._metric_scale) & mask
             place += 1
@@ -232,10 +233,8 @@ class Layout:
         for name, array in update.items():
             for _, block in blocks(array):
                 largest = float(np.abs(block).max(initial=0.0))
-                if math.isnan(largest):
-                    raise RingOverflow(f"array {name!r} holds NaN")
-                if largest > self.max_value:
-                    np.clip(block, -self.max_value, self.max_value, out=block)
+                if not largest <= self.max_value:
+                    np.clip(np.nan_to_num(block, copy=False), -self.max_value, self.max_value, out=block)
                     clamped.append(f"array {name!r}")
                 block *= factor
                 steps = np.rint(block, out=block).astype(np.int64).view(np.uint64)

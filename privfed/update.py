@@ -8,6 +8,7 @@ Record names that start with "privfed." belong to the framework: apps do not rea
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,9 @@ BLOCK = 1 << 16
 _ROOT_SAFE = 1e150
 
 
+log = logging.getLogger("privfed.mods")
+
+
 class UpdateError(ValueError):
     """Arrays from which no update can be made, or a reply that does not fit the model; the text says which and why."""
 
@@ -41,6 +45,10 @@ def carries_update(message_type: str) -> bool:
     What a query answers is an update of the zeros it was asked with.
     """
     return message_type.partition(".")[0] in ("train", "query")
+
+
+class NotFinite(UpdateError):
+    """Numbers without an update: NaN, infinity, a change that is too large. A node's data decide that."""
 
 
 def arrays_of(content: RecordDict, prefer: str = "arrays") -> ArrayRecord:
@@ -95,7 +103,7 @@ def check_arrays(model: ArrayRecord, given: ArrayRecord, *, update: bool = False
         if array.dtype != dtype:
             raise UpdateError(f"array {name!r} has dtype {array.dtype}, not {dtype}")
         if not all(is_finite(block) for block in parts(array)):
-            raise UpdateError(f"array {name!r} holds NaN or infinity")
+            raise NotFinite(f"array {name!r} holds NaN or infinity")
 
 
 def subtract(reply: ArrayRecord, received: ArrayRecord) -> ArrayRecord:
@@ -104,22 +112,52 @@ def subtract(reply: ArrayRecord, received: ArrayRecord) -> ArrayRecord:
     return ArrayRecord({name: _difference(name, reply[name], old) for name, old in received.items()})
 
 
+def update_of(given: ArrayRecord, received: ArrayRecord, *, update: bool, silent: bool) -> ArrayRecord:
+    """Return a reply's update: `given` itself where it is one, else its difference from what was received.
+
+    silent: make an update of zeros where the numbers are not finite. A node whose reply is hidden, by a mask or by
+    noise of its own, must answer all the same: a server picks the model, and would read data from which nodes refuse.
+    Raises UpdateError.
+    """
+    try:
+        if not update:
+            return subtract(given, received)
+        check_arrays(received, given, update=True)
+        return ArrayRecord({name: given[name] for name in received})
+    except NotFinite as cause:
+        if not silent:
+            raise
+        log.warning("an update of zeros is sent: %s", cause)
+        return zeros_of(received)
+
+
+def zeros_of(model: ArrayRecord) -> ArrayRecord:
+    """Return the update that changes nothing."""
+    whole = {name: update_dtype(array.dtype) == "int64" for name, array in model.items()}
+    return ArrayRecord(
+        {
+            name: Array(np.zeros(array.shape, np.int64)) if whole[name] else array.replace(np.zeros(array.shape))
+            for name, array in model.items()
+        }
+    )
+
+
 def _difference(name: str, new: Array, old: Array) -> Array:
     if new.dtype == "bool":
         raise UpdateError(f"array {name!r} is bool and has no difference: send it as uint8")
     if update_dtype(new.dtype) == "int64":
         if new.dtype == "uint64" and max(_top(new), _top(old)) >= 1 << 63:
-            raise UpdateError(f"array {name!r} holds values of 2^63 or more, whose difference may not fit int64")
+            raise NotFinite(f"array {name!r} holds values of 2^63 or more, whose difference may not fit int64")
         a, b = new.view().astype(np.int64), old.view().astype(np.int64)
         difference = a - b
         if difference.size and bool((((a ^ b) & (a ^ difference)) < 0).any()):
-            raise UpdateError(f"array {name!r} changed by more than int64 can hold")
+            raise NotFinite(f"array {name!r} changed by more than int64 can hold")
         return Array.adopt(np.asarray(difference))
     with np.errstate(over="ignore"):
         wide = np.asarray(np.subtract(new.compute(), old.compute(), dtype=np.float64))
         result = new.replace(wide)
     if not is_finite(result.compute()):
-        raise UpdateError(f"array {name!r} changed by more than {new.dtype} can hold")
+        raise NotFinite(f"array {name!r} changed by more than {new.dtype} can hold")
     return result
 
 

@@ -394,15 +394,74 @@ def test_an_error_of_the_app_passes_as_it_is() -> None:
     assert answering(fail).session(1)[1] == {"Tired"}
 
 
-@pytest.mark.parametrize("clip", [1.0, 2.0 * (1 - 2.0**-20), float("nan")])
-def test_an_update_beyond_the_plans_clip_stays(clip: float) -> None:
+@pytest.mark.parametrize("clip", [1e-3, 1.0, 2.0 * (1 - 2.0**-20), 2.0, 100.0])
+def test_an_apps_own_update_is_cut_to_the_plans_clip_and_no_refusal_tells_its_norm(clip: float) -> None:
     """The update is 1 in four elements: its norm is 2."""
-    for limit, refusal in ((clip, {"UpdateNotClipped"}), (2.0, set()), ("wide", {"Refused"}), (None, {"Refused"})):
-        update = ArrayRecord({"w": Array(np.ones(4, np.float32))})
-        made = {"arrays": update, UPDATE: ConfigRecord({})}
-        lab = answering(lambda message, made=made: moved(0, message, **made))  # type: ignore[misc]
-        plan = ConfigRecord({} if limit is None else {"clip": limit})
-        assert lab.session(1, more={PLAN: plan})[1] == refusal
+    layout = Layout(32, 3, 4, 8.0, None, ())
+    server, refusals = own_update(np.ones(4, np.float32)).session(1, more={PLAN: ConfigRecord({"clip": clip})})
+    assert refusals == set()
+    assert server.result is not None
+    np.testing.assert_allclose(layout.decode(server.result.total, 3).total, 3 * min(1, clip / 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", [{}, {"clip": "wide"}, {"clip": float("nan")}, {"clip": 0.0}, {"clip": -1.0},
+                                  {"clip": 1.0, "bit-weight": float("nan")}])  # fmt: skip
+def test_a_plan_without_a_clip_is_refused(plan: dict[str, Any]) -> None:
+    assert own_update(np.ones(4, np.float32)).session(1, more={PLAN: ConfigRecord(plan)})[1] == {"Refused"}
+
+
+def own_update(values: Any) -> Federation:
+    """Nodes whose app sends an update itself."""
+    made: dict[str, Any] = {"arrays": ArrayRecord({"w": Array(values)}), UPDATE: ConfigRecord({})}
+    return answering(lambda message: moved(0, message, **made))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("how", ["weights", "update", "clipped", "planned", "metric", "weight"])
+def test_numbers_that_are_not_finite_make_no_node_refuse(how: str, value: float) -> None:
+    """A server that picks the model could else make nodes overflow by their data, and read data from who refuses."""
+    spoilt = np.full(4, value, np.float32)
+    metrics = MetricRecord({"num-examples": 1, "loss": 1.0})
+    more = {PLAN: ConfigRecord({"clip": 1.0})} if how == "planned" else {}
+    layout = Layout(32, 3, 4, 8.0, None if more else 8.0, () if more else (("loss", 0.0, 2.0),))
+
+    def reply(message: Message, context: Any) -> Message:
+        given = MetricRecord(dict(metrics))
+        if context.node_id != 2:
+            return moved(1 / 4, message, metrics=given)
+        if how in ("metric", "weight"):
+            given["loss" if how == "metric" else "num-examples"] = float(value)
+            return moved(1 / 4, message, metrics=given)
+        # The model is -3e38, so that 3e38 is a change beyond float32.
+        records: dict[str, Any] = {"arrays": ArrayRecord({"w": Array(spoilt)}), "metrics": given}
+        return moved(0, message, **records, **({UPDATE: ConfigRecord({})} if how == "update" else {}))
+
+    lab = Federation(SecAgg(threshold=2))
+    inside = [mods.clip(10.0)] if how == "clipped" else [mods.clip()] if more else []
+    lab.app = ClientApp(mods=[mods.secure_aggregation(Policy(), identity=identity_of), *inside])
+    lab.app.train()(reply)
+    lab.weight_key = "" if more else "num-examples"
+    server, refusals = lab.session(1, layout=layout, more=more, value=-3e38 if how == "weights" else 0.0)
+    assert refusals == set()
+    assert server.result is not None
+
+
+def test_a_node_without_finite_numbers_counts_for_nothing_and_is_counted() -> None:
+    layout = Layout(32, 3, 4, 8.0, 8.0, (("loss", 0.0, 2.0),))
+
+    def reply(message: Message, context: Any) -> Message:
+        given = MetricRecord({"num-examples": 1, "loss": 1.0})
+        return moved(float("nan") if context.node_id == 2 else 0.25, message, metrics=given)
+
+    lab = Federation(SecAgg(threshold=2))
+    lab.app = ClientApp(mods=[mods.secure_aggregation(Policy(), identity=identity_of)])
+    lab.app.train()(reply)
+    lab.weight_key = "num-examples"
+    server, _ = lab.session(1, layout=layout)
+    assert server.result is not None
+    decoded = layout.decode(server.result.total, 3)
+    assert (decoded.weight, decoded.clamped) == (2.0, 1)
+    np.testing.assert_allclose(decoded.total * decoded.scale / decoded.weight, 0.25, rtol=1e-6)
 
 
 def test_whether_an_update_is_refused_for_want_of_a_clip_tells_nothing_about_it() -> None:

@@ -185,18 +185,9 @@ def with_arrays(**values: Any) -> Callable[[RecordDict], RecordDict]:
 
 
 BAD = {
-    "nan": (with_arrays(scalar=Array(np.array(math.nan))), "UpdateError"),
     "shape": (with_arrays(scalar=Array(np.zeros(1))), "UpdateError"),
     "dtype": (with_arrays(scalar=Array(np.array(0, np.float32))), "UpdateError"),
     "key": (with_arrays(more=Array(np.array(0.0))), "UpdateError"),
-    "negative weight": (
-        lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": -1})}),
-        "RingOverflow",
-    ),
-    "nan weight": (
-        lambda made: RecordDict({**made, "metrics": MetricRecord({"num-examples": math.nan})}),
-        "RingOverflow",
-    ),
     "no weight": (lambda made: RecordDict({"arrays": made["arrays"]}), "RingOverflow"),
 }
 
@@ -210,6 +201,18 @@ def test_a_bad_reply_is_refused_before_masking(name: str) -> None:
     (excluded,) = result.rounds[0]["train-replies"]["excluded"]
     assert excluded["node"] == 2
     assert cause in excluded["cause"]
+
+
+@pytest.mark.parametrize("weight", [-1, math.nan, 3.0])
+def test_a_node_without_finite_numbers_answers_and_counts_for_nothing(weight: float) -> None:
+    """The weight is below 0 or NaN, or the model holds NaN: a refusal would tell the server, which picks the model."""
+    broken = with_arrays(scalar=Array(np.array(math.nan))) if weight > 0 else dict
+    train = spoilt(lambda made: RecordDict({**broken(made), "metrics": MetricRecord({"num-examples": weight})}))
+    stage = SecureStage(SecAgg(threshold=2), max_weight=8)
+    result = FedAvg(fraction_evaluate=0, stage=stage).start(FlakyGrid(app_of(train), 4), MODEL, 1)
+    check_model(result.arrays, [1, 3, 4])
+    told = result.rounds[0]["train-replies"]
+    assert (told["valid"], told["clamped"], told.get("excluded", [])) == (4, 1, [])
 
 
 def test_a_value_beyond_its_range_is_sent_as_its_end_and_counted() -> None:
