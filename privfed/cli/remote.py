@@ -27,7 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def superlink_options(command: F) -> F:
     """Add --superlink and --keys to a command."""
     link = click.option(
-        "--superlink", metavar="HOST:PORT", help="The control address of a SuperLink; without it: this machine."
+        "--superlink",
+        metavar="HOST:PORT[,...]",
+        help="The control address of a SuperLink, or of several that stand in for each other [this machine].",
     )
     keys = click.option(
         "--keys", type=click.Path(path_type=Path), help="Your key folder, or one with `ca.pem` and a bearer `token`."
@@ -39,10 +41,12 @@ def connect(superlink: str, keys: Path | None) -> ControlClient:
     """Return a connection to a SuperLink."""
     from privfed.runtime.control import ControlClient
     from privfed.runtime.credentials import BearerToken, Credentials
+    from privfed.runtime.handshake import NetworkError, read_addresses
 
-    host, colon, port = superlink.rpartition(":")
-    if not (host and colon and port.isdecimal()):
-        raise AppError(f"--superlink {superlink!r}: write HOST:PORT, the control address the SuperLink prints")
+    try:
+        read_addresses(superlink)
+    except NetworkError as fault:
+        raise AppError(f"--superlink {fault}; it is the control address the SuperLink prints") from None
     if keys is not None and BearerToken.holds(keys):
         return ControlClient(superlink, BearerToken(keys))
     return ControlClient(superlink, Credentials.load(keys) if keys is not None else None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
     from privfed.runtime.oidc import Tokens
     from privfed.runtime.superlink import SuperLinkOptions
+    from privfed.runtime.tenure import Tenure
 
 
 @click.command()
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 )
 @click.option("--database", metavar="URL", help="A PostgreSQL database [default: the SQLite file link.db in --home].")
 @click.option("--arrays", metavar="URL", help="Large arrays go to s3://BUCKET/FOLDER [default: arrays/ in --home].")
+@click.option(
+    "--shared",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder that several SuperLinks on one --database see: one of them serves, the others stand by.",
+)
+@click.option("--lease-seconds", type=click.FloatRange(min=1), default=5.0, show_default=True, help="See --shared.")
 @click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
@@ -51,6 +60,8 @@ def superlink(
     home: Path | None,
     database: str | None,
     arrays: str | None,
+    shared: Path | None,
+    lease_seconds: float,
     isolation: str,
     log_format: str,
     debug: bool,
@@ -58,6 +69,8 @@ def superlink(
     """Serve a federation: nodes on --fleet, users on --control.
 
     Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
+    With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: it stands by,
+    and goes on with the runs within seconds when this one dies, hangs or is cut off.
     """
     from privfed.cli.journal import configure
     from privfed.runtime.credentials import Credentials, require_tls_1_3
@@ -86,7 +99,35 @@ def superlink(
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
-    asyncio.run(_serve(options, _launcher(isolation, place, keys)))
+    tenure = None
+    if shared is not None:
+        options, tenure = _take_turn(options, shared, lease_seconds)
+    try:
+        asyncio.run(_serve(options, _launcher(isolation, place, options.state or place, keys)))
+    finally:
+        if tenure is not None:
+            tenure.resign()
+
+
+def _take_turn(options: SuperLinkOptions, shared: Path, seconds: float) -> tuple[SuperLinkOptions, Tenure]:
+    """Wait until no other SuperLink serves; return the options to serve with."""
+    from privfed.runtime.tenure import Tenure
+    from privfed.runtime.term_folder import take_folder
+
+    if options.database is None:
+        raise AppError("--shared goes with --database: SQLite serves one SuperLink, several share a PostgreSQL")
+    if options.arrays is not None:  # a bucket has no rename that keeps a late writer out
+        raise AppError(
+            "--shared keeps arrays in that folder, where a SuperLink that lost its turn cannot write: no --arrays"
+        )
+    owner = options.credentials.peer.name if options.credentials is not None else ""
+    tenure = Tenure(options.database, owner or f"{socket.gethostname()} ({options.fleet})", seconds)
+    try:
+        state = take_folder(shared, tenure.await_turn())
+    except BaseException:
+        tenure.resign()
+        raise
+    return dataclasses.replace(options, tenure=tenure, state=state), tenure
 
 
 def _tokens(oidc: Path | None) -> Tokens | None:
@@ -95,7 +136,7 @@ def _tokens(oidc: Path | None) -> Tokens | None:
     return Tokens(oidc) if oidc is not None else None
 
 
-def _launcher(isolation: str, home: Path, keys: Path | None) -> Launcher:
+def _launcher(isolation: str, home: Path, state: Path, keys: Path | None) -> Launcher:
     """Return what runs server apps; those in processes see neither keys nor what other runs have in the store."""
     from privfed.runtime.confinement import Limits
     from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
@@ -103,7 +144,7 @@ def _launcher(isolation: str, home: Path, keys: Path | None) -> Launcher:
     if isolation == "inline":
         return InlineLauncher()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = [home / name for name in ("arrays", "bundles", "cache", "incoming")]
+    own = [*(state / name for name in ("arrays", "bundles")), home / "cache", home / "incoming"]
     for folder in own:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     hidden = tuple(str(folder.resolve()) for folder in [*own, *([keys] if keys is not None else [])])

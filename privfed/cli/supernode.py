@@ -35,7 +35,9 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.option("--superlink", "address", required=True, metavar="HOST:PORT", help="The SuperLink's address for nodes.")
+@click.option(
+    "--superlink", "address", required=True, metavar="HOST:PORT[,...]", help="The SuperLink's address for nodes."
+)
 @click.option("--keys", type=FOLDER, help="The node's key folder, made with `privfed keys`.")
 @click.option("--insecure", is_flag=True, help="No encryption and no identity; for one machine. Needs --node-id.")
 @click.option("--node-id", type=click.IntRange(min=1), help="Who the node says it is, with --insecure.")

@@ -11,11 +11,12 @@ import grpc
 
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
-from privfed.runtime.handshake import agree, connect, explain, greeting
+from privfed.runtime.handshake import NetworkError, Refused, agree, connect, explain, greeting, read_addresses
 from privfed.runtime.result import ResultFile, ResultPart, ResultQuery, ResultRows
 
 SERVICE = "/privfed.Control/"
 CALL_SECONDS = 30.0
+PROBE_SECONDS = 3.0
 MAX_ROWS = 1000
 F = TypeVar("F", bound=Frame)
 
@@ -126,11 +127,42 @@ class Submission:
 
 
 class ControlClient:
-    """Speaks to a SuperLink on behalf of a user. Raises NetworkError, with what the SuperLink said."""
+    """Speaks to a SuperLink on behalf of a user. Raises NetworkError, with what the SuperLink said.
+
+    address: "host:port", or several with commas: of SuperLinks one of which serves; calls go to that one.
+    """
 
     def __init__(self, address: str, credentials: Credentials | BearerToken | None = None) -> None:
+        self._addresses = read_addresses(address)
+        self._credentials = credentials
+        self._answers = len(self._addresses) == 1
+        self._dial(self._addresses[0])
+        if not self._answers:
+            self.address = address
+
+    def _dial(self, address: str) -> None:
         self.address = address
-        self._channel = connect(address, credentials.channel_credentials() if credentials else None)
+        credentials = self._credentials.channel_credentials() if self._credentials else None
+        self._channel = connect(address, credentials, swift=len(self._addresses) > 1)
+
+    @property
+    def _line(self) -> grpc.Channel:
+        """The connection; where there are several addresses, to one that answers if any does."""
+        for address in self._addresses if not self._answers else ():
+            self._channel.close()
+            self._dial(address)
+            try:
+                grpc.channel_ready_future(self._channel).result(timeout=PROBE_SECONDS)
+            except grpc.FutureTimeoutError:
+                continue
+            self._answers = True
+            break
+        return self._channel
+
+    def _failed(self, fault: grpc.RpcError) -> NetworkError:
+        told = explain(fault, self.address)
+        self._answers = self._answers and (len(self._addresses) == 1 or isinstance(told, Refused))
+        return told
 
     def close(self) -> None:
         """Close the connection."""
@@ -143,14 +175,14 @@ class ControlClient:
         self.close()
 
     def _call(self, method: str, request: Frame, kind: type[F]) -> F:
-        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(SERVICE + method)
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._line.unary_unary(SERVICE + method)
         return self._talk(lambda: unpack(call(pack(request), metadata=greeting(), timeout=CALL_SECONDS), kind))
 
     def _talk(self, attempt: Callable[[], F]) -> F:
         try:
             return attempt()
         except grpc.RpcError as fault:
-            raise explain(fault, self.address) from None
+            raise self._failed(fault) from None
 
     def submit(self, submission: Submission) -> RunRow:
         """Submit an app; return its run."""
@@ -168,7 +200,7 @@ class ControlClient:
             yield pack(head)
             yield from chunks(digest, submission.archive)
 
-        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Submit")
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.stream_unary(SERVICE + "Submit")
         return self._talk(lambda: unpack(call(say(), metadata=greeting()), RunRow))
 
     def resume(self, name: str) -> RunRow:
@@ -210,7 +242,7 @@ class ControlClient:
                 yield document[at : at + CHUNK]
             yield b""  # the end; without it a cut would look like one
 
-        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Roster")
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.stream_unary(SERVICE + "Roster")
         answer = self._talk(lambda: unpack(call(say(), metadata=greeting(), timeout=CALL_SECONDS), RosterTaken))
         return answer.version
 
@@ -220,18 +252,18 @@ class ControlClient:
 
     def result(self, run: str, file: ResultFile, offset: int = 0) -> Iterator[bytes]:
         """Return the bytes of a listed file from an offset on; whoever reads them checks their hash."""
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Result")
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.unary_stream(SERVICE + "Result")
         stream = call(pack(ResultPart(run=run, file=file, offset=offset)), metadata=greeting())
         try:
             yield from stream
         except grpc.RpcError as fault:
-            raise explain(fault, self.address) from None
+            raise self._failed(fault) from None
         finally:
             stream.cancel()
 
     def follow(self, name: str, what: str, offset: int = 0, *, until_end: bool = True) -> Iterator[Piece]:
         """Return the pieces of a run's "log" or "events" as they come; the last one says how the run ended."""
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Follow")
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.unary_stream(SERVICE + "Follow")
         stream = call(pack(Follow(name=name, what=what, offset=offset, follow=until_end)), metadata=greeting())
         try:
             for number, data in enumerate(stream):
@@ -239,6 +271,6 @@ class ControlClient:
                     agree(stream.initial_metadata(), self.address)
                 yield unpack(data, Piece)
         except grpc.RpcError as fault:
-            raise explain(fault, self.address) from None
+            raise self._failed(fault) from None
         finally:
             stream.cancel()

@@ -238,9 +238,14 @@ class FederationRun:
         self._noted("run-attempted", **facts, nodes=len(self._link.nodes(self.run_id)))
         return kept
 
+    @property
+    def _app(self) -> Path:
+        """The unpacked app, beside the folders of runs; these may have moved since the run was submitted."""
+        return self.folder.path.parents[1] / "apps" / Path(self.config["app"]).name
+
     def _run_app(self, grid: Grid, context: Context) -> None:
         try:
-            self._launcher.serve(Path(self.config["app"]), grid, context, self.folder.path / "server_app.txt")
+            self._launcher.serve(self._app, grid, context, self.folder.path / "server_app.txt")
         except (RunFailed, RunStopped, GivenUp):
             raise
         except Exception as fault:

@@ -52,11 +52,23 @@ from privfed.runtime.frame import (
     unpack_down,
     wanted,
 )
-from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, NetworkError, Refused, agree, connect, explain, greeting
+from privfed.runtime.handshake import (
+    ACKNOWLEDGED,
+    OLDEST,
+    NetworkError,
+    Refused,
+    agree,
+    connect,
+    explain,
+    greeting,
+    read_addresses,
+)
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.transfer import fetch, send
 
 MAX_PAUSE = 15.0
+MAX_SWIFT_PAUSE = 2.0
+"""Where there is another SuperLink to try."""
 R = TypeVar("R")
 F = TypeVar("F", bound=Frame)
 
@@ -124,7 +136,8 @@ _CACHE_BYTES = 8 << 30
 class FleetClient:
     """A blocking facade over the connection; every method may be called by any thread.
 
-    address: "host:port". credentials: None is an unencrypted connection, and node_id is then who the node says it is;
+    address: "host:port", or several with commas: of SuperLinks one of which serves; the node goes to that one.
+    credentials: None is an unencrypted connection, and node_id is then who the node says it is;
     with credentials the certificate says it.
     """
 
@@ -135,14 +148,15 @@ class FleetClient:
         node_id: int | None = None,
         options: FleetOptions | None = None,
     ) -> None:
-        self.address = address
         self.options = options or FleetOptions()
         self._credentials = credentials
         self.node_id = node_id or 0
         self._temporary = None if self.options.cache else tempfile.TemporaryDirectory(prefix="privfed-node-")
         folder = Path(self._temporary.name if self._temporary else self.options.cache or "")
         self._blobs = BlobFolder(folder, _CACHE_BYTES, evict=True)
-        self._channel = connect(address, credentials.channel_credentials() if credentials else None)
+        self._addresses = read_addresses(address)
+        self._turn = 0
+        self._dial()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._greeting = greeting(node_id=None if credentials else self.node_id)
         self._version = OLDEST  # until the SuperLink says what it speaks
@@ -243,8 +257,22 @@ class FleetClient:
             self._status = status
             self.options.on_status(status)
 
+    def _dial(self) -> None:
+        """Turn to the next of the addresses; calls under way at another are cut, and made again."""
+        self.address = self._addresses[self._turn % len(self._addresses)]
+        self._turn += 1
+        credentials = self._credentials.channel_credentials() if self._credentials else None
+        self._channel = connect(self.address, credentials, swift=len(self._addresses) > 1)
+
+    def _next_address(self) -> None:
+        before = self._channel
+        if len(self._addresses) > 1 and not self._closing.is_set():
+            self._dial()
+            before.close()
+
     def _stay_connected(self) -> None:
         pause = _FIRST_PAUSE
+        longest = MAX_PAUSE if len(self._addresses) == 1 else MAX_SWIFT_PAUSE
         while not self._closing.is_set():
             served = False
             try:
@@ -267,8 +295,9 @@ class FleetClient:
                     self._fatal = told
                     self._tasks.put(None)
                     return
-            pause = _FIRST_PAUSE if served else min(MAX_PAUSE, 2 * pause)
+            pause = _FIRST_PAUSE if served else min(longest, 2 * pause)
             self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
+            self._next_address()
 
     def _open(self) -> Iterator[bytes]:
         """Open the session and introduce the node; yield what the SuperLink pushes."""
@@ -355,8 +384,11 @@ class FleetClient:
         self._fetching.discard(offer.token)
 
     def _call(self, method: str, request: bytes, kind: type[F]) -> F:
-        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_SERVICE + method)
-        answered: bytes = self._patiently(lambda: call(request, metadata=self._greeting, timeout=CALL_SECONDS))
+        def ask() -> bytes:
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_SERVICE + method)
+            return call(request, metadata=self._greeting, timeout=CALL_SECONDS)
+
+        answered = self._patiently(ask)
         try:
             return unpack(answered, kind)
         except WireError as fault:
@@ -364,8 +396,6 @@ class FleetClient:
 
     def _download(self, parts: list[Part], going: Callable[[], bool] = lambda: True) -> None:
         """Fetch what is not here yet. going: whether it is still wanted, which a reconnect may change."""
-        old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
-        acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_SERVICE + "Fetch")
 
         def transfer() -> None:
             with self._downloading:  # what two tasks want is fetched once
@@ -375,8 +405,11 @@ class FleetClient:
                 have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
                 want = wanted(missing, have)
                 if self._version >= ACKNOWLEDGED:
+                    acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes]
+                    acknowledged = self._channel.stream_stream(_SERVICE + "Fetch")
                     fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
                     return
+                old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
                 for frame in old(pack(want), metadata=self._greeting):
                     self._blobs.add(*read_chunk(frame))
 
@@ -407,7 +440,7 @@ class FleetClient:
         """Do something over the network until it succeeds, is refused, or the client closes."""
         pause = _FIRST_PAUSE
         while not self._closing.is_set():
-            seen = self._welcomes
+            seen, channel = self._welcomes, self._channel
             try:
                 return attempt()
             except BlobError as fault:
@@ -417,7 +450,7 @@ class FleetClient:
                 if isinstance(told, Refused) or fault.code() in _FINAL:
                     raise told from None
             except ValueError:  # gRPC says so when its channel was closed meanwhile
-                if not self._closing.is_set():
+                if not self._closing.is_set() and channel is self._channel:
                     raise
             again = self._await_welcome(seen, pause * (0.5 + secrets.randbelow(1000) / 1000))
             pause = _FIRST_PAUSE if again else min(MAX_PAUSE, 2 * pause)

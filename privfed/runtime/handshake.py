@@ -28,6 +28,8 @@ MAX_STREAMS = 64
 HANDSHAKE_SECONDS = 10
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
+SWIFT_SECONDS = 4
+"""Of silence, after which a peer that can be replaced is asked whether it lives; and to wait for what it says."""
 IDLE_SECONDS = 120
 
 
@@ -39,6 +41,13 @@ _TRANSFER: list[tuple[str, int]] = [
     ("grpc.http2.lookahead_bytes", CHUNK),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+]
+
+
+_SWIFT: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", SWIFT_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", SWIFT_SECONDS * 1000),
+    ("grpc.min_reconnect_backoff_ms", SWIFT_SECONDS * 1000),  # the time a connection is given to come about
 ]
 
 
@@ -88,7 +97,7 @@ def server_options() -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
-        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+        ("grpc.http2.min_ping_interval_without_data_ms", SWIFT_SECONDS * 500),
         ("grpc.so_reuseport", 0),
     ]
 
@@ -106,11 +115,25 @@ def channel_options() -> list[tuple[str, int]]:
     ]
 
 
-def connect(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    """Return a channel to a SuperLink; nothing is sent before the first call."""
+def connect(address: str, credentials: grpc.ChannelCredentials | None, *, swift: bool = False) -> grpc.Channel:
+    """Return a channel to a SuperLink; nothing is sent before the first call.
+
+    swift: give up soon on a peer that is silent, since another can be asked.
+    """
+    options = channel_options() + (_SWIFT if swift else [])
     if credentials is None:
-        return grpc.insecure_channel(address, channel_options())
-    return grpc.secure_channel(address, credentials, channel_options())
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, credentials, options)
+
+
+def read_addresses(text: str) -> list[str]:
+    """Return the addresses in "host:port,host:port". Raises NetworkError."""
+    found = [address.strip() for address in text.split(",")]
+    for address in found:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal()) and not address.startswith("unix:"):
+            raise NetworkError(f"{text!r}: write HOST:PORT, or several with commas between")
+    return found
 
 
 PERMANENT = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED})

@@ -9,7 +9,7 @@ try:
 except ImportError:  # pragma: no cover - the extra is installed wherever tests run
     raise AppError("the durable store needs SQLAlchemy: pip install 'privfed[link]'") from None
 
-__all__ = ["buffers", "counted", "facts", "holds", "nodes", "runs", "sql", "states", "tables", "tasks"]
+__all__ = ["buffers", "counted", "facts", "holds", "nodes", "runs", "sql", "states", "tables", "tasks", "tenures"]
 
 tables = sql.MetaData()
 facts = sql.Table(  # what the database knows about itself: "arrays", the marker of the folder its buffers are in
@@ -17,6 +17,15 @@ facts = sql.Table(  # what the database knows about itself: "arrays", the marker
     tables,
     sql.Column("name", sql.String(40), primary_key=True),
     sql.Column("value", sql.Text, nullable=False),
+)
+tenures = sql.Table(  # which SuperLink serves: "federation"; expires: by the database's clock
+    "tenures",
+    tables,
+    sql.Column("name", sql.String(40), primary_key=True),
+    sql.Column("term", sql.BigInteger, nullable=False),
+    sql.Column("session", sql.String(40), nullable=False),  # its connections' name
+    sql.Column("owner", sql.Text, nullable=False),
+    sql.Column("expires", sql.Float, nullable=False),
 )
 runs = sql.Table(
     "runs",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,17 @@ class SqlStore:
 
     database: the URL of a PostgreSQL database to use instead of `link.db`; processes on several machines may share it
     if they share the folder's `arrays/` too. The database knows the marker of its arrays: with another folder it is
-    refused. Raises DatabaseError.
+    refused. fence: called at the start of each transaction, and raises in one that must not be. Raises DatabaseError.
     """
 
-    def __init__(self, path: str | Path, database: str | None = None, arrays: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        database: str | None = None,
+        arrays: str | None = None,
+        fence: Callable[[sql.Connection], None] = lambda connection: None,
+    ) -> None:
+        self._fence = fence
         path = Path(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engine = open_database(path / "link.db" if database is None else database)
@@ -68,6 +75,7 @@ class SqlStore:
     def _know_arrays(self) -> None:
         """Tie the database to its folder of arrays, or see that it is the one it was tied to."""
         with alone(self._engine) as connection:
+            self._fence(connection)
             known = connection.execute(sql.select(facts.c.value).where(facts.c.name == "arrays")).scalar()
             found = self._arrays.marker
             if known is None and (found is None or not any(self._arrays)):
@@ -82,6 +90,7 @@ class SqlStore:
     @contextmanager
     def _transaction(self) -> Iterator[_Transaction]:
         with alone(self._engine) as connection:
+            self._fence(connection)
             transaction = _Transaction(connection, self._arrays)
             self._doomed -= transaction.sweep(self._doomed)
             yield transaction
@@ -146,6 +155,7 @@ class SqlStore:
             free &= tasks.c.node_id.in_(nodes)
         if is_postgres(self._engine):
             with self._engine.begin() as connection:
+                self._fence(connection)
                 return _Transaction(connection, self._arrays).claim_locked(free, now + seconds)
         with self._transaction() as work:
             row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()

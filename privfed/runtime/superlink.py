@@ -35,6 +35,8 @@ from privfed.runtime.monitor import Monitor
 from privfed.runtime.node_register import NodeRegister
 from privfed.runtime.oidc import Tokens
 from privfed.runtime.sqlstore import SqlStore
+from privfed.runtime.tenure import Tenure
+from privfed.runtime.term_folder import publish
 
 log = logging.getLogger("privfed.superlink")
 STORE_THREADS = 8
@@ -53,6 +55,8 @@ class SuperLinkOptions:
 
     database: the URL of a PostgreSQL database instead of the file `link.db` in home. arrays: the URL of a bucket
     instead of the folder `arrays` in home.
+    tenure: the right to serve, where several SuperLinks share that database; it began. state: the folder of its term,
+    where everything is that a successor goes on with [home].
     token_control: where users connect who have bearer tokens and no certificates; tokens: judges them.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
     """
@@ -65,6 +69,8 @@ class SuperLinkOptions:
     tokens: Tokens | None = None
     database: str | None = None
     arrays: str | None = None
+    tenure: Tenure | None = None
+    state: Path | None = None
     credentials: Credentials | None = None
     force_insecure: bool = False
     limits: FleetLimits = field(default_factory=FleetLimits)
@@ -91,10 +97,15 @@ class SuperLink:
         self._lock = _take_lock(home / "lock")
         self.name = options.credentials.peer.name if options.credentials is not None else "insecure"
         trust = options.credentials.trust if options.credentials is not None else None
-        self._store = SqlStore(home, options.database, options.arrays)
+        self._state = state = options.state or home
+        if options.tenure is None:
+            self._store = SqlStore(state, options.database, options.arrays)
+        else:
+            self._store = SqlStore(state, options.tenure.url, fence=options.tenure.fence)
+            self._share_roster()
         self.link = FederationLink(self._store)
-        self.register = NodeRegister(home / "nodes.json", trust)
-        self.federation = Federation(home, self.link, launcher, self.register.approved)
+        self.register = NodeRegister(state / "nodes.json", trust)
+        self.federation = Federation(state, self.link, launcher, self.register.approved)
         self.audit = AuditLog(home / "audit.jsonl", own_key(home / "audit.key"))
         self.federation.noted = self.audit.record
         self._gates = {"fleet": Gate(trust, {"node"}), "control": Gate(trust, USERS)}
@@ -120,6 +131,8 @@ class SuperLink:
         control = ControlService(self.federation, self.register, self.dispatcher, *decide)
         self._offering = asyncio.create_task(self.dispatcher.run())
         self._watching = asyncio.create_task(self._watch_credentials())
+        # Before anybody is served: a node would be told that a run that is not there has ended.
+        count = self.federation.take_up()
         fleet = self.fleet.handlers(self._gates["fleet"])
         self.addresses["fleet"] = await self._listen(options.fleet, fleet, "privfed.Fleet")
         self.addresses["control"] = await self._listen(
@@ -136,7 +149,6 @@ class SuperLink:
             host, _, port = options.monitor.rpartition(":")
             self.addresses["monitor"] = f"{host}:{await self._monitor.start(host, int(port))}"
         write_atomically(options.home / "addresses.json", json.dumps(self.addresses).encode())
-        count = self.federation.take_up()
         self._fault = ""
         self.audit.record("superlink-started", name=self.name, runs=count, insecure=options.credentials is None)
         log.info("serving %s; %d runs go on", self.addresses, count)
@@ -200,8 +212,21 @@ class SuperLink:
 
     def _roster_changed(self) -> None:
         log.info("there is a new roster")
+        self._share_roster()
         self.federation.nodes_changed()
         self.fleet.roster_changed()
+
+    def _share_roster(self) -> None:
+        """Have the newest roster any SuperLink had, and leave it for the next: a revoked node stays revoked."""
+        credentials, path = self.options.credentials, self._state / "roster.json"
+        if credentials is None or self.options.tenure is None:
+            return
+        if path.exists():
+            try:
+                credentials.take_roster(path.read_bytes())
+            except CertificateError as fault:
+                log.info("the roster kept with the runs is not taken: %s", fault)
+        publish(path, credentials.roster_document)
 
     def values(self) -> dict[str, float]:
         """Return what the monitor shows."""
@@ -229,6 +254,8 @@ class SuperLink:
         self._store.close()
         self.audit.record("superlink-ended")
         self.audit.close()
+        if self.options.tenure is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.options.tenure.resign)
         os.close(self._lock)
 
 

@@ -38,7 +38,7 @@ def test_the_migrations_make_the_tables_the_code_uses(name: str, tmp_path: Path)
     with engine.begin() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, tables) == []
-        assert context.get_current_revision() == "0001"
+        assert context.get_current_revision() == "0002"
     engine.dispose()
 
 

@@ -1,0 +1,215 @@
+"""Two SuperLinks on one PostgreSQL: either may die, hang, or lose its database, and the runs go on."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from privfed import run_simulation
+from privfed.cli.remote import follow
+from privfed.privacy.ledger import Ledger
+from privfed.runtime.control import ControlClient, Submission
+from privfed.runtime.database import open_database
+from privfed.runtime.federation import open_app
+from privfed.runtime.tenure import LOST, Tenure, TenureError
+from privfed.runtime.term_folder import take_folder
+from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
+from proofs_tests.deployment.pair import Pair
+from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.test_chaos import APP, MANIFEST, NodeProcess
+
+PRIVATE = (
+    APP.replace(
+        "strategy = FedAvg(fraction_evaluate=0.0)",
+        "plan = PrivacyPlan(clip=1.0, noise_multiplier=2.0, delta=1e-5)\n"
+        "    strategy = FedAvg(fraction_evaluate=0.0, privacy=plan)",
+    )
+    .replace("import ArrayRecord", "import mods, PrivacyPlan, ArrayRecord")
+    .replace("ClientApp(),", "ClientApp(mods=[mods.clip(1.0)]),")
+)
+RECOVERY_SECONDS = 20.0
+"""To the next committed round: the lease, the start, and the time of a loaded machine."""
+
+
+def database() -> str:
+    from proofs_tests.runtime.postgres import server
+
+    return server().database()
+
+
+def app_in(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "stateful_app.py").write_text(text)
+    (folder / "pyproject.toml").write_text(MANIFEST)
+    return folder
+
+
+def through(
+    folder: Path, rounds: int, blows: list[Callable[[Pair], None]], text: str = APP
+) -> tuple[list[float], Path]:
+    """Run a stateful app over two nodes while the SuperLinks suffer; see that nothing shows. Return the recoveries."""
+    app = app_in(folder / "app", text)
+    recoveries = []
+    with Pair(folder, database()) as pair, nodes_of(folder, pair.fleet):
+        with ControlClient(pair.control) as control:
+            settings = {"num-rounds": str(rounds)}
+            name = control.submit(Submission(open_app(app), settings, seed=3, nodes=2)).name
+        identity = pair.run(name).config["run-id"]
+        for number, blow in enumerate(blows, 1):
+            goal = rounds * number // (len(blows) + 2)
+            eventually(lambda goal=goal: pair.round(name) >= goal, 90)
+            blow(pair)
+            reached, began = pair.round(name), time.monotonic()
+            eventually(lambda reached=reached: pair.round(name) > reached, RECOVERY_SECONDS)
+            recoveries.append(time.monotonic() - began)
+        with ControlClient(pair.control) as control:
+            assert follow(control, name, lambda event, fields: None) == ("completed", "")
+            assert [row.name for row in control.runs()] == [name]
+        run = pair.run(name)
+        found = run.restore()
+        assert found is not None and found.round == rounds and run.config["run-id"] == identity
+        if text == APP:  # what a node keeps weighs in: a reply counted twice, or none, would show
+            server, client = fresh(app)
+            expected = run_simulation(server, client, 2, run_config={"num-rounds": rounds}, seed=3).checkpoint
+            assert expected is not None
+            assert found.arrays == expected.arrays and found.metrics == expected.metrics
+    return recoveries, run.path
+
+
+@contextmanager
+def nodes_of(folder: Path, address: str) -> Iterator[None]:
+    nodes = [NodeProcess(folder, address, node, 2) for node in (1, 2)]
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def kill_the_active(pair: Pair) -> None:
+    pair.active.signal(signal.SIGKILL)
+    pair.change()
+    pair.other.start()
+
+
+def kill_the_other(pair: Pair) -> None:
+    pair.other.signal(signal.SIGKILL)
+    pair.other.start()
+
+
+def freeze_the_active(pair: Pair) -> None:
+    """Stop it past its lease; the other takes over; then it wakes, may not go on, and ends."""
+    frozen = pair.active
+    frozen.signal(signal.SIGSTOP)
+    pair.await_service(pair.other)
+    pair.change()
+    time.sleep(0.3)
+    frozen.signal(signal.SIGCONT)
+    assert frozen.process is not None and frozen.process.wait(10) == LOST
+    assert "another SuperLink has taken over" in frozen.output
+    frozen.start()
+
+
+def kill_the_database(pair: Pair) -> None:
+    from proofs_tests.runtime.postgres import server
+
+    server().kill()
+    time.sleep(0.5)
+    server().start()
+
+    def one_serves() -> bool:
+        if pair.other.serves() and not pair.active.serves():
+            pair.change()
+        return pair.active.serves()
+
+    eventually(one_serves, RECOVERY_SECONDS)
+    for member in (pair.active, pair.other):
+        if member.process is not None and member.process.poll() == LOST:
+            member.start()
+
+
+@pytest.mark.postgres
+def test_either_may_be_killed_or_frozen_and_its_database_too(tmp_path: Path) -> None:
+    blows = [kill_the_active, freeze_the_active, kill_the_database]
+    through(tmp_path, 60, blows)
+
+
+@pytest.mark.postgres
+def test_privacy_is_charged_for_every_round_that_was_released(tmp_path: Path) -> None:
+    rounds = 30
+    _, path = through(tmp_path, rounds, [freeze_the_active, kill_the_active], PRIVATE)
+    ledger = Ledger.read(path / "privacy_ledger.jsonl")
+    charged = [entry.round for entry in ledger.entries]
+    assert set(charged) == set(range(1, rounds + 1))
+    attempts = len((path / "attempts").read_text().split())
+    assert rounds <= len(charged) <= rounds + attempts
+
+
+@pytest.mark.postgres
+@pytest.mark.long
+def test_killed_and_frozen_again_and_again(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    kinds = [kill_the_active, kill_the_active, freeze_the_active, kill_the_other, kill_the_database]
+    recoveries, _ = through(tmp_path, 400, [rng.choice(kinds) for _ in range(16)])
+    assert len(recoveries) == 16
+
+
+@pytest.mark.postgres
+def test_a_term_that_is_over_commits_nothing(tmp_path: Path) -> None:
+    from privfed.runtime.sqlstore import SqlStore
+
+    url, told = database(), []
+    first = Tenure(url, "first", 1.0, told.append)
+    folder = take_folder(tmp_path / "shared", first.await_turn())
+    store = SqlStore(folder, first.url, fence=first.fence)
+    store.create_run(1, [1])
+    (folder / "runs").mkdir()
+    first._over.set()  # it renews no more, as one that is frozen
+    blocked = open_database(first.url).connect()  # and it holds a transaction open
+    first.fence(blocked)
+    second = Tenure(url, "second", 1.0)
+    began = time.monotonic()
+    assert second.await_turn() == 2
+    assert time.monotonic() - began < 10
+    with pytest.raises(TenureError, match="this is term 2, not 1"):
+        store.create_run(2, [1])
+    assert told
+    moved = take_folder(tmp_path / "shared", 2)
+    with pytest.raises(FileNotFoundError):
+        (folder / "runs" / "x").write_text("late")
+    with pytest.raises(TenureError, match="another SuperLink has taken over"):
+        take_folder(tmp_path / "shared", 1)
+    successor = SqlStore(moved, second.url, fence=second.fence)
+    assert [run.run_id for run in successor.runs()] == [1]
+    for one in (store, successor):
+        one.close()
+    second.resign()
+    third = Tenure(url, "third", 60.0)
+    assert third.await_turn() == 3  # at once: the second let go
+    third.resign()
+
+
+def test_only_postgresql_is_shared(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "privfed.cli.main", "superlink", "--insecure", "--home", str(tmp_path / "home")]
+    done = subprocess.run([*command, "--shared", str(tmp_path / "s")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--shared goes with --database" in done.stderr, done.stderr
+
+
+def test_one_address_of_several_that_answers_is_found(tmp_path: Path) -> None:
+    from proofs_tests.deployment.local_link import LocalLink
+    from proofs_tests.deployment.test_page import free_ports
+
+    dead = f"127.0.0.1:{free_ports(1)[0]}"
+    with LocalLink(tmp_path) as link, nodes_at(f"{dead},{link.fleet}", 1):
+        with ControlClient(f"{dead},{link.control}") as control:
+            assert control.runs() == ()
+        name = link.submit(EXAMPLES / "minimal", 1, num_rounds=2)
+        assert link.wait(name).state == "completed"
