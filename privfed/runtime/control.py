@@ -11,12 +11,12 @@ import grpc
 
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
-from privfed.runtime.handshake import NetworkError, Refused, agree, connect, explain, greeting, read_addresses
+from privfed.runtime.handshake import NetworkError, Refused, agree, explain, greeting
+from privfed.runtime.line import Line
 from privfed.runtime.result import ResultFile, ResultPart, ResultQuery, ResultRows
 
 SERVICE = "/privfed.Control/"
 CALL_SECONDS = 30.0
-PROBE_SECONDS = 3.0
 MAX_ROWS = 1000
 F = TypeVar("F", bound=Frame)
 
@@ -133,40 +133,24 @@ class ControlClient:
     """
 
     def __init__(self, address: str, credentials: Credentials | BearerToken | None = None) -> None:
-        self._addresses = read_addresses(address)
-        self._credentials = credentials
-        self._answers = len(self._addresses) == 1
-        self._dial(self._addresses[0])
-        if not self._answers:
-            self.address = address
-
-    def _dial(self, address: str) -> None:
         self.address = address
-        credentials = self._credentials.channel_credentials() if self._credentials else None
-        self._channel = connect(address, credentials, swift=len(self._addresses) > 1)
+        self._line = Line(address, credentials)
+        self._settled = False
 
     @property
-    def _line(self) -> grpc.Channel:
+    def _channel(self) -> grpc.Channel:
         """The connection; where there are several addresses, to one that answers if any does."""
-        for address in self._addresses if not self._answers else ():
-            self._channel.close()
-            self._dial(address)
-            try:
-                grpc.channel_ready_future(self._channel).result(timeout=PROBE_SECONDS)
-            except grpc.FutureTimeoutError:
-                continue
-            self._answers = True
-            break
-        return self._channel
+        self._settled = self._settled or self._line.settle()
+        return self._line.channel
 
     def _failed(self, fault: grpc.RpcError) -> NetworkError:
-        told = explain(fault, self.address)
-        self._answers = self._answers and (len(self._addresses) == 1 or isinstance(told, Refused))
+        told = explain(fault, self._line.address)
+        self._settled = isinstance(told, Refused)
         return told
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        self._line.channel.close()
 
     def __enter__(self) -> ControlClient:
         return self
@@ -175,7 +159,7 @@ class ControlClient:
         self.close()
 
     def _call(self, method: str, request: Frame, kind: type[F]) -> F:
-        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._line.unary_unary(SERVICE + method)
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(SERVICE + method)
         return self._talk(lambda: unpack(call(pack(request), metadata=greeting(), timeout=CALL_SECONDS), kind))
 
     def _talk(self, attempt: Callable[[], F]) -> F:
@@ -200,7 +184,7 @@ class ControlClient:
             yield pack(head)
             yield from chunks(digest, submission.archive)
 
-        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.stream_unary(SERVICE + "Submit")
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Submit")
         return self._talk(lambda: unpack(call(say(), metadata=greeting()), RunRow))
 
     def resume(self, name: str) -> RunRow:
@@ -242,7 +226,7 @@ class ControlClient:
                 yield document[at : at + CHUNK]
             yield b""  # the end; without it a cut would look like one
 
-        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.stream_unary(SERVICE + "Roster")
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(SERVICE + "Roster")
         answer = self._talk(lambda: unpack(call(say(), metadata=greeting(), timeout=CALL_SECONDS), RosterTaken))
         return answer.version
 
@@ -252,7 +236,7 @@ class ControlClient:
 
     def result(self, run: str, file: ResultFile, offset: int = 0) -> Iterator[bytes]:
         """Return the bytes of a listed file from an offset on; whoever reads them checks their hash."""
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.unary_stream(SERVICE + "Result")
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Result")
         stream = call(pack(ResultPart(run=run, file=file, offset=offset)), metadata=greeting())
         try:
             yield from stream
@@ -263,7 +247,7 @@ class ControlClient:
 
     def follow(self, name: str, what: str, offset: int = 0, *, until_end: bool = True) -> Iterator[Piece]:
         """Return the pieces of a run's "log" or "events" as they come; the last one says how the run ended."""
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.unary_stream(SERVICE + "Follow")
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Follow")
         stream = call(pack(Follow(name=name, what=what, offset=offset, follow=until_end)), metadata=greeting())
         try:
             for number, data in enumerate(stream):

@@ -52,17 +52,8 @@ from privfed.runtime.frame import (
     unpack_down,
     wanted,
 )
-from privfed.runtime.handshake import (
-    ACKNOWLEDGED,
-    OLDEST,
-    NetworkError,
-    Refused,
-    agree,
-    connect,
-    explain,
-    greeting,
-    read_addresses,
-)
+from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, NetworkError, Refused, agree, explain, greeting
+from privfed.runtime.line import Line
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.transfer import fetch, send
 
@@ -154,9 +145,7 @@ class FleetClient:
         self._temporary = None if self.options.cache else tempfile.TemporaryDirectory(prefix="privfed-node-")
         folder = Path(self._temporary.name if self._temporary else self.options.cache or "")
         self._blobs = BlobFolder(folder, _CACHE_BYTES, evict=True)
-        self._addresses = read_addresses(address)
-        self._turn = 0
-        self._dial()
+        self._line = Line(address, credentials)
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._greeting = greeting(node_id=None if credentials else self.node_id)
         self._version = OLDEST  # until the SuperLink says what it speaks
@@ -245,7 +234,7 @@ class FleetClient:
         with self._welcomed:
             self._welcomed.notify_all()
         self._hangup()
-        self._channel.close()
+        self._line.channel.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._thread.join(5.0)
         self._tasks.put(None)
@@ -257,22 +246,14 @@ class FleetClient:
             self._status = status
             self.options.on_status(status)
 
-    def _dial(self) -> None:
-        """Turn to the next of the addresses; calls under way at another are cut, and made again."""
-        self.address = self._addresses[self._turn % len(self._addresses)]
-        self._turn += 1
-        credentials = self._credentials.channel_credentials() if self._credentials else None
-        self._channel = connect(self.address, credentials, swift=len(self._addresses) > 1)
-
-    def _next_address(self) -> None:
-        before = self._channel
-        if len(self._addresses) > 1 and not self._closing.is_set():
-            self._dial()
-            before.close()
+    @property
+    def address(self) -> str:
+        """Where the node connects now."""
+        return self._line.address
 
     def _stay_connected(self) -> None:
         pause = _FIRST_PAUSE
-        longest = MAX_PAUSE if len(self._addresses) == 1 else MAX_SWIFT_PAUSE
+        longest = MAX_SWIFT_PAUSE if self._line.has_others else MAX_PAUSE
         while not self._closing.is_set():
             served = False
             try:
@@ -297,12 +278,13 @@ class FleetClient:
                     return
             pause = _FIRST_PAUSE if served else min(longest, 2 * pause)
             self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
-            self._next_address()
+            if not self._closing.is_set():
+                self._line.turn()
 
     def _open(self) -> Iterator[bytes]:
         """Open the session and introduce the node; yield what the SuperLink pushes."""
         over = threading.Event()
-        call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(_SERVICE + "Session")
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._line.channel.stream_stream(_SERVICE + "Session")
 
         def say() -> Iterator[bytes]:
             runs = tuple(sorted(self._runs))
@@ -348,7 +330,7 @@ class FleetClient:
         held = self._credentials
         if held is None or version <= held.trust.roster.version:
             return
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Roster")
+        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(_SERVICE + "Roster")
         query = pack(RosterQuery(version=held.trust.roster.version))
         document = bytearray()
         for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
@@ -385,7 +367,7 @@ class FleetClient:
 
     def _call(self, method: str, request: bytes, kind: type[F]) -> F:
         def ask() -> bytes:
-            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_SERVICE + method)
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._line.channel.unary_unary(_SERVICE + method)
             return call(request, metadata=self._greeting, timeout=CALL_SECONDS)
 
         answered = self._patiently(ask)
@@ -406,10 +388,12 @@ class FleetClient:
                 want = wanted(missing, have)
                 if self._version >= ACKNOWLEDGED:
                     acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes]
-                    acknowledged = self._channel.stream_stream(_SERVICE + "Fetch")
+                    acknowledged = self._line.channel.stream_stream(_SERVICE + "Fetch")
                     fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
                     return
-                old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + "Download")
+                old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(
+                    _SERVICE + "Download"
+                )
                 for frame in old(pack(want), metadata=self._greeting):
                     self._blobs.add(*read_chunk(frame))
 
@@ -427,9 +411,9 @@ class FleetClient:
 
         try:
             if acknowledged:
-                send(self._channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
+                send(self._line.channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
             else:
-                old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel.stream_unary(_SERVICE + "Upload")
+                old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.channel.stream_unary(_SERVICE + "Upload")
                 old(frames(), metadata=self._greeting)
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:
@@ -440,7 +424,7 @@ class FleetClient:
         """Do something over the network until it succeeds, is refused, or the client closes."""
         pause = _FIRST_PAUSE
         while not self._closing.is_set():
-            seen, channel = self._welcomes, self._channel
+            seen, channel = self._welcomes, self._line.channel
             try:
                 return attempt()
             except BlobError as fault:
@@ -450,7 +434,7 @@ class FleetClient:
                 if isinstance(told, Refused) or fault.code() in _FINAL:
                     raise told from None
             except ValueError:  # gRPC says so when its channel was closed meanwhile
-                if not self._closing.is_set() and channel is self._channel:
+                if not self._closing.is_set() and channel is self._line.channel:
                     raise
             again = self._await_welcome(seen, pause * (0.5 + secrets.randbelow(1000) / 1000))
             pause = _FIRST_PAUSE if again else min(MAX_PAUSE, 2 * pause)

@@ -1,0 +1,49 @@
+"""The connection to whichever SuperLink serves, where several stand in for each other."""
+
+from __future__ import annotations
+
+import grpc
+
+from privfed.runtime.credentials import BearerToken, Credentials
+from privfed.runtime.handshake import connect, read_addresses
+
+PROBE_SECONDS = 3.0
+
+
+class Line:
+    """A channel to one of the addresses in "host:port,host:port", and the way to the next. Raises NetworkError."""
+
+    def __init__(self, addresses: str, credentials: Credentials | BearerToken | None) -> None:
+        self._addresses = read_addresses(addresses)
+        self._credentials = credentials
+        self._turn = 0
+        self._dial()
+
+    def _dial(self) -> None:
+        self.address = self._addresses[self._turn % len(self._addresses)]
+        credentials = self._credentials.channel_credentials() if self._credentials else None
+        self.channel = connect(self.address, credentials, swift=self.has_others)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there is more than one address."""
+        return len(self._addresses) > 1
+
+    def turn(self) -> None:
+        """Go to the next address; calls under way are cut. Where there is none, stay."""
+        if self.has_others:
+            before = self.channel
+            self._turn += 1
+            self._dial()
+            before.close()
+
+    def settle(self) -> bool:
+        """Go to an address that answers; return whether there is one. Where there is but one, say so unseen."""
+        for _ in self._addresses if self.has_others else ():
+            try:
+                grpc.channel_ready_future(self.channel).result(timeout=PROBE_SECONDS)
+            except grpc.FutureTimeoutError:
+                self.turn()
+                continue
+            return True
+        return not self.has_others
