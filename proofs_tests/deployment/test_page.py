@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from privfed import ArrayRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deployment.md"
+PAIRED = re.compile(r"```sh\n(.*?)```", re.S)
 SERVICES = ("privfed superlink", "privfed supernode")
 
 
@@ -48,13 +50,18 @@ class Machine:
             "PRIVFED_HOME": str(folder / "home"),
         }
         self.ports = dict(zip(("7810", "7811", "7812"), free_ports(3), strict=True))
+        self.others: dict[str, int] = {}
+        self.database = ""
         self.services: list[subprocess.Popen[bytes]] = []
 
     def here(self, text: str) -> str:
         """Put this machine in place of the page's."""
         for page, port in self.ports.items():
             text = text.replace(f"link.example.org:{page}", f"127.0.0.1:{port}")
-        return text.replace("--host link.example.org", "--host 127.0.0.1")
+        for page, port in self.others.items():
+            text = text.replace(page, f"127.0.0.1:{port}")
+        text = text.replace("postgresql+psycopg://privfed@db.example.org/privfed", self.database)
+        return re.sub(r"--host link(-2)?\.example\.org", "--host 127.0.0.1", text)
 
     def run(self, text: str) -> str:
         done = subprocess.run(
@@ -149,6 +156,29 @@ def test_the_page_does_what_it_says(machine: Machine) -> None:
 
 
 LIST = "privfed node ls --superlink link.example.org:7811 --keys olga"
+
+
+@pytest.mark.postgres
+def test_the_page_has_two_superlinks_stand_in_for_each_other(machine: Machine) -> None:
+    from proofs_tests.runtime.postgres import server
+
+    first, second, nodes, run = PAIRED.findall(PAGE.read_text(encoding="utf-8"))
+    machine.others = dict(zip(("link-2.example.org:7810", "link-2.example.org:7811"), free_ports(2), strict=True))
+    machine.database = server().database()
+    before = itertools.takewhile(lambda block: not any(word in block for word in SERVICES), blocks())
+    for block in [*before, next(block for block in blocks() if "cat > policy.toml" in block)]:
+        machine.run(block)
+    machine.run(first)
+    for number, line in enumerate(line for line in second.splitlines() if line.startswith(SERVICES)):
+        machine.serve(line)
+        machine.wait_for(("serving {", "serves, term 1")[number])
+    for line in nodes.splitlines():
+        if line.startswith(SERVICES):
+            machine.serve(line)
+    assert "completed after 3 rounds" in machine.run(run)
+    machine.services[0].kill()
+    assert machine.run(run).count("completed  round 3") == 2
+    machine.wait_for("term 2 of")
 
 
 def test_every_option_of_the_page_exists() -> None:
