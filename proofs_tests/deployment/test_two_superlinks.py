@@ -208,8 +208,8 @@ def test_one_address_of_several_that_answers_is_found(tmp_path: Path) -> None:
     from proofs_tests.deployment.test_page import free_ports
 
     dead = f"127.0.0.1:{free_ports(1)[0]}"
-    with LocalLink(tmp_path) as link, nodes_at(f"{dead},{link.fleet}", 1):
+    with LocalLink(tmp_path) as link, nodes_at(f"{dead},{link.fleet}", 2):
         with ControlClient(f"{dead},{link.control}") as control:
             assert control.runs() == ()
-        name = link.submit(EXAMPLES / "minimal", 1, num_rounds=2)
+        name = link.submit(EXAMPLES / "minimal", 2, num_rounds=2)
         assert link.wait(name).state == "completed"
