@@ -17,7 +17,7 @@ from privfed.apps import Mod
 from privfed.audit import CanaryAudit, audit_plan
 from privfed.audit.canary import power
 from privfed.mods import clip, distributed_dp, secure_aggregation
-from privfed.plan import PrivacyPlan
+from privfed.plan import AdaptiveClip, PrivacyPlan
 from privfed.privacy import mechanisms, share
 from privfed.privacy.closed_form import gaussian_mu
 from privfed.privacy.correlated import Banded, Tree
@@ -29,6 +29,7 @@ RUNS = 150
 CENTRAL = {
     "gaussian": {},
     "replace_one": {"relation": "replace_one"},
+    "adaptive": {"adaptive": AdaptiveClip()},
     "tree": {"correlation": Tree(), "separation": 2},
     "banded": {"correlation": Banded.square_root(2), "separation": 2},
 }
