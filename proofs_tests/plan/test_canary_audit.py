@@ -29,7 +29,6 @@ RUNS = 150
 CENTRAL = {
     "gaussian": {},
     "replace_one": {"relation": "replace_one"},
-    "adaptive": {"adaptive": AdaptiveClip()},
     "tree": {"correlation": Tree(), "separation": 2},
     "banded": {"correlation": Banded.square_root(2), "separation": 2},
 }
@@ -63,9 +62,9 @@ def test_the_power_that_is_stated() -> None:
     assert power(2 * mu, RUNS, mu) > 0.9998
 
 
-@pytest.mark.parametrize("name", CENTRAL)
+@pytest.mark.parametrize("name", [*CENTRAL, "adaptive"])
 def test_central_plans_show_no_more_than_they_claim(name: str) -> None:
-    found = audit(CENTRAL[name], [clip()])
+    found = audit(CENTRAL.get(name, {"adaptive": AdaptiveClip()}), [clip()])
     assert 7.9 < found.claimed <= 8.0
     assert found.lower <= found.claimed
     assert found.lower > 2.0  # the attack is not a bad one
