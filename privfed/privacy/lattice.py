@@ -9,7 +9,7 @@ Cells are narrow where the tilted law has its mass and wide where it has little,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,6 +113,27 @@ def aligned_step(step: float, ends: tuple[float, float]) -> float:
     return gap / math.ceil(gap / step) if gap > step else step
 
 
+def common_step(step: float, spans: Sequence[tuple[tuple[float, float], int]]) -> float:
+    """Return a step of at most `step`, and at least half of it, that nearly puts the atoms of all pairs on its lattice.
+
+    spans: both atoms of a pair and how often it is used. The nearest atoms are met exactly. Others should lie just
+    inside an edge: what spreading their mass adds to the variance is least there.
+    """
+    ends = min((span for span, _ in spans), key=lambda span: span[1] - span[0])
+    gap = (ends[1] - ends[0]) * (1 - 4e-13)
+    if gap <= step:
+        return step
+    least = math.ceil(gap / step)
+    parts = np.arange(least, min(2 * least, least + 4096) + 1)
+    steps = gap / parts
+    added = np.zeros(len(parts))
+    for span, count in spans:
+        if span != ends:
+            inside = (np.ceil((span[1] - span[0]) / steps) * steps - (span[1] - span[0])) / 2
+            added += count * inside * np.abs(steps - inside)
+    return float(steps[int(np.argmin(added))])
+
+
 def _aligned(step: float, ends: tuple[float, float]) -> tuple[float, Ints]:
     """Return the offset and coarse indices between two atoms, so that each atom lies just outside its edge."""
     count = round((ends[1] - ends[0]) / step)
@@ -142,6 +163,19 @@ def _refined(
         middles = index[:-1][split] + width[split] // 2
         extra = [index[:-1][quarter] + width[quarter] // 4, index[:-1][quarter] + 3 * (width[quarter] // 4)]
         index = np.sort(np.concatenate((index, middles, *extra)))
+
+
+def lowered(pair: Pair, cells: Cells, ends: tuple[float, float]) -> Cells:
+    """Return cells for merging two atoms: the upper one a hair above the last edge, the lower one above the first.
+
+    What lies below every edge would be lost, and what lies inside a cell goes down to its lower edge.
+    """
+    top = ends[1] - 2e-13 * (ends[1] - ends[0])
+    off = top - float(cells.edges[-1])
+    first, last = int(cells.index[0]), int(cells.index[-1])
+    index = np.unique(np.concatenate((cells.index, np.array([first - 1, first + 1, last - 1]))))
+    offset = cells.offset + (off if abs(off) < 2 * cells.step else 0.0)
+    return Cells(cells.step, index, pair.masses(places(offset, cells.step, index)), offset)
 
 
 def spread(cells: Cells, certain: float, order: float, log_moment: float) -> Lattice:

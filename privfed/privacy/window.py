@@ -46,11 +46,10 @@ def refined(
     step = min(width / _FIRST, math.sqrt(2 * allowed / total), math.sqrt(cumulants.at(order)[2]) / 2)
     step = max(step, width / (_FIRST * 16))
     lower, upper, done = -math.inf, math.inf, False
-    spans = [found for found in (atoms_of(pair) for pair, _ in parts) if found]
-    ends = min(spans, key=lambda span: span[1] - span[0], default=None)
+    spans = [(found, count) for found, count in ((atoms_of(pair), count) for pair, count in parts) if found]
     for _ in range(_ROUNDS):
         step = max(step, width / (2 * _LARGEST))
-        step = lattice.aligned_step(step, ends) if ends else step
+        step = lattice.common_step(step, spans) if spans else step
         if width / step > 16 * _LARGEST:
             break
         highs, lows, narrow = _lattices(parts, cumulants, step, order, delta, allowed)
@@ -114,7 +113,10 @@ def _lattices(
         narrow = narrow or bool((cells.index[1:] - cells.index[:-1]).min() <= 1)
         highs.append((lattice.spread(cells, certain_of(pair), order, moment), count))
         below = getattr(pair, "below", pair)
-        if below is not pair:
+        ends = atoms_of(pair)
+        if ends is not None:
+            cells = lattice.lowered(below, cells, ends)
+        elif below is not pair:
             cells = lattice.Cells(step, cells.index, below.masses(cells.edges), cells.offset)
         lows.append((lattice.merge(below, cells, certain_of(below), order, moment), count))
     return highs, lows, narrow

@@ -306,3 +306,20 @@ def test_estimates_are_no_worse_than_what_is_known() -> None:
     assert tiny.estimate(2.6e-180) <= tiny.epsilon(2.6e-180).upper
     passes = Accountant(relation="zero_out").step(ev.RandomAllocation(1773, ev.Gaussian(8.64)), 12)
     assert 0 < passes.estimate(3.6e-97) <= passes.epsilon(3.6e-97).upper * (1 + 1e-9) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("parts", "delta"),
+    [
+        ([(ev.PureDP(0.0002), 1), (ev.PureDP(0.00121), 3000)], 1e-2),
+        ([(ev.PureDP(0.1), 10), (ev.Laplace(30.0), 100)], 1e-6),
+        ([(ev.PureDP(0.1), 10), (ev.RandomizedResponse(0.5, 4), 20), (ev.Gaussian(4.0), 50)], 1e-6),
+    ],
+)
+def test_mechanisms_with_single_outcomes_meet_on_one_lattice(parts: list[tuple[ev.Event, int]], delta: float) -> None:
+    accountant = Accountant(relation="replace_one")
+    for event, count in parts:
+        accountant.step(event, count)
+    found = accountant.epsilon(delta)
+    assert found.gap <= 1e-3
+    assert 0 < found.lower <= found.upper
