@@ -72,7 +72,12 @@ class FederationLink(Link):
         with self._lock:
             self._expire()
             while left and len(found) < BATCH:
-                lease = self.store.lease(self._clock(), self._lease_seconds, nodes=left)
+                try:
+                    lease = self.store.lease(self._clock(), self._lease_seconds, nodes=left)
+                except Exception:
+                    if not found:
+                        raise
+                    break  # what is leased already must go out; the next call meets the fault again
                 if lease is None:
                     break
                 found.append(lease)
