@@ -57,6 +57,12 @@ def _tails(x: Floats) -> tuple[Floats, Floats]:
     return special.ndtr(x), special.ndtr(-x)
 
 
+def _room(x: Floats, growth: Floats) -> Floats:
+    """Return by how much more than its own rounding a cell's mass may be off: the worse of its two edges."""
+    growth = np.where(np.isfinite(x), growth, 0.0)
+    return np.asarray(1 + np.maximum(np.append(growth, 0.0), np.append(0.0, growth)))
+
+
 def between(lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
     """Return cell masses and error bounds, from distribution functions (left, right tail) at the edges."""
     left = np.concatenate(([0.0], lower, [1.0]))
@@ -102,15 +108,16 @@ class NormalPair:
         base, base_error = between(*_tails(x))
         shifted, shifted_error = between(*_tails(x - self.mu))
         # A place is known to a few ulp of |x| + mu, and the tail beyond it changes by as much as it lies out.
-        far = np.where(np.isfinite(x), (np.abs(x) + self.mu) ** 2, 0.0)
-        room = 1 + np.maximum(np.append(far, 0.0), np.append(0.0, far))
-        p = (1 - self.rate) * base + self.rate * shifted
-        p_error = ((1 - self.rate) * base_error + self.rate * shifted_error) * room
+        near = _room(x, np.abs(x) * (np.abs(x) + self.mu) + self.mu / 4)
+        far = _room(x, (np.abs(x) + self.mu) ** 2)
+        keep, rate = 1 - self.rate, self.rate
+        p = keep * base + rate * shifted
+        p_error = keep * base_error * near + rate * shifted_error * far
         if not self.antipodal:
-            return Masses(p, base, p_error, base_error * room)
+            return Masses(p, base, p_error, base_error * near)
         other, other_error = between(*_tails(x + self.mu))
-        q = (1 - self.rate) * base + self.rate * other
-        return Masses(p, q, p_error, ((1 - self.rate) * base_error + self.rate * other_error) * room)
+        q = keep * base + rate * other
+        return Masses(p, q, p_error, keep * base_error * near + rate * other_error * far)
 
     def nodes(self, reach: float, wave: float = 0.0) -> tuple[Floats, Floats]:
         """Return the trapezoid rule in x: spectrally accurate, the integrand is analytic in a strip."""

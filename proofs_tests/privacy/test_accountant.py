@@ -323,3 +323,12 @@ def test_mechanisms_with_single_outcomes_meet_on_one_lattice(parts: list[tuple[e
     found = accountant.epsilon(delta)
     assert found.gap <= 1e-3
     assert 0 < found.lower <= found.upper
+
+
+@pytest.mark.parametrize("row", GRID)
+def test_the_grid_is_bracketed_to_a_thousandth(row: dict[str, float]) -> None:
+    """What errors are charged for must leave room for that, also after 1e5 uses at delta 1e-10."""
+    event = ev.PoissonSampled(row["q"], ev.Gaussian(row["sigma"]))
+    found = epsilon(event, int(row["T"]), row["delta"])
+    assert found.gap <= 1e-3
+    assert "effort limit" not in found.method
