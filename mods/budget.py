@@ -14,6 +14,7 @@ from pathlib import Path
 from privfed.apps import CallNext, Mod
 from privfed.context import Context
 from privfed.errors import PlanRefused
+from privfed.failpoint import around
 from privfed.message import Error, ErrorCode, Message
 from privfed.plan import CENTRAL
 from privfed.privacy.events import Central, Event, MatrixGaussian, PureDP, event_from_json
@@ -118,7 +119,7 @@ class _Purse:
         # A reply made again carries fresh noise, and is charged again.
         transcript = hashlib.sha256(message.metadata.message_id.encode() + os.urandom(32)).hexdigest()
         run, number = str(message.metadata.run_id), _round(message)
-        with self._lock, contextlib.closing(self._open(message, context)) as ledger:
+        with self._lock, contextlib.closing(self._open(message, context)) as ledger, around("charge"):
             entry = ledger.charge(event, run=run, round=number, transcript=transcript)
         state = context.mod_state(STATE)
         if is_training(message):

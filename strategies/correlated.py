@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from privfed.errors import PlanRefused, RunFailed
+from privfed.failpoint import around
 from privfed.privacy.correlated import Correlation, noise_in_steps, row_sensitivity, sensitivity
 from privfed.privacy.events import Central, Event, Gaussian, MatrixGaussian, PureDP
 from privfed.privacy.filters import BudgetExceeded
@@ -74,7 +75,8 @@ class MatrixRelease(CentralRelease):
             event = _NOTHING
         try:
             attempt = sum(entry.round == server_round for entry in ledger.entries)
-            entry = ledger.charge(event, run=self.run, round=server_round, attempt=attempt, transcript=transcript)
+            with around("charge"):
+                entry = ledger.charge(event, run=self.run, round=server_round, attempt=attempt, transcript=transcript)
         except BudgetExceeded as refusal:
             raise RunFailed(f"round {server_round} was not released: {refusal}") from refusal
         return entry.spent

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from privfed.failpoint import around
 from privfed.protocols.errors import LocalError
 from privfed.protocols.journal import JournalServer, journaled_session, read_journal
 from privfed.protocols.session import Buffer, Protocol, Server, Session
@@ -20,6 +21,11 @@ def journal_path(exchange: Exchange, name: str) -> Path | None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a file, so that a crash leaves the old one or the new one. Only its owner may read it."""
+    with around("journal"):
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -89,9 +95,10 @@ class SessionJournal:
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND)  # not kept open: there may be a session per group
         try:
             view = memoryview(record).cast("B")
-            while view:
-                view = view[os.write(file, view) :]
-            os.fdatasync(file)
+            with around("journal"):
+                while view:
+                    view = view[os.write(file, view) :]
+                os.fdatasync(file)
         finally:
             os.close(file)
 

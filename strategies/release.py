@@ -17,6 +17,7 @@ import numpy as np
 from privfed.context import derived_rng
 from privfed.distributed import Instruction
 from privfed.errors import PlanRefused, RunFailed
+from privfed.failpoint import around
 from privfed.grid import Grid, Recorder
 from privfed.plan import PrivacyPlan, joint_clip, tracked
 from privfed.privacy.events import Event
@@ -175,9 +176,11 @@ class Release(ABC):
         if self._ledger is None:
             return float("inf")
         try:
-            return self._ledger.charge(self.event, run=self.run, round=server_round, transcript=transcript).spent
+            with around("charge"):
+                entry = self._ledger.charge(self.event, run=self.run, round=server_round, transcript=transcript)
         except BudgetExceeded as refusal:
             raise RunFailed(f"round {server_round} was not released: {refusal}") from refusal
+        return entry.spent
 
     def said(self, epsilon: float) -> dict[str, object]:
         """Return what may be said of a round: all of it is public."""

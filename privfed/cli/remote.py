@@ -41,12 +41,14 @@ def connect(superlink: str, keys: Path | None) -> ControlClient:
     """Return a connection to a SuperLink."""
     from privfed.runtime.control import ControlClient
     from privfed.runtime.credentials import BearerToken, Credentials
-    from privfed.runtime.handshake import NetworkError, read_addresses
+    from privfed.runtime.handshake import NetworkError, is_loopback, read_addresses
 
     try:
-        read_addresses(superlink)
+        addresses = read_addresses(superlink)
     except NetworkError as fault:
         raise AppError(f"--superlink {fault}; it is the control address the SuperLink prints") from None
+    if keys is None and not all(map(is_loopback, addresses)):
+        print(f"INSECURE: without --keys, what goes to {superlink} can be read and changed on the way", file=sys.stderr)
     if keys is not None and BearerToken.holds(keys):
         return ControlClient(superlink, BearerToken(keys))
     return ControlClient(superlink, Credentials.load(keys) if keys is not None else None)

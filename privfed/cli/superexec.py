@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from privfed import failpoint
 from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
@@ -42,6 +43,7 @@ def superexec(
     from privfed.runtime.confinement import Limits
 
     configure(log_format, debug=debug)
+    failpoint.take_up("superexec")
     kind, _, path = connect.partition(":")
     if kind != "unix" or not path:
         raise AppError(f"--connect {connect!r}: write unix:PATH")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from privfed import failpoint
 from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
@@ -84,6 +86,7 @@ def superlink(
     if (token_control is None) != (oidc is None):
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
     configure(log_format, debug=debug)
+    failpoint.take_up("superlink")
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
         home=place,
@@ -96,6 +99,7 @@ def superlink(
         arrays=arrays,
         credentials=Credentials.load(keys) if keys is not None else None,
         force_insecure=force_insecure,
+        insecure_test_randomness=_test_randomness(),
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
@@ -130,6 +134,17 @@ def _take_turn(options: SuperLinkOptions, shared: Path, seconds: float) -> tuple
     return dataclasses.replace(options, tenure=tenure, state=state), tenure
 
 
+def _test_randomness() -> int | None:
+    """Return the seed of noise that a test asked for by the environment; nothing else can ask for it."""
+    text = os.environ.get("PRIVFED_INSECURE_TEST_RANDOMNESS")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise AppError("PRIVFED_INSECURE_TEST_RANDOMNESS must be a whole number; leave it out but for tests")
+    print("INSECURE TEST: the noise of every privacy plan is predictable and protects nobody", file=sys.stderr)
+    return int(text)
+
+
 def _tokens(oidc: Path | None) -> Tokens | None:
     from privfed.runtime.oidc import Tokens
 
@@ -137,17 +152,14 @@ def _tokens(oidc: Path | None) -> Tokens | None:
 
 
 def _launcher(isolation: str, home: Path, state: Path, keys: Path | None) -> Launcher:
-    """Return what runs server apps; those in processes see neither keys nor what other runs have in the store."""
+    """Return what runs server apps; those in processes see neither keys nor the store, nor what other runs have."""
     from privfed.runtime.confinement import Limits
     from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
 
     if isolation == "inline":
         return InlineLauncher()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = [*(state / name for name in ("arrays", "bundles")), home / "cache", home / "incoming"]
-    for folder in own:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    hidden = tuple(str(folder.resolve()) for folder in [*own, *([keys] if keys is not None else [])])
+    hidden = tuple(str(folder.resolve()) for folder in [home, state, *([keys] if keys is not None else [])])
     return ProcessLauncher(home / "processes", Limits(hidden=hidden))
 
 

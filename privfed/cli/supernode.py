@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from privfed import __version__
+from privfed import __version__, failpoint
 from privfed.cli.display import LOG_FORMAT
 from privfed.errors import AppError
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
     from privfed.runtime.policy import NodePolicy
 
-OWN_FOLDERS = ("state", "cache", "ledgers", "audit")
-"""Folders in DATA that no app may see."""
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -40,6 +37,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--keys", type=FOLDER, help="The node's key folder, made with `privfed keys`.")
 @click.option("--insecure", is_flag=True, help="No encryption and no identity; for one machine. Needs --node-id.")
+@click.option("--force-insecure", is_flag=True, help="Let --insecure connect to another machine.")
 @click.option("--node-id", type=click.IntRange(min=1), help="Who the node says it is, with --insecure.")
 @click.option("--policy", "policy_file", type=click.Path(dir_okay=False, path_type=Path), help="What this node allows.")
 @click.option("--data", type=FOLDER, default="privfed-node", show_default=True, help="The node's own folder, kept.")
@@ -58,6 +56,9 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     type=click.Choice(["off", "auto", "on"]),
     help="The network of apps: refuse to start where it cannot be taken away, take it where it can, or leave it "
     "[the policy's; auto without one].",
+)
+@click.option(
+    "--app-writable", multiple=True, type=FOLDER, help="Folder that apps may change, beside their own; repeatable."
 )
 @click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Tasks at a time.")
 @click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
@@ -84,6 +85,7 @@ class _Asked:
     address: str
     keys: Path | None
     insecure: bool
+    force_insecure: bool
     node_id: int | None
     policy_file: Path | None
     data: Path
@@ -92,6 +94,7 @@ class _Asked:
     exec_socket: Path | None
     exec_group: str | None
     app_network: str | None
+    app_writable: tuple[Path, ...]
     slots: int
     task_seconds: float
     drain_seconds: float
@@ -102,15 +105,22 @@ class _Asked:
 def _serve(asked: _Asked) -> None:
     from privfed.cli.journal import configure
     from privfed.runtime.fleet import FleetClient, FleetOptions
+    from privfed.runtime.handshake import is_loopback
     from privfed.runtime.node_store import NodeStore
-    from privfed.runtime.supernode import NodeOptions, SuperNode, kill_at
+    from privfed.runtime.supernode import NodeOptions, SuperNode
 
     configure(asked.log_format, debug=asked.debug)
+    failpoint.take_up("node")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
     credentials = _credentials(asked.keys, asked.insecure, asked.node_id)
+    if asked.insecure and not asked.force_insecure and not all(map(is_loopback, asked.address.split(","))):
+        raise AppError(
+            f"--insecure: {asked.address} is another machine, and all that the node sends could be read and changed on "
+            "the way: give --keys (see `privfed keys`), or --force-insecure"
+        )
     policy, data = _policy(asked.policy_file, asked.insecure), asked.data
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    limits = _limits(policy, asked.app_network, data, asked.keys)
+    limits = _limits(policy, asked.app_network, data, asked.keys, asked.app_writable)
     store = NodeStore(data / "state")
     launcher = _launcher(asked.isolation, data, asked.exec_socket, asked.exec_group, limits)
     audit = _audit(data, asked.keys)
@@ -122,7 +132,6 @@ def _serve(asked: _Asked) -> None:
         approve=_approve(policy, credentials, audit),
         task_seconds=min(asked.task_seconds, longest),
         drain_seconds=asked.drain_seconds,
-        failpoint=kill_at(os.environ.get("PRIVFED_FAILPOINT", "")),
     )
     connection = FleetOptions(
         slots=asked.slots,
@@ -206,15 +215,18 @@ def _value(text: str) -> bool | int | float | str:
     return text.strip("\"'")
 
 
-def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Path | None) -> Limits:
+def _limits(
+    policy: NodePolicy | None, network: str | None, data: Path, keys: Path | None, writable: tuple[Path, ...]
+) -> Limits:
+    """Return what apps may do: of DATA they see their own code and folder, and of the keys nothing."""
     from privfed.runtime.confinement import Limits
 
-    own = [*(data / name for name in OWN_FOLDERS), *([keys] if keys is not None else [])]
-    for folder in own:
+    hidden = tuple(str(folder.resolve()) for folder in [data, *([keys] if keys is not None else [])])
+    for folder in writable:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    hidden = tuple(str(folder.resolve()) for folder in own)
+    own = tuple(str(folder.resolve()) for folder in writable)
     if policy is None:
-        return Limits(network=network or "auto", hidden=hidden)
+        return Limits(network=network or "auto", hidden=hidden, writable=own)
     asked = policy.limits
     if network == "on" and not asked.network:
         raise AppError("--app-network on: the policy's [limits] has network = false")
@@ -223,6 +235,7 @@ def _limits(policy: NodePolicy | None, network: str | None, data: Path, keys: Pa
         cpu=asked.cpu_seconds,
         network=network or ("on" if asked.network else "off"),
         hidden=hidden,
+        writable=own,
     )
 
 
@@ -299,5 +312,6 @@ def _audit(data: Path, keys: Path | None) -> AuditLog:
 
     path = keys / "identity.key" if keys is not None else None
     folder = data / "audit"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = path.read_bytes() if path is not None and path.exists() else own_key(folder / "audit.key")
     return AuditLog(folder / "audit.jsonl", key)

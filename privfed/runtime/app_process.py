@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from privfed.errors import PrivfedError
 from privfed.runtime.channel import Channel
 from privfed.runtime.confinement import Limits, environment
 
 EXIT_SECONDS = 2.0
+
+
+class LaunchLost(PrivfedError):
+    """Whoever starts processes went away before it said what became of one: ask again."""
 
 
 class AppProcess(Protocol):
@@ -35,8 +40,21 @@ class AppProcess(Protocol):
         ...
 
 
-Spawn = Callable[[Path, Path], AppProcess]
-"""Start a worker whose own folder is the first path and whose output goes to the end of the file at the second."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker lives. home: its own folder. log: the file its output goes to the end of.
+
+    shown: what it must see of folders that are hidden. writable: what it may change, beside its home.
+    """
+
+    home: Path
+    log: Path
+    shown: tuple[Path, ...] = ()
+    writable: tuple[Path, ...] = ()
+
+
+Spawn = Callable[[Place], AppProcess]
+"""Start a worker."""
 
 
 def start_process(home: Path, log: int, limits: Limits) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -102,9 +120,10 @@ class LocalProcess:
 def spawn_local(limits: Limits) -> Spawn:
     """Return a Spawn that makes children of this process."""
 
-    def spawn(home: Path, log: Path) -> LocalProcess:
-        with log.open("ab") as output:
-            process, stream = start_process(home, output.fileno(), limits)
-        return LocalProcess(process, Channel(stream, limits.packet, home.parent))
+    def spawn(place: Place) -> LocalProcess:
+        with place.log.open("ab") as output:
+            own = limits.showing(place.shown, place.writable)
+            process, stream = start_process(place.home, output.fileno(), own)
+        return LocalProcess(process, Channel(stream, limits.packet, place.home.parent))
 
     return spawn

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from privfed.failpoint import around
 from privfed.mapped import MappedFile, file_of, identify, map_file
 from privfed.runtime.disk import sync_folder, write_atomically
 
@@ -77,7 +78,8 @@ class ArrayFolder:
                     same = identify(found.fileno()) == owner.identity
                     os.fsync(found.fileno())
                 if same:
-                    temporary.replace(file)
+                    with around("file"):
+                        temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError:

@@ -27,6 +27,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from privfed.errors import PrivfedError
+from privfed.failpoint import around
 
 Value = str | int | float | bool | None | list[str | int]
 MAX_TEXT = 2_000
@@ -130,9 +131,10 @@ class AuditLog:
                 raise ValueError(f"fields: the line has {len(raw)} bytes, at most {MAX_LINE}")
             start = os.fstat(self._file).st_size
             try:
-                if os.write(self._file, raw) != len(raw):
-                    raise OSError("the disk is full")
-                os.fsync(self._file)
+                with around("audit-line"):
+                    if os.write(self._file, raw) != len(raw):
+                        raise OSError("the disk is full")
+                    os.fsync(self._file)
             except OSError:
                 os.ftruncate(self._file, start)  # what was not acknowledged must not stand half
                 raise

@@ -114,10 +114,11 @@ class Bundle:
         return target
 
     def _is_in(self, target: Path) -> bool:
-        found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if not path.is_dir()}
-        return found.keys() == self.files.keys() and all(
-            path.read_bytes() == self.files[name] for name, path in found.items()
-        )
+        there = {path.relative_to(target).as_posix(): path for path in target.rglob("*")}
+        folders = {str(above) for name in self.files for above in PurePosixPath(name).parents if above.name}
+        if there.keys() != self.files.keys() | folders or any(path.is_symlink() for path in there.values()):
+            return False
+        return all(there[name].is_file() and there[name].read_bytes() == data for name, data in self.files.items())
 
 
 def build(app: Path, signer: Credentials | None = None) -> bytes:
@@ -253,6 +254,8 @@ def _check_files(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     folded = {unicodedata.normalize("NFKC", path).casefold() for path in paths}
     if len(folded) != len(paths):
         raise BundleError("two paths of the bundle are one on some file systems")
+    if any(str(above) in folded for path in folded for above in PurePosixPath(path).parents):
+        raise BundleError("a path of the bundle is a file and a folder")
     for entry in manifest.files:
         data = contents[entry.path]
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:

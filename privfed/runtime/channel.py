@@ -43,7 +43,7 @@ class ChannelError(PrivfedError):
 
 
 class ChannelClosed(ChannelError):
-    """The other side closed the channel between two packets."""
+    """The other side is gone: it closed the channel, or its process ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Channel:
         self._sending = threading.Lock()
 
     def send(self, packet: Packet, known: Container[bytes] = ()) -> None:
-        """Send a packet. Raises ChannelError when the other side is gone, ValueError for what cannot travel.
+        """Send a packet. Raises ChannelClosed when the other side is gone, ValueError for what cannot travel.
 
         known: digests of buffers that the other side keeps; they are not sent.
         """
@@ -104,7 +104,7 @@ class Channel:
             with self._sending:
                 self._write(_parts(head, envelopes, buffers))
         except OSError as fault:
-            raise ChannelError(f"the other side is gone: {fault}") from None
+            raise ChannelClosed(f"the other side is gone: {fault}") from None
 
     def _write(self, parts: Iterator[wire.Buffer]) -> None:
         """Send small parts together and large ones as they are."""
@@ -121,7 +121,7 @@ class Channel:
         self._socket.sendall(gathered)
 
     def receive(self, known: Mapping[bytes, wire.Buffer] | None = None) -> Packet:
-        """Wait for a packet. Raises ChannelClosed at the end of the stream, ChannelError for anything malformed.
+        """Wait for a packet. Raises ChannelClosed when the other side is gone, ChannelError for anything malformed.
 
         known: buffers that the other side need not send.
         """
@@ -176,10 +176,10 @@ class Channel:
             while at < len(data):
                 count = self._socket.recv_into(data[at:])
                 if not count:
-                    raise ChannelClosed("closed") if first and not at else ChannelError("the stream ends in a packet")
+                    raise ChannelClosed("closed" if first and not at else "the stream ends in a packet")
                 at += count
         except OSError as fault:
-            raise ChannelError(f"the other side is gone: {fault}") from None
+            raise ChannelClosed(f"the other side is gone: {fault}") from None
         return data
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from privfed.errors import PrivfedError, WireError
+from privfed.failpoint import around
 from privfed.runtime.audit_log import AuditLog
 from privfed.runtime.bundle import MAX_BUNDLE
 from privfed.runtime.certificate import Peer
@@ -73,16 +74,16 @@ class ControlService:
     def handlers(self, gate: Gate) -> grpc.GenericRpcHandler:
         """Return the service for a gRPC server."""
         methods = {
-            "Submit": gate.receiving(self._submit),
-            "Resume": gate.unary(self._resume),
-            "Stop": gate.unary(self._stop),
-            "Show": gate.unary(self._show),
-            "Runs": gate.unary(self._runs),
-            "Nodes": gate.unary(self._nodes),
-            "Node": gate.unary(self._node),
-            "Roster": gate.receiving(self._roster),
+            "Submit": gate.receiving("submit", self._submit),
+            "Resume": gate.unary("resume", self._resume),
+            "Stop": gate.unary("stop", self._stop),
+            "Show": gate.unary("show", self._show),
+            "Runs": gate.unary("runs", self._runs),
+            "Nodes": gate.unary("nodes", self._nodes),
+            "Node": gate.unary("node", self._node),
+            "Roster": gate.receiving("roster-taken", self._roster),
             "Follow": gate.streaming(self._follow),
-            "Results": gate.unary(self._results.rows),
+            "Results": gate.unary("results", self._results.rows),
             "Result": gate.streaming(self._results.part),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -243,7 +244,8 @@ class ControlService:
                 told = reason
                 # What a run waits for is told at once; that it ended, only after all it has written.
                 state = status.state if over or status.state not in ENDED else "running"
-                await context.write(pack(Piece(offset=at, data=data, state=state, reason=reason)))
+                with around("piece"):
+                    await context.write(pack(Piece(offset=at, data=data, state=state, reason=reason)))
             if over:
                 return
             if not data:

@@ -52,7 +52,10 @@ class Asked:
 
 
 class Federation:
-    """Starts runs, goes on with them after a restart, and knows them all. Threads may share it."""
+    """Starts runs, goes on with them after a restart, and knows them all. Threads may share it.
+
+    insecure_test_randomness: seeds the noise of privacy plans, which then protect nothing and say so; for tests.
+    """
 
     def __init__(self, home: Path, link: FederationLink, launcher: Launcher, approved: Callable[[], set[int]]) -> None:
         self.home = home
@@ -60,6 +63,7 @@ class Federation:
         self.change = threading.Condition()
         self.connected: Callable[[], set[int]] = set
         self.noted: Callable[..., None] = lambda event, **fields: None
+        self.insecure_test_randomness: int | None = None
         self._launcher = launcher
         self._approved = approved
         self._active: dict[str, FederationRun] = {}
@@ -107,6 +111,7 @@ class Federation:
         return folder
 
     def _start(self, folder: RunFolder) -> None:
+        folder.insecure_test_randomness = self.insecure_test_randomness
         run = FederationRun(folder, self.link, self._launcher, self._available, self.change, self.noted)
         with self.change:
             self._active[folder.name] = self._by_id[run.run_id] = run

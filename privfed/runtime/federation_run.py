@@ -14,6 +14,7 @@ from structlog.contextvars import bound_contextvars
 
 from privfed.context import Context, shared_settings
 from privfed.errors import PrivfedError, RunFailed, RunStopped
+from privfed.failpoint import around
 from privfed.grid import Grid
 from privfed.message import SERVER_NODE_ID
 from privfed.runtime.channel import ChannelError
@@ -63,6 +64,7 @@ class FederationRun:
         self._change = change
         self._closing = False
         self._stopping = False
+        self._told = False
         self._recorder: PatientRecorder | None = None
         self._ended = threading.Event()
         self._patiently = Patience(folder.name, self._ended)
@@ -112,7 +114,7 @@ class FederationRun:
         """Append an event for those who follow the run."""
         if event in SHOWN:
             line = msgspec.json.encode({"event": event, **fields}, enc_hook=_plain)
-            with self._events, (self.folder.path / "events.jsonl").open("ab") as file:
+            with around("event"), self._events, (self.folder.path / "events.jsonl").open("ab") as file:
                 file.write(line + b"\n")
 
     def _work(self) -> None:
@@ -140,9 +142,12 @@ class FederationRun:
     def _end(self, state: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # a run that never began is not in the store, or has ended there
             self._link.set_run_state(self.run_id, state, reason)
-        self._noted("run-ended", run=self.folder.name, state=state, rounds=self.commit, reason=reason[:500])
+        if not self._told:
+            self._noted("run-ended", run=self.folder.name, state=state, rounds=self.commit, reason=reason[:500])
+            # Before the status: who follows the run stops listening when that says that it has ended.
+            self._show("ended", {"state": state, "rounds": self.commit, "folder": self.folder.name})
+            self._told = True
         self.folder.end(state, reason)
-        self._show("ended", {"state": state, "rounds": self.commit, "folder": self.folder.name})
         self._link.on_end(self.run_id)
         log.info("run %s: %s %s", self.folder.name, state, reason)
 

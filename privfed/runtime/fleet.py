@@ -22,6 +22,7 @@ import grpc
 
 from privfed.context import UserConfigValue
 from privfed.errors import WireError
+from privfed.failpoint import around
 from privfed.message import Message
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import CertificateError
@@ -291,7 +292,8 @@ class FleetClient:
             with self._holding:
                 held = tuple(sorted(self._held))
                 self._fetching.clear()  # what was not received whole is handed out again
-            yield pack(Hello(slots=self.options.slots, holding=held, runs=runs))
+            with around("hello"):
+                yield pack(Hello(slots=self.options.slots, holding=held, runs=runs))
             over.wait()
 
         stream = call(say(), metadata=self._greeting)
@@ -333,10 +335,11 @@ class FleetClient:
         call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(_SERVICE + "Roster")
         query = pack(RosterQuery(version=held.trust.roster.version))
         document = bytearray()
-        for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
-            document += piece
-            if len(document) > ROSTER_BYTES:
-                raise NetworkError(f"{self.address} sends a roster that does not end")
+        with around("download"):
+            for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
+                document += piece
+                if len(document) > ROSTER_BYTES:
+                    raise NetworkError(f"{self.address} sends a roster that does not end")
         try:
             held.take_roster(bytes(document))
         except CertificateError as fault:
@@ -370,7 +373,8 @@ class FleetClient:
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._line.channel.unary_unary(_SERVICE + method)
             return call(request, metadata=self._greeting, timeout=CALL_SECONDS)
 
-        answered = self._patiently(ask)
+        with around("query"):
+            answered = self._patiently(ask)
         try:
             return unpack(answered, kind)
         except WireError as fault:
@@ -386,16 +390,17 @@ class FleetClient:
                     return
                 have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
                 want = wanted(missing, have)
-                if self._version >= ACKNOWLEDGED:
-                    acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes]
-                    acknowledged = self._line.channel.stream_stream(_SERVICE + "Fetch")
-                    fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
-                    return
-                old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(
-                    _SERVICE + "Download"
-                )
-                for frame in old(pack(want), metadata=self._greeting):
-                    self._blobs.add(*read_chunk(frame))
+                with around("download"):
+                    if self._version >= ACKNOWLEDGED:
+                        acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes]
+                        acknowledged = self._line.channel.stream_stream(_SERVICE + "Fetch")
+                        fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
+                        return
+                    old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(
+                        _SERVICE + "Download"
+                    )
+                    for frame in old(pack(want), metadata=self._greeting):
+                        self._blobs.add(*read_chunk(frame))
 
         self._patiently(transfer)
 
@@ -410,11 +415,14 @@ class FleetClient:
                 yield from chunks(one.digest, buffer, one.size, chunk_size(len(buffer)) if acknowledged else CHUNK)
 
         try:
-            if acknowledged:
-                send(self._line.channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
-            else:
-                old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.channel.stream_unary(_SERVICE + "Upload")
-                old(frames(), metadata=self._greeting)
+            with around("upload"):
+                if acknowledged:
+                    send(self._line.channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
+                else:
+                    old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.channel.stream_unary(
+                        _SERVICE + "Upload"
+                    )
+                    old(frames(), metadata=self._greeting)
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:
                 raise NetworkError(fault.details()) from None

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from privfed.errors import WireError
+from privfed.failpoint import around
 from privfed.mapped import let_go
 from privfed.message import SERVER_NODE_ID, Message
 from privfed.runtime.blob import BlobError, BlobFolder
@@ -99,12 +100,12 @@ class FleetService:
         """Return the service for a gRPC server."""
         methods = {
             "Session": gate.conversing(self._session),
-            "Answer": gate.unary(self._answer),
+            "Answer": gate.unary("answer", self._answer),
             "Send": gate.conversing(self._receive),
             "Fetch": gate.conversing(self._fetch),
-            "Upload": gate.receiving(self._upload),  # of protocol 1
+            "Upload": gate.receiving("upload", self._upload),  # of protocol 1
             "Download": gate.streaming(self._download),  # of protocol 1
-            "Run": gate.unary(self._run),
+            "Run": gate.unary("run", self._run),
             "Roster": gate.streaming(self._roster),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -146,7 +147,8 @@ class FleetService:
                 return
             if reason != told:
                 told = reason
-                await context.write(pack(Waiting(reason=reason)))
+                with around("offer"):
+                    await context.write(pack(Waiting(reason=reason)))
             await news.wait()
             if self._credentials is not None and self._credentials.trust.roster.is_revoked(peer.serial):
                 raise Denied(f"the certificate of {peer.common_name} is revoked", grpc.StatusCode.UNAUTHENTICATED)
@@ -178,14 +180,16 @@ class FleetService:
             return
         document = await self.dispatcher.in_thread(lambda: credentials.roster_document)
         for at in range(0, len(document), CHUNK):
-            await context.write(document[at : at + CHUNK])
+            with around("roster"):
+                await context.write(document[at : at + CHUNK])
 
     async def _push(self, session: Session, hello: Hello, context: Context) -> None:
         for run_id in hello.runs:
             if self._runs.has_ended(run_id):
                 session.queue.put_nowait(Ended(run_id=run_id))
         while (frame := await session.queue.get()) is not None:
-            await context.write(pack(frame))
+            with around("offer"):
+                await context.write(pack(frame))
 
     async def _run(self, peer: Peer, request: bytes) -> bytes:
         node = self._served(peer)
@@ -268,7 +272,8 @@ class FleetService:
 
     async def _receive(self, peer: Peer, frames: AsyncIterator[bytes], context: Context) -> None:
         async for kept in self._take(peer, frames):
-            await context.write(pack(kept))
+            with around("kept"):
+                await context.write(pack(kept))
 
     async def _take(self, peer: Peer, frames: AsyncIterator[bytes]) -> AsyncIterator[Progress]:
         """Keep the chunks a node was asked for; yield what is here of a buffer after each."""
@@ -308,7 +313,8 @@ class FleetService:
         try:
             request = await asyncio.wait_for(anext(iterator), STALL_SECONDS)
             async for frame in self._give(peer, request, chunk_size):
-                await context.write(frame)
+                with around("chunk"):
+                    await context.write(frame)
                 await asyncio.wait_for(anext(iterator), STALL_SECONDS)
         except StopAsyncIteration:
             return
@@ -317,7 +323,8 @@ class FleetService:
 
     async def _download(self, peer: Peer, request: bytes, context: Context) -> None:
         async for frame in self._give(peer, request, lambda total: CHUNK):
-            await context.write(frame)
+            with around("chunk"):
+                await context.write(frame)
 
     async def _give(self, peer: Peer, request: bytes, size: Callable[[int], int]) -> AsyncIterator[bytes]:
         """Yield the chunks a node asks for. size: bytes of a chunk of a buffer of so many."""

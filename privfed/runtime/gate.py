@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections import OrderedDict
@@ -13,6 +14,7 @@ import grpc.aio
 from structlog.contextvars import bind_contextvars
 
 from privfed.errors import PrivfedError
+from privfed.failpoint import reach
 from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Trust, peer_of
@@ -29,6 +31,7 @@ Streaming = Callable[[Peer, bytes, Context], Awaitable[None]]
 Receiving = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[bytes]]
 MAX_NODE = 1 << 62
 MAX_KNOWN = 20_000
+REQUEST_SECONDS = 60.0
 
 
 class Denied(PrivfedError):
@@ -108,29 +111,35 @@ class Gate:
             await context.send_initial_metadata(greeting())
         return peer
 
-    def unary(self, serve: Unary) -> Handler:
-        """Return a handler of one request with one answer."""
+    def unary(self, step: str, serve: Unary) -> Handler:
+        """Return a handler of one request with one answer. step: the answer's name among the failpoints."""
 
-        async def handle(request: bytes, context: Context) -> bytes:
-            answer: bytes = await self._guarded(context, lambda peer: serve(peer, request))
-            return answer
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> bytes:
+            async def read(peer: Peer) -> bytes:
+                return await serve(peer, await _only(requests))
 
-        return cast(Handler, grpc.unary_unary_rpc_method_handler(cast(Any, handle)))
+            return _sending(step, await self._guarded(context, read), context)
+
+        # As a stream, since gRPC reads the one request of a unary call whole before it asks who sends it.
+        return cast(Handler, grpc.stream_unary_rpc_method_handler(cast(Any, handle)))
 
     def streaming(self, serve: Streaming) -> Handler:
         """Return a handler of one request with a stream of answers."""
 
-        async def handle(request: bytes, context: Context) -> None:
-            await self._guarded(context, lambda peer: serve(peer, request, context))
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            async def read(peer: Peer) -> None:
+                await serve(peer, await _only(requests), context)
 
-        return cast(Handler, grpc.unary_stream_rpc_method_handler(cast(Any, handle)))
+            await self._guarded(context, read)
 
-    def receiving(self, serve: Receiving) -> Handler:
-        """Return a handler of a stream of requests with one answer."""
+        return cast(Handler, grpc.stream_stream_rpc_method_handler(cast(Any, handle)))
+
+    def receiving(self, step: str, serve: Receiving) -> Handler:
+        """Return a handler of a stream of requests with one answer. step: as for `unary`."""
 
         async def handle(requests: AsyncIterator[bytes], context: Context) -> bytes:
             answer: bytes = await self._guarded(context, lambda peer: serve(peer, requests, context))
-            return answer
+            return _sending(step, answer, context)
 
         return cast(Handler, grpc.stream_unary_rpc_method_handler(cast(Any, handle)))
 
@@ -163,6 +172,23 @@ class Gate:
             mark = secrets.token_hex(4)
             log.exception("a request failed; the peer was told the reference %s", mark)
             await context.abort(grpc.StatusCode.INTERNAL, f"the SuperLink failed; its log has the cause under {mark}")
+
+
+async def _only(requests: AsyncIterator[bytes]) -> bytes:
+    """Return the request of a call that has one. Raises Denied when there is none, or it does not come."""
+    try:
+        return await asyncio.wait_for(anext(aiter(requests)), REQUEST_SECONDS)
+    except StopAsyncIteration:
+        raise Denied("a call without a request", grpc.StatusCode.INVALID_ARGUMENT) from None
+    except TimeoutError:
+        raise Denied("the request stands still", grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
+
+def _sending(step: str, answer: bytes, context: Context) -> bytes:
+    """Return an answer that gRPC sends when the handler returns; it calls back when that is done."""
+    reach(f"before-{step}")
+    context.add_done_callback(cast(Any, lambda _: reach(f"after-{step}")))
+    return answer
 
 
 class TokenGate(Gate):

@@ -13,6 +13,7 @@ from typing import Any
 
 from privfed.context import Context
 from privfed.errors import RunFailed, RunStopped
+from privfed.failpoint import around
 from privfed.grid import Grid
 from privfed.message import Message
 from privfed.record import RecordDict
@@ -98,7 +99,8 @@ class GridHost:
             told = _reason(fault) if known is not None else f"{type(fault).__name__}: {fault}"
             answer = Packet({"op": "raise", "id": number, "kind": known or "PrivfedError", "text": told})
         try:
-            self._channel.send(answer)
+            with around("grid-answer"):
+                self._channel.send(answer)
         except ChannelError:
             self._gone = True
 

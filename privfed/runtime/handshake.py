@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 
 import grpc
@@ -25,6 +26,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 MAX_METADATA = 16 << 10
 MAX_STREAMS = 64
+USER_STREAMS = 16
 HANDSHAKE_SECONDS = 10
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
@@ -88,13 +90,22 @@ def agree(metadata: Iterable[tuple[str, str | bytes]] | None, peer: str) -> int:
     return version
 
 
-def server_options() -> list[tuple[str, int]]:
-    """Return what a listener allows, before it knows who calls."""
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can be reached at a HOST:PORT, or reach it."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
+
+def server_options(streams: int = MAX_STREAMS) -> list[tuple[str, int]]:
+    """Return what a listener allows, before it knows who calls. streams: calls at a time on one connection."""
     return [
         *_TRANSFER,
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
-        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.max_concurrent_streams", streams),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
         ("grpc.http2.min_ping_interval_without_data_ms", SWIFT_SECONDS * 500),

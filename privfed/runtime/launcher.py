@@ -12,6 +12,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +23,16 @@ from privfed.errors import AppError, PrivfedError, RunFailed
 from privfed.grid import Grid
 from privfed.message import Error, ErrorCode, Message
 from privfed.runtime.app_folder import AppFolder
-from privfed.runtime.app_process import AppProcess, Spawn, spawn_local
+from privfed.runtime.app_process import AppProcess, LaunchLost, Place, Spawn, spawn_local
 from privfed.runtime.capsule import pack_context, take_state
-from privfed.runtime.channel import Channel, ChannelError, Packet
+from privfed.runtime.channel import Channel, ChannelClosed, ChannelError, Packet
 from privfed.runtime.confinement import Limits
 from privfed.runtime.grid_host import GridHost
 
 ISOLATIONS = ("inline", "subprocess", "external")
 START_SECONDS = 120.0
+MAX_TRIES = 3
+"""Processes of a client app that may die over one message before that is told as the app's failure."""
 logger = logging.getLogger("privfed.launcher")
 
 
@@ -126,6 +129,7 @@ class ProcessLauncher:
         self._prepare = prepare
         self._closing = closing
         self._open: set[AppProcess] = set()
+        self._closed = False
         self._lock = threading.Lock()
 
     def client(self, app_dir: Path, log: Path) -> Worker:
@@ -155,14 +159,19 @@ class ProcessLauncher:
         self._prepare(Path(head["app"]))
         home = Path(tempfile.mkdtemp(prefix="app-", dir=self._homes))
         try:
-            process = self._spawn(home, log)
+            # A server app keeps its ledger and the journals of its sessions in the folder of its run.
+            writable = (log.parent,) if host is not None else ()
+            process = self._spawn(Place(home, log, (Path(head["app"]),), writable))
         except BaseException:
             shutil.rmtree(home, ignore_errors=True)
             raise
         running = _Running(process, home, self._forget, host)
         with self._lock:
             self._open.add(process)
+            closed = self._closed
         try:
+            if closed:
+                raise AppError("no process is started any more: this launcher was closed")
             told = running.host.head() if running.host is not None else {}
             process.channel.send(pack_context({**head, **told, "op": "start"}, context or Context()))
             answer = running.receive(START_SECONDS)
@@ -180,6 +189,7 @@ class ProcessLauncher:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             still = list(self._open)
         for process in still:
             process.kill()
@@ -238,6 +248,17 @@ class _ProcessWorker:
         self._running: _Running | None = None
 
     def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+        """Run the app. What a process that died was asked is asked of another one: nothing of it has left the node."""
+        ends = None if timeout is None else time.monotonic() + timeout
+        for _ in range(MAX_TRIES):
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            reply = self._try(message, context, left)
+            if reply is not None:
+                return reply
+        return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)
+
+    def _try(self, message: Message, context: Context, timeout: float | None) -> Message | None:
+        """Return the answer of the app's process, started if there is none; None when the process died over it."""
         try:
             if self._running is None:
                 self._running = self._start()
@@ -248,16 +269,20 @@ class _ProcessWorker:
             self._running.channel.send(pack_context({"op": "execute"}, context, message))
             return self._reply(message, context, self._running.receive(timeout))
         except TimeoutError:
-            logger.error("the app took longer than %s s over message %s", timeout, message.metadata.message_id)
+            logger.error("the app did not answer message %s within its time", message.metadata.message_id)
             self.close()
             return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "TimeoutError")
         except (PrivfedError, OSError) as fault:
             if self._running is None:
                 logger.error("the app's process was not started: %s", fault)
+                if isinstance(fault, ChannelClosed | LaunchLost):
+                    return None
                 return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, type(fault).__name__)
             fate = self._running.fate()
             logger.error("the app's process failed: %s (%s)", fault, fate)
             self.close()
+            if isinstance(fault, ChannelClosed):
+                return None
             return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)
 
     def _reply(self, message: Message, context: Context, packet: Packet) -> Message:

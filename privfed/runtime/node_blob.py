@@ -14,6 +14,7 @@ from pathlib import Path
 
 from privfed import wire
 from privfed.errors import PrivfedError, WireError
+from privfed.failpoint import reach
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.array_folder import ArrayFolder, Buffer
@@ -67,17 +68,21 @@ class BlobDatabase:
             raise NodeStoreError(f"{folder / 'node.db'} has format {found}, this version reads {version}")
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Do all of it, durably, or nothing."""
+    def transaction(self, step: str = "") -> Iterator[sqlite3.Connection]:
+        """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads."""
         self.database.execute("BEGIN IMMEDIATE")
         try:
             self._sweep()
             yield self.database
+            if step:
+                reach(f"before-{step}")
             self.database.execute("COMMIT")
         except BaseException:
             self.database.execute("ROLLBACK")
             self._dropped.clear()
             raise
+        if step:
+            reach(f"after-{step}")
         self._doomed, self._dropped = self._dropped, set()
 
     def _sweep(self) -> None:

@@ -107,7 +107,7 @@ class NodeStore:
         committed round now. Raises MessageReused, ReplyGone, StateGone.
         """
         run, node, _ = _here(message)
-        with self._lock, self._blobs.transaction() as database:
+        with self._lock, self._blobs.transaction("begin") as database:
             here = _here(message)
             row = database.execute(
                 "SELECT asked, reply FROM answers WHERE run = ? AND node = ? AND message = ?", here
@@ -188,7 +188,7 @@ class NodeStore:
     def commit(self, message: Message, token: str, reply: Message, kept: Kept | None) -> None:
         """Keep an answer and the state that goes with it (None: unchanged), before it is sent; both or neither."""
         run, node, _ = _here(message)
-        with self._lock, self._blobs.transaction() as database:
+        with self._lock, self._blobs.transaction("commit") as database:
             app, mods = database.execute(
                 "SELECT app, mods FROM nodes WHERE run = ? AND node = ?", (run, node)
             ).fetchone()
@@ -222,7 +222,7 @@ class NodeStore:
     def settle(self, answer: Unsent, counted: bool) -> None:
         """Note whether the SuperLink counted an answer; if not, the app's state goes back."""
         run, node, _ = here = (str(answer.run_id), str(answer.node_id), answer.message_id)
-        with self._lock, self._blobs.transaction() as database:
+        with self._lock, self._blobs.transaction("settle") as database:
             row = database.execute(
                 "SELECT status, other, changed FROM answers WHERE run = ? AND node = ? AND message = ?", here
             ).fetchone()
@@ -271,12 +271,12 @@ class NodeStore:
 
     def end(self, run_id: int, now: float) -> None:
         """Note that a run ended. It may be resumed, so what is kept of it goes later, by `evict`."""
-        with self._lock, self._blobs.transaction() as database:
+        with self._lock, self._blobs.transaction("end") as database:
             database.execute("UPDATE nodes SET ended = ? WHERE run = ? AND ended IS NULL", (now, str(run_id)))
 
     def evict(self, before: float) -> list[int]:
         """Forget the runs that ended before a time (seconds since the epoch), all but their ids; return them."""
-        with self._lock, self._blobs.transaction() as database:
+        with self._lock, self._blobs.transaction("evict") as database:
             runs = [run for (run,) in database.execute("SELECT DISTINCT run FROM nodes WHERE ended < ?", (before,))]
             for run in runs:
                 blobs = database.execute("SELECT app, mods FROM nodes WHERE run = ?", (run,)).fetchall()

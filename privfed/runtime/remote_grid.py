@@ -17,6 +17,7 @@ from typing import Any
 
 from privfed.context import Context
 from privfed.errors import PrivfedError, RunFailed, RunStopped
+from privfed.failpoint import around
 from privfed.grid import Checkpoint, Grid
 from privfed.message import Message
 from privfed.record import RecordDict
@@ -66,7 +67,8 @@ class Caller:
         with self._lock:
             self._waiting[number] = answer
         try:
-            self._send(Packet({"op": "call", "id": number, "name": name, **(head or {})}, values))
+            with around("call"):
+                self._send(Packet({"op": "call", "id": number, "name": name, **(head or {})}, values))
             packet = answer.get()
         finally:
             with self._lock:
@@ -96,7 +98,8 @@ class Caller:
 
     def finish(self, head: dict[str, Any], context: Context) -> None:
         """Tell how the app ended, with what it keeps."""
-        self._channel.send(Packet(head, (state_of(context),)))
+        with around("result"):
+            self._channel.send(Packet(head, (state_of(context),)))
 
 
 class RemoteRecorder:

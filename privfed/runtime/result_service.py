@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from privfed.errors import PrivfedError, WireError
+from privfed.failpoint import around
 from privfed.runtime.audit_log import AuditLog
 from privfed.runtime.certificate import Peer
 from privfed.runtime.federation import Federation
@@ -58,7 +59,8 @@ class ResultService:
         operator = peer.role == "operator"
         found = await self._done(lambda: self._results.read(self._federation.find(asked.run), asked, operator=operator))
         while (piece := await self._in_thread(lambda: bytes(next(found, b"")))) != b"":
-            await context.write(piece)
+            with around("result-part"):
+                await context.write(piece)
 
     async def _done(self, work: Callable[[], Any]) -> Any:
         try:

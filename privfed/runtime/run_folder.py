@@ -36,6 +36,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from privfed.errors import RunStopped
+from privfed.failpoint import around
 from privfed.grid import Checkpoint
 from privfed.runtime.checkpoint_file import CheckpointFolder, Keep, RunFolderError, find_metric, load_checkpoint
 from privfed.runtime.disk import write_atomically
@@ -247,7 +248,8 @@ class RunFolder:
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Persist a round. Raises RunStopped afterwards when a stop was asked for."""
-        self._checkpoints().write(checkpoint, self._snapshot() if self._snapshot is not None else {})
+        with around("round"):
+            self._checkpoints().write(checkpoint, self._snapshot() if self._snapshot is not None else {})
         self._write_metrics(checkpoint.metrics)
         status = self._read("status.json", Status)
         status.round = checkpoint.round

@@ -17,6 +17,7 @@ from typing import Any
 
 from privfed import wire
 from privfed.errors import WireError
+from privfed.failpoint import around, reach
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.array_folder import Buffer
@@ -88,16 +89,21 @@ class SqlStore:
                 )
 
     @contextmanager
-    def _transaction(self) -> Iterator[_Transaction]:
+    def _transaction(self, step: str = "") -> Iterator[_Transaction]:
+        """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads."""
         with alone(self._engine) as connection:
             self._fence(connection)
             transaction = _Transaction(connection, self._arrays)
             self._doomed -= transaction.sweep(self._doomed)
             yield transaction
+            if step:
+                reach(f"before-{step}")
+        if step:
+            reach(f"after-{step}")
         self._doomed |= transaction.dropped
 
     def create_run(self, run_id: int, node_ids: Sequence[int]) -> None:
-        with self._transaction() as work:
+        with self._transaction("create-run") as work:
             if work.run(run_id, missing_ok=True) is not None:
                 raise StoreError(f"run {run_id} exists already")
             work.do(runs.insert().values(run_id=run_id, state="pending", reason=""))
@@ -114,7 +120,7 @@ class SqlStore:
             return [RunInfo(*row) for row in work.do(sql.select(runs).order_by(runs.c.run_id))]
 
     def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
-        with self._transaction() as work:
+        with self._transaction("run-state") as work:
             check_transition(work.known(run_id).state, state)
             work.do(runs.update().where(runs.c.run_id == run_id).values(state=state, reason=reason))
             if state != "running":
@@ -129,7 +135,7 @@ class SqlStore:
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
         answered = []
-        with self._transaction() as work:
+        with self._transaction("push") as work:
             check_running(work.known(run_id))
             for message in messages:
                 data = message.metadata
@@ -154,15 +160,15 @@ class SqlStore:
         if nodes is not None:
             free &= tasks.c.node_id.in_(nodes)
         if is_postgres(self._engine):
-            with self._engine.begin() as connection:
+            with around("lease"), self._engine.begin() as connection:
                 self._fence(connection)
                 return _Transaction(connection, self._arrays).claim_locked(free, now + seconds)
-        with self._transaction() as work:
+        with self._transaction("lease") as work:
             row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()
             return None if row is None else work.hand_out(row, now + seconds)
 
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
-        with self._transaction() as work:
+        with self._transaction("complete") as work:
             row = work.do(sql.select(tasks).where(tasks.c.token == token)).first()
             if row is None:
                 return None
@@ -186,12 +192,12 @@ class SqlStore:
 
     def release(self, node_id: int, holding: Collection[str] = ()) -> int:
         out = (tasks.c.node_id == node_id) & tasks.c.token.is_not(None) & tasks.c.token.not_in(holding)
-        with self._transaction() as work:
+        with self._transaction("release") as work:
             work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(out & tasks.c.withdrawn))])
             return int(work.do(tasks.update().where(out).values(token=None, lease_until=None)).rowcount)
 
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
-        with self._transaction() as work:
+        with self._transaction("pull") as work:
             found = work.answered(run_id)
             chosen = [found[one] for one in dict.fromkeys(message_ids) if one in found]
             replies = [work.message(work.reply(task)) for task in chosen]
@@ -203,7 +209,7 @@ class SqlStore:
             return not work.answered(run_id).keys().isdisjoint(message_ids)
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
-        with self._transaction() as work:
+        with self._transaction("forget") as work:
             work.known(run_id)
             for message_id in message_ids:
                 mine = (tasks.c.run_id == run_id) & (tasks.c.message_id == message_id)
@@ -216,7 +222,7 @@ class SqlStore:
     def expire(self, now: float) -> list[str]:
         lapsed = tasks.c.token.is_not(None) & (tasks.c.lease_until <= now)
         overdue = tasks.c.reply.is_(None) & ~tasks.c.withdrawn & (tasks.c.expires_at <= now)
-        with self._transaction() as work:
+        with self._transaction("expire") as work:
             work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(lapsed & tasks.c.withdrawn))])
             work.do(tasks.update().where(lapsed).values(token=None, lease_until=None))
             answered = []

@@ -33,13 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from privfed.errors import PrivfedError
-from privfed.runtime.app_process import end_process, start_process, tell_fate
+from privfed.failpoint import around
+from privfed.runtime.app_process import LaunchLost, Place, end_process, start_process, tell_fate
 from privfed.runtime.channel import Channel
 from privfed.runtime.confinement import Limits
 
 VERSION = 1
 MAX_DATAGRAM = 1 << 16
 HELLO_SECONDS = 10.0
+MAX_GREETINGS = 64
+"""Connections that may be greeting at a time; more are closed at once."""
 LAUNCH_SECONDS = 60.0
 EXIT_SECONDS = 2.0
 logger = logging.getLogger("privfed.exec")
@@ -47,6 +50,10 @@ logger = logging.getLogger("privfed.exec")
 
 class ExecError(PrivfedError):
     """There is no superexec, it does not start a process, or its other side is not who it should be."""
+
+
+class ExecGone(ExecError, LaunchLost):
+    """The superexec went away while it was to start a process."""
 
 
 def _say(connection: socket.socket, told: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
@@ -58,7 +65,7 @@ def _hear(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     data, descriptors, flags, _ = socket.recv_fds(connection, MAX_DATAGRAM, 1)
     try:
         told = json.loads(data) if data and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         for one in descriptors:
@@ -109,12 +116,15 @@ class ExecHost:
         self._limits = limits
         self._token = secrets.token_hex(32)
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, queue.SimpleQueue[Channel | str]] = {}
+        self._waiting: dict[int, queue.SimpleQueue[Channel | str | ExecGone]] = {}
         self._running: dict[int, _Remote] = {}
         self._lock = threading.Lock()
         self._there = threading.Condition(self._lock)
         self._connection: socket.socket | None = None
+        self._ready = False
         self._closed = False
+        self._greeting = threading.Semaphore(MAX_GREETINGS)
+        self._told = ""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -141,30 +151,56 @@ class ExecHost:
                 connection, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            connection.settimeout(HELLO_SECONDS)
-            try:
-                hello, _ = _hear(connection)
-                same = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
-                if not same or hello.get("version") != VERSION:
-                    _say(connection, {"ok": False, "text": f"wrong token, or not version {VERSION}"})
-                    raise ExecError("a superexec showed a wrong token or version")
-                _say(connection, {"ok": True})
-            except (OSError, ExecError) as fault:
-                logger.warning("a superexec was turned away: %s", fault)
+            # Each in its own thread, so that one who says nothing does not keep the others out.
+            if not self._greeting.acquire(blocking=False):
                 connection.close()
                 continue
-            connection.settimeout(None)
-            self._serve(connection)
+            threading.Thread(target=self._greet, args=(connection,), name="privfed-exec-peer", daemon=True).start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        """See who connects, and serve the one who knows the token."""
+        try:
+            connection.settimeout(HELLO_SECONDS)
+            hello, descriptors = _hear(connection)
+            for one in descriptors:
+                os.close(one)
+            same = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
+            if not same or hello.get("version") != VERSION:
+                _say(connection, {"ok": False, "text": f"wrong token, or not version {VERSION}"})
+                raise ExecError("a superexec showed a wrong token or version")
+            if not self._take_place(connection):
+                _say(connection, {"ok": False, "text": "another superexec is connected"})
+                raise ExecError("there is one already")
+        except (OSError, ExecError, ValueError) as fault:
+            self._warn(str(fault))
+            connection.close()
+            return
+        finally:
+            self._greeting.release()
+        self._serve(connection)
+
+    def _warn(self, text: str) -> None:
+        """Say that somebody was turned away; the same again and again is said once."""
+        if text != self._told:
+            self._told = text
+            logger.warning("a superexec was turned away: %s", text)
+
+    def _take_place(self, connection: socket.socket) -> bool:
+        """Make a connection the one that launches, if there is none."""
+        with self._there:
+            if self._closed or self._connection is not None:
+                return False
+            self._connection = connection
+        return True
 
     def _serve(self, connection: socket.socket) -> None:
-        logger.info("a superexec is connected")
-        with self._there:
-            if self._closed:
-                connection.close()
-                return
-            self._connection = connection
-            self._there.notify_all()
         try:
+            connection.settimeout(None)
+            _say(connection, {"ok": True})
+            logger.info("a superexec is connected")
+            with self._there:
+                self._ready = True
+                self._there.notify_all()
             while True:
                 self._take(*_hear(connection))
         except (OSError, ExecError, KeyError, TypeError) as fault:
@@ -172,10 +208,10 @@ class ExecHost:
         finally:
             connection.close()
             with self._there:
-                self._connection = None
+                self._connection, self._ready = None, False
                 waiting, self._waiting = list(self._waiting.values()), {}
             for one in waiting:
-                one.put("the superexec is gone")
+                one.put(ExecGone("the superexec went away while it was to start a process"))
 
     def _take(self, told: dict[str, Any], descriptors: list[int]) -> None:
         number = told["id"]
@@ -186,13 +222,15 @@ class ExecHost:
             ended.code = told["code"]
             ended.ended.set()
         if told["op"] == "launched" and descriptors:
-            channel = Channel(socket.socket(fileno=descriptors[0]), self._limits.packet)
+            channel = Channel(socket.socket(fileno=descriptors.pop()), self._limits.packet)
             if waiting is not None:
                 waiting.put(channel)
             else:
                 channel.close()
         elif waiting is not None:
             waiting.put(str(told.get("text", "it did not start")))
+        for one in descriptors:
+            os.close(one)
 
     def prepare(self, app: Path) -> None:
         """Let the group read an app's code."""
@@ -202,24 +240,28 @@ class ExecHost:
             for path in app.parents[:2]:
                 _share(path, self._group, 0o710)
 
-    def spawn(self, home: Path, log: Path) -> _Remote:
+    def spawn(self, place: Place) -> _Remote:
         """Have a worker started; waits for a superexec to be there. Raises ExecError."""
+        home = place.home
         if self._group is not None:
             _share(home, self._group, 0o770)
             _share(home.parent, self._group, 0o710)
-        answer: queue.SimpleQueue[Channel | str] = queue.SimpleQueue()
+        answer: queue.SimpleQueue[Channel | str | ExecGone] = queue.SimpleQueue()
         number = next(self._numbers)
         with self._there:
-            if not self._there.wait_for(lambda: self._connection is not None, LAUNCH_SECONDS):
+            if not self._there.wait_for(lambda: self._ready, LAUNCH_SECONDS):
                 raise ExecError(f"no superexec connected to {self.path} within {LAUNCH_SECONDS:g} s")
             self._waiting[number] = answer
-        request = {"op": "launch", "id": number, "home": str(home), "limits": self._limits.to_head()}
-        with log.open("ab") as output:
+        limits = self._limits.showing(place.shown, place.writable).to_head()
+        request = {"op": "launch", "id": number, "home": str(home), "limits": limits}
+        with place.log.open("ab") as output:
             self.tell(request, (output.fileno(),))
         try:
             got = answer.get(timeout=LAUNCH_SECONDS)
         except queue.Empty:
             got = f"no answer within {LAUNCH_SECONDS:g} s"
+        if isinstance(got, ExecGone):
+            raise got
         if isinstance(got, str):
             raise ExecError(f"the superexec did not start a process: {got}")
         got.spool = home.parent
@@ -275,7 +317,8 @@ class SuperExec:
     def _run(self) -> None:
         try:
             self._connection.connect(str(self._path))
-            _say(self._connection, {"token": self._token, "version": VERSION})
+            with around("hello"):
+                _say(self._connection, {"token": self._token, "version": VERSION})
             answer, _ = _hear(self._connection)
         except OSError as fault:
             raise ExecError(f"{self._path}: {fault.strerror or fault}") from None
@@ -296,15 +339,17 @@ class SuperExec:
         number = request["id"]
         try:
             limits = self._cap.within(Limits.from_head(request["limits"]))
-            process, stream = start_process(Path(request["home"]), log, limits)
+            with around("start"):
+                process, stream = start_process(Path(request["home"]), log, limits)
         except (OSError, ValueError, TypeError, KeyError) as fault:
-            _say(self._connection, {"op": "failed", "id": number, "text": f"{type(fault).__name__}: {fault}"})
+            with around("failed"):
+                _say(self._connection, {"op": "failed", "id": number, "text": f"{type(fault).__name__}: {fault}"})
             return
         finally:
             os.close(log)
         with self._lock:
             self._processes[number] = process
-        with stream:
+        with stream, around("launched"):
             _say(self._connection, {"op": "launched", "id": number, "process": process.pid}, (stream.fileno(),))
         logger.info("started process %d in %s", process.pid, request["home"])
         threading.Thread(target=self._reap, args=(number, process, Path(request["home"])), daemon=True).start()
@@ -315,7 +360,7 @@ class SuperExec:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         with self._lock:
             self._processes.pop(number, None)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), around("ended"):
             _say(self._connection, {"op": "ended", "id": number, "code": code})
 
     def _kill(self, number: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import ipaddress
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from privfed.runtime.federation import Federation
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.fleet_service import FleetLimits, FleetService
 from privfed.runtime.gate import Gate, TokenGate
-from privfed.runtime.handshake import server_options
+from privfed.runtime.handshake import MAX_STREAMS, USER_STREAMS, is_loopback, server_options
 from privfed.runtime.launcher import Launcher
 from privfed.runtime.monitor import Monitor
 from privfed.runtime.node_register import NodeRegister
@@ -59,6 +58,7 @@ class SuperLinkOptions:
     where everything is that a successor goes on with [home].
     token_control: where users connect who have bearer tokens and no certificates; tokens: judges them.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
+    insecure_test_randomness: seeds the noise of privacy plans in tests; every epsilon is then infinite.
     """
 
     home: Path
@@ -73,6 +73,7 @@ class SuperLinkOptions:
     state: Path | None = None
     credentials: Credentials | None = None
     force_insecure: bool = False
+    insecure_test_randomness: int | None = None
     limits: FleetLimits = field(default_factory=FleetLimits)
 
 
@@ -83,7 +84,7 @@ class SuperLink:
         self.options = options
         if options.credentials is None:
             for address in (options.fleet, options.control):
-                if not _is_loopback(address) and not options.force_insecure:
+                if not is_loopback(address) and not options.force_insecure:
                     raise SuperLinkError(
                         f"{address} can be reached by others, and without keys anybody may do anything there: "
                         f"give --keys (see `privfed keys`), or listen on 127.0.0.1"
@@ -108,6 +109,7 @@ class SuperLink:
         self.federation = Federation(state, self.link, launcher, self.register.approved)
         self.audit = AuditLog(home / "audit.jsonl", own_key(home / "audit.key"))
         self.federation.noted = self.audit.record
+        self.federation.insecure_test_randomness = options.insecure_test_randomness
         self._gates = {"fleet": Gate(trust, {"node"}), "control": Gate(trust, USERS)}
         self._started = time.monotonic()
         self._servers: list[grpc.aio.Server] = []
@@ -154,7 +156,8 @@ class SuperLink:
         log.info("serving %s; %d runs go on", self.addresses, count)
 
     async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str, *, mutual: bool = True) -> str:
-        server = grpc.aio.server(options=server_options())
+        streams = MAX_STREAMS if name == "privfed.Fleet" else USER_STREAMS
+        server = grpc.aio.server(options=server_options(streams))
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         server.add_generic_rpc_handlers((handlers,))
@@ -257,14 +260,6 @@ class SuperLink:
         if self.options.tenure is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.options.tenure.resign)
         os.close(self._lock)
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or address.startswith("unix:")
 
 
 def _take_lock(path: Path) -> int:

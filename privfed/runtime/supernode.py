@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import queue
 import sqlite3
 import threading
@@ -25,6 +24,7 @@ from structlog.contextvars import bound_contextvars
 from privfed.apps import CallNext
 from privfed.context import Context, UserConfig
 from privfed.errors import PrivfedError
+from privfed.failpoint import around
 from privfed.message import Error, ErrorCode, Message
 from privfed.protocols.session import Identity
 from privfed.runtime.bundle import Bundle, BundleError, open_bundle
@@ -37,7 +37,6 @@ from privfed.runtime.store import Lease, NodeState
 
 logger = logging.getLogger("privfed.node")
 T = TypeVar("T")
-Failpoint = Callable[[str], None]
 _RECEIVE_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
 _TRIES = 5
@@ -65,7 +64,7 @@ class NodeOptions:
     identity: the node's signing key and roster. wrap: puts the node's own mods around an app. approve: raises for an
     app the node does not run. task_seconds: the longest a task may take. drain_seconds: how long a stopping node lets
     tasks finish. idle_seconds: after which a run's worker is ended. keep_seconds: how long the state of a run that
-    ended is kept, in case the run is resumed. failpoint: called with the name of each step, by tests.
+    ended is kept, in case the run is resumed.
     """
 
     node_config: UserConfig = field(default_factory=dict)
@@ -76,7 +75,6 @@ class NodeOptions:
     drain_seconds: float = 30.0
     idle_seconds: float = 600.0
     keep_seconds: float = 7 * 86_400.0
-    failpoint: Failpoint = lambda name: None
 
 
 class SuperNode:
@@ -219,13 +217,9 @@ class _Lane(threading.Thread):
                 logger.exception("run %d: an answer was not sent; it stays in the outbox", self._run_id)
 
     def _serve(self, task: Task) -> None:
-        node, message = self._node, task.message
-        point = node.options.failpoint
-        point("received")
         reply = self._answer(task)
         if reply is not None:
-            self._send(message.metadata.message_id, task.token, reply)
-            point("settled")
+            self._send(task.message.metadata.message_id, task.token, reply)
 
     def _answer(self, task: Task) -> Message | None:
         """Return the committed answer to a task; None when there is none to send.
@@ -241,7 +235,6 @@ class _Lane(threading.Thread):
             reply, after = self._run_app(task, kept)
             if node.aborting.is_set():
                 return None
-            node.options.failpoint("before-commit")
             self._on_disk(lambda: node.store.commit(message, task.token, reply, after))
         except Exception as fault:
             if node.aborting.is_set() or (node.stopping.is_set() and isinstance(fault, NetworkError)):
@@ -249,7 +242,6 @@ class _Lane(threading.Thread):
             logger.exception("run %d: message %s is not answered", self._run_id, message.metadata.message_id)
             node.fleet.reply(task.token, _refusal(message, fault))
             return None
-        node.options.failpoint("after-commit")
         return reply
 
     def _check(self, message: Message) -> None:
@@ -272,19 +264,17 @@ class _Lane(threading.Thread):
             self._node.aborting.wait(_PAUSE_SECONDS)
 
     def _send(self, message_id: str, token: str, reply: Message) -> None:
-        point = self._node.options.failpoint
         node_id = reply.metadata.src_node_id
         for attempt in range(1, _TRIES + 1):
             try:
-                point("before-send")
-                counted = self._node.fleet.reply(token, reply)
+                with around("send"):
+                    counted = self._node.fleet.reply(token, reply)
                 break
             except NetworkError as fault:
                 if self._node.stopping.is_set() or attempt == _TRIES:
                     raise  # it stays in the outbox
                 logger.warning("run %d: a reply was not taken (%s); once more", self._run_id, fault)
                 self._node.stopping.wait(_PAUSE_SECONDS)
-        point("after-send")
         sent = Unsent(self._run_id, node_id, message_id, token)
         self._on_disk(lambda: self._node.store.settle(sent, counted))
         if not counted:
@@ -364,17 +354,3 @@ class WrongNode(PrivfedError):
 def _refusal(message: Message, fault: Exception) -> Message:
     code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION if isinstance(fault, BundleError | OSError) else ErrorCode.POLICY_REFUSED
     return Message(Error(code, type(fault).__name__), reply_to=message)
-
-
-def kill_at(spec: str) -> Failpoint:
-    """Return a failpoint that ends this process with SIGKILL at the n-th time a step is reached: "after-commit:3"."""
-    name, _, count = spec.partition(":")
-    left = [int(count or "1")]
-
-    def point(reached: str) -> None:
-        if reached == name:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), 9)
-
-    return point

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from privfed.failpoint import VARIABLE, around, take_up
 from privfed.runtime.confinement import Limits, confine
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def main() -> None:
     inbox: queue.SimpleQueue[Packet] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, inbox), name="privfed-channel", daemon=True).start()
     start = inbox.get()
+    take_up("server-app" if start.head["role"] == "server" else "client-app")
+    os.environ.pop(VARIABLE, None)
     _send(channel, {"op": "confined", "text": achieved, "process": os.getpid()})
     try:
         if start.head["role"] == "client":
@@ -111,7 +114,8 @@ def _serve_client(channel: Channel, inbox: queue.SimpleQueue[Packet], folder: Pa
         # The cause of an AppError is what the app raised.
         _send(channel, {"op": "unloadable", "kind": _failure(fault.__cause__ or fault)})
         return
-    _send(channel, {"op": "ready"})
+    with around("ready"):
+        _send(channel, {"op": "ready"})
     while True:
         packet = inbox.get()
         try:
@@ -119,7 +123,8 @@ def _serve_client(channel: Channel, inbox: queue.SimpleQueue[Packet], folder: Pa
         except BaseException as fault:  # noqa: BLE001 - SystemExit in a handler must not end the worker
             head, values = {"op": "error", "kind": _failure(fault)}, ()
         try:
-            _send(channel, head, values)
+            with around("reply"):
+                _send(channel, head, values)
         except (ValueError, TypeError) as fault:  # a reply that cannot travel
             _send(channel, {"op": "error", "kind": _failure(fault)})
 

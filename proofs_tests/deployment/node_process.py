@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from privfed import failpoint
+
 
 class NodeProcess:
     """A node over loopback, without keys unless it is given some. options: more of the command line."""
@@ -18,12 +20,18 @@ class NodeProcess:
         self, folder: Path, address: str, node_id: int, options: Sequence[str] = (), keys: Path | None = None
     ) -> None:
         self.folder, self.options = folder, list(options)
+        self.failpoints = folder.with_name(f"{folder.name}-failpoints")
         self._command = [sys.executable, "-m", "privfed.cli.main", "supernode", "--superlink", address]
         self._command += ["--insecure", "--node-id", str(node_id)] if keys is None else ["--keys", str(keys)]
         self._command += ["--data", str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *more: str, failpoint: str = "") -> None:
+    def arm(self, moment: str) -> None:
+        """Have the next process that gets there end itself at a moment, "node.before-send" for one."""
+        self.failpoints.mkdir(parents=True, exist_ok=True)
+        (self.failpoints / moment).touch()
+
+    def start(self, *more: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.txt").open("ab") as output:
             self._process = subprocess.Popen(
@@ -31,7 +39,7 @@ class NodeProcess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, "PRIVFED_FAILPOINT": failpoint},
+                env={**os.environ, failpoint.VARIABLE: str(self.failpoints)},
             )
 
     @property

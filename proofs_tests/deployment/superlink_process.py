@@ -8,22 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class SuperLinkProcess:
     """`privfed superlink` in a home folder, without keys unless it is given some."""
 
-    def __init__(self, home: Path, isolation: str = "inline", keys: Path | None = None) -> None:
+    def __init__(
+        self, home: Path, isolation: str = "inline", keys: Path | None = None, options: Sequence[str] = ()
+    ) -> None:
         self.home = home
         self._keys = ["--insecure"] if keys is None else ["--keys", str(keys)]
         self._isolation = isolation
+        self._options = list(options)
         self._process: subprocess.Popen[bytes] | None = None
         self.fleet = self.control = "127.0.0.1:0"
+        self.addresses: dict[str, str] = {}
 
     def start(self) -> None:
         command = [sys.executable, "-m", "privfed.cli.main", "superlink", *self._keys, "--home", str(self.home)]
         command += ["--fleet", self.fleet, "--control", self.control, "--isolation", self._isolation]
+        command += self._options
         (self.home / "addresses.json").unlink(missing_ok=True)
         self.home.mkdir(exist_ok=True)
         with (self.home / "output.txt").open("ab") as output:
@@ -32,8 +38,8 @@ class SuperLinkProcess:
         while not (self.home / "addresses.json").exists():
             assert self._process.poll() is None and time.monotonic() < deadline, self.output
             time.sleep(0.02)
-        found = json.loads((self.home / "addresses.json").read_text())
-        self.fleet, self.control = found["fleet"], found["control"]
+        self.addresses = json.loads((self.home / "addresses.json").read_text())
+        self.fleet, self.control = self.addresses["fleet"], self.addresses["control"]
 
     @property
     def output(self) -> str:

@@ -86,6 +86,21 @@ def test_a_bundle_unpacks_whole_and_repairs_what_was_changed(app: Path, tmp_path
     assert [path.name for path in (tmp_path / "apps").iterdir()] == [bundle.digest]
 
 
+def test_what_others_put_beside_an_unpacked_app_goes(app: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(build(app))
+    place = bundle.unpack(tmp_path / "apps")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "numpy.py").write_text("boom")
+    (place / "numpy").symlink_to(tmp_path / "evil")
+    assert not (bundle.unpack(tmp_path / "apps") / "numpy").exists(), "a link to a folder"
+    (place / "empty").mkdir()
+    assert not (bundle.unpack(tmp_path / "apps") / "empty").exists()
+    own = next(path for path in place.iterdir() if path.is_file())
+    own.rename(tmp_path / "copy")
+    own.symlink_to(tmp_path / "copy")
+    assert not (bundle.unpack(tmp_path / "apps") / own.name).is_symlink(), "the same bytes, for now"
+
+
 def test_a_link_is_not_packed(app: Path) -> None:
     (app / "passwd").symlink_to("/etc/passwd")
     with pytest.raises(BundleError, match="link"):
@@ -185,7 +200,20 @@ def test_a_path_that_is_there_twice_is_refused() -> None:
         open_bundle(_zip(lambda archive: _add(archive, "pyproject.toml", b"other")))
 
 
-@pytest.mark.parametrize("names", [("A.py", "a.py"), ("x.pyc",), ("server.key",)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *[
+            ("A.py", "a.py"),
+            ("x.pyc",),
+            ("server.key",),
+            ("\uff41.py", "a.py"),
+            ("\ufb01.py", "fi.py"),
+            ("e\u0301.py",),
+        ],
+        *[("a", "a/b.py"), ("A", "a/b.py"), ("stra\u00dfe/x.py", "STRASSE"), ("a.", "b.py"), ("a /b.py",)],
+    ],
+)
 def test_names_that_mislead_are_refused(names: tuple[str, ...]) -> None:
     files = {"pyproject.toml": b"", **dict.fromkeys(names, b"x")}
     with pytest.raises(BundleError):

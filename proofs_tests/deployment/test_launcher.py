@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from privfed.grid import Grid, MemoryRecorder
 from privfed.protocols.session import Identity, Policy
 from privfed.runtime import grid_host, launcher, remote_grid
 from privfed.runtime.confinement import Limits, confine
-from privfed.runtime.launcher import InlineLauncher, ProcessLauncher, Worker
+from privfed.runtime.launcher import MAX_TRIES, InlineLauncher, ProcessLauncher, Worker
 from proofs_tests.deployment import odd_app
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -31,7 +33,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessLauncher]:
-    made = ProcessLauncher(tmp_path_factory.mktemp("work"))
+    work = tmp_path_factory.mktemp("work")
+    made = ProcessLauncher(work, Limits(writable=(str(work),)))
     yield made
     made.close()
 
@@ -115,15 +118,31 @@ def test_a_dead_worker_is_an_error_and_the_next_message_gets_a_new_one(
     first = worker.execute(ask(), context).content.metric_records["metrics"]["pid"]
     reply = worker.execute(ask("query.die"), context)
     assert (reply.error.code, reply.error.reason) == (2, "WorkerDied")
-    assert "SIGKILL" in caplog.text
+    assert caplog.text.count("SIGKILL") == MAX_TRIES
     again = worker.execute(ask(), context).content.metric_records["metrics"]
     assert again["pid"] != first
     assert again["seen"] == 2
     worker.close()
 
 
-def test_a_slow_app_is_killed_with_all_it_started(processes: ProcessLauncher, app: Path, tmp_path: Path) -> None:
-    worker = processes.client(app, tmp_path / "log.txt")
+def test_a_worker_killed_from_outside_is_replaced_and_its_message_answered(
+    processes: ProcessLauncher, app: Path, tmp_path: Path
+) -> None:
+    """What was asked is asked again of a process with the same state: no failure, no gap, nothing counted twice."""
+    worker, context = processes.client(app, tmp_path / "log.txt"), Context(node_id=1, node_config={"seconds": 0.5})
+    first = worker.execute(ask(), context).content.metric_records["metrics"]["pid"]
+    assert isinstance(first, int)
+    killer = threading.Timer(0.2, os.kill, (first, signal.SIGKILL))
+    killer.start()
+    again = worker.execute(ask(), context).content.metric_records["metrics"]
+    killer.join()
+    assert again["pid"] != first
+    assert again["seen"] == 2
+    worker.close()
+
+
+def test_a_slow_app_is_killed_with_all_it_started(app: Path, tmp_path: Path) -> None:
+    worker = ProcessLauncher(tmp_path / "work", Limits(writable=(str(tmp_path),))).client(app, tmp_path / "log.txt")
     context = Context(node_id=1, node_config={"pids": str(tmp_path / "pids")})
     assert worker.execute(ask(), Context(node_id=1)).has_content()
     started = time.monotonic()
@@ -222,7 +241,7 @@ def confined() -> bool:
 def test_what_cannot_be_had_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from privfed.runtime import confinement
 
-    monkeypatch.setattr(confinement, "_go_apart", lambda limits: "no namespaces here")
+    monkeypatch.setattr(confinement, "_go_apart", lambda limits: ("no namespaces here", ""))
     monkeypatch.setattr(confinement, "_lower", lambda what, value: None)
     monkeypatch.setattr(confinement.os, "umask", lambda mask: 0)
     text = confine(Limits())

@@ -47,13 +47,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def journal_of(folder: Path) -> list[str]:
-    path = folder / "journal"
+    path = folder.with_name(f"{folder.name}-writable") / "journal"
     return path.read_text().split() if path.exists() else []
 
 
 def settings_of(folder: Path, seconds: float = 0.0) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return ["--node-config", f"journal={folder / 'journal'}", "--node-config", f"seconds={seconds}"]
+    own = folder.with_name(f"{folder.name}-writable")
+    told = ["--node-config", f"journal={own / 'journal'}", "--node-config", f"seconds={seconds}"]
+    return ["--app-writable", str(own), *told]
 
 
 def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: Path, tmp_path: Path) -> None:
@@ -80,14 +81,15 @@ def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: P
 
 
 def test_a_kill_at_every_step_of_a_task_counts_every_answer_once(app: Path, tmp_path: Path) -> None:
-    steps = ("received", "before-commit", "after-commit", "before-send", "after-send", "settled")
+    steps = ("before-begin", "before-commit", "after-commit", "before-send", "after-send", "after-settle")
     rounds = 2 * len(steps) + 2
     with SuperLinkProcess(tmp_path / "link", "subprocess") as link:
         node = NodeProcess(tmp_path / "1", link.fleet, 1, settings_of(tmp_path / "1"))
         name = submit(link, app, 1, rounds=rounds)
         with ControlClient(link.control) as control:
             for step in steps:
-                node.start(failpoint=f"{step}:2")
+                node.arm(f"node.{step}")
+                node.start()
                 assert node.process.wait(60) == -signal.SIGKILL, node.output
                 assert control.show(name).state == "running"
         node.start()
@@ -161,6 +163,12 @@ def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
         return told.stderr.splitlines()[-1]
 
     assert "give the node's --keys" in say()
+    command = [sys.executable, "-m", "privfed.cli.main", "supernode", "--insecure", "--node-id", "1"]
+    told = subprocess.run(
+        [*command, "--superlink", "link.example.org:7810"], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "link.example.org:7810 is another machine" in told.stderr
     assert "needs --node-id" in say("--insecure")
     assert "exclude each other" in say("--insecure", "--keys", "k", "--node-id", "1")
     assert "go with --isolation external" in say("--insecure", "--node-id", "1", "--exec-socket", "x")

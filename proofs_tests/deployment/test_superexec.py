@@ -14,6 +14,7 @@ import pytest
 
 from privfed import ConfigRecord, Context, Message, RecordDict
 from privfed.runtime import superexec
+from privfed.runtime.app_process import Place
 from privfed.runtime.confinement import Limits
 from privfed.runtime.launcher import ProcessLauncher
 from privfed.runtime.superexec import ExecError, ExecHost, SuperExec
@@ -25,7 +26,8 @@ class Pair:
     """The node's side, and a superexec in a thread."""
 
     def __init__(self, folder: Path, limits: Limits | None = None, cap: Limits | None = None) -> None:
-        self.host = ExecHost(folder / "exec.sock", limits or Limits())
+        limits = limits or Limits(writable=(str(folder),))
+        self.host = ExecHost(folder / "exec.sock", limits)
         self.launcher = ProcessLauncher(folder / "work", limits, self.host.spawn, self.host.prepare, self.host.close)
         self.cap = cap
         self.faults: list[str] = []
@@ -89,6 +91,23 @@ def test_a_slow_app_is_killed_through_the_superexec(pair: Pair, app: Path, tmp_p
     worker.close()
 
 
+def test_a_launch_that_a_superexec_did_not_live_to_finish_is_asked_of_the_next(
+    pair: Pair, app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = superexec.start_process
+
+    def dies(*given: object) -> object:
+        monkeypatch.setattr(superexec, "start_process", real)
+        pair.superexec.close()
+        threading.Timer(0.3, pair.connect).start()
+        raise OSError("killed")
+
+    monkeypatch.setattr(superexec, "start_process", dies)
+    worker = pair.launcher.client(app, tmp_path / "log.txt")
+    assert worker.execute(ask(), Context(node_id=1)).content.metric_records["metrics"]["seen"] == 1
+    worker.close()
+
+
 def test_workers_end_with_their_superexec_and_the_next_one_goes_on(
     pair: Pair, app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -99,7 +118,6 @@ def test_workers_end_with_their_superexec_and_the_next_one_goes_on(
     eventually(lambda: not alive(pid) and pair.faults, 10)
     eventually(lambda: "the superexec is gone" in caplog.text, 10)
     pair.connect()
-    assert worker.execute(ask(), context).error.reason == "WorkerDied"
     assert worker.execute(ask(), context).content.metric_records["metrics"]["seen"] == 2
 
 
@@ -110,21 +128,40 @@ def test_workers_end_with_their_superexec_and_the_next_one_goes_on(
         json.dumps({"version": superexec.VERSION}),
         json.dumps(["token"]),
         "\x00\xff",
+        json.dumps({"token": "\ud800", "version": superexec.VERSION}),
+        "[" * 60_000,
+        '{"token": ' + "[" * 60_000,
     ],
 )
 def test_who_does_not_know_the_token_is_turned_away(pair: Pair, hello: str) -> None:
+    eventually(lambda: pair.host._ready)
     before = pair.host._connection
-    eventually(lambda: pair.host._connection is not None)
-    before = pair.host._connection
-    pair.superexec.close()  # the host serves one at a time
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
         stranger.settimeout(10)
         stranger.connect(str(pair.host.path))
         stranger.send(hello.encode())
         answer = stranger.recv(1 << 16)
         assert not answer or json.loads(answer)["ok"] is False
-    eventually(lambda: pair.host._connection is not before)
-    assert pair.host._connection is None
+    assert pair.host._connection is before
+    pair.superexec.close()
+    eventually(lambda: not pair.host._ready)
+    pair.connect()
+    eventually(lambda: pair.host._ready)  # whoever came before, the one who knows the token is let in
+
+
+def test_those_who_say_nothing_and_a_second_superexec_keep_nobody_out(pair: Pair) -> None:
+    eventually(lambda: pair.host._ready)
+    silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(40)]
+    for one in silent:
+        one.connect(str(pair.host.path))
+    with pytest.raises(ExecError, match="another superexec is connected"):
+        SuperExec(pair.host.path, pair.host._token).run()
+    pair.superexec.close()
+    eventually(lambda: not pair.host._ready)
+    pair.connect()
+    eventually(lambda: pair.host._ready, 5)
+    for one in silent:
+        one.close()
 
 
 def test_a_superexec_of_another_version_is_told_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,5 +213,5 @@ def test_a_superexec_caps_what_a_node_asks_for(app: Path, tmp_path: Path) -> Non
 
 def test_a_launch_that_fails_is_told_with_its_cause(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(ExecError, match="did not start a process: FileNotFoundError"):
-        pair.host.spawn(tmp_path / "nowhere", tmp_path / "log.txt")
+        pair.host.spawn(Place(tmp_path / "nowhere", tmp_path / "log.txt"))
     assert list((tmp_path / "work").iterdir()) == []

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privfed import ConfigRecord, Context, Message, RecordDict, run_simulation
+from privfed import ConfigRecord, Context, Message, RecordDict, failpoint, run_simulation
 from privfed.apps import CallNext
 from privfed.cli.node_mod import node_wrap
 from privfed.context import shared_settings
 from privfed.runtime import node_blob
 from privfed.runtime.app_folder import AppFolder
+from privfed.runtime.confinement import Limits
 from privfed.runtime.identity import SimulatedIdentities
 from privfed.runtime.launcher import InlineLauncher, Launcher, ProcessLauncher
 from privfed.runtime.link import LinkGrid
@@ -29,7 +30,7 @@ from proofs_tests.deployment import odd_app
 from proofs_tests.deployment.paper_fleet import RUN, PaperFleet, PaperLink
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-STEPS = ("received", "before-commit", "after-commit", "before-send", "after-send", "settled")
+STEPS = ("before-begin", "before-commit", "after-commit", "before-send", "after-send", "after-settle")
 
 
 class Killed(BaseException):
@@ -78,7 +79,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Callable[[], Launcher]:
-    return lambda: ProcessLauncher(tmp_path / "work")
+    return lambda: ProcessLauncher(tmp_path / "work", Limits(writable=(str(tmp_path),)))
 
 
 def grid_of(paper: PaperLink) -> LinkGrid:
@@ -224,13 +225,15 @@ def test_a_kill_at_any_step_loses_nothing_and_runs_nothing_twice(step: str, app:
                 raise Killed
 
     config = {"journal": str(journal)}
-    place.start(failpoint=point, node_config=config)
+    failpoint.install(point)
+    place.start(node_config=config)
     replies = exchange(paper)
     grid = grid_of(paper)
     (message_id,) = grid.push_messages(ask(grid))
     deadline = time.monotonic() + 10
     while len(reached) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    failpoint.install(None)
     place.stop()
     place.start(node_config=config)
     assert grid.wait([message_id], 20)
@@ -361,9 +364,11 @@ def test_a_task_that_takes_too_long_is_an_error_and_the_node_goes_on(
         assert [seen(reply) for reply in exchange(paper)] == [1]
         (reply,) = exchange(paper, "query.sleep")
         assert (reply.error.code, reply.error.reason) == (2, "TimeoutError")
+        assert [seen(reply) for reply in exchange(paper)] == [2]
+    with running(Place(paper, 1, tmp_path / "node", processes), node_config=config):
         (reply,) = exchange(paper, "query.die")
         assert (reply.error.code, reply.error.reason) == (2, "WorkerDied")
-        assert [seen(reply) for reply in exchange(paper)] == [2]
+        assert [seen(reply) for reply in exchange(paper)] == [3]
     paper.close()
 
 
