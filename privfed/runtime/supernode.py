@@ -34,6 +34,7 @@ from privfed.runtime.handshake import NetworkError
 from privfed.runtime.launcher import Launcher, Worker
 from privfed.runtime.node_store import Kept, NodeStore, Unsent
 from privfed.runtime.store import Lease, NodeState
+from privfed.runtime.taken import note_taken, taken_up
 
 logger = logging.getLogger("privfed.node")
 T = TypeVar("T")
@@ -289,11 +290,15 @@ class _Lane(threading.Thread):
                 raise
             logger.error("run %d: its app does not run here: %s", self._run_id, fault)
             return _refusal(message, fault), None
-        before = kept.app.copy().mods
-        mods = dict(kept.app.mods)
+        began = taken_up(kept.app, kept.mods, message, task.began, task.commit)
+        before = began.copy().mods
+        mods = dict(began.mods)
+        ran = False
 
         def call(asked: Message, context: Context) -> Message:
             """Run the app with a context of its own: what the node's mods keep is not in it."""
+            nonlocal ran
+            ran = True
             inner = replace(context, mod_states=mods)
             answer = worker.execute(asked, inner, self._seconds(task))
             context.state = inner.state
@@ -302,13 +307,16 @@ class _Lane(threading.Thread):
             return answer
 
         app = options.wrap(call) if options.wrap is not None else call
-        lease = Lease(task.token, message, NodeState(kept.app.app, kept.mods), task.expires_at)
+        lease = Lease(task.token, message, NodeState(began.app, kept.mods), task.expires_at)
         given = dict(grant.run_config), grant.seed, options.identity, grant.bundle, tuple(grant.nodes)
         assignment = Assignment(self._configure(grant), *given)
         reply, after = execute(app, lease, assignment, self._log)
         if after is None:
             return reply, None
-        return reply, Kept(NodeState(after.app, before if reply.has_error() else mods), after.mods)
+        state, own = NodeState(after.app, before if reply.has_error() else mods), dict(after.mods)
+        if ran and not reply.has_error():
+            note_taken(own, state, message, task.attempt)
+        return reply, Kept(state, own)
 
     def _seconds(self, task: Task) -> float:
         left = task.expires_at - time.time()

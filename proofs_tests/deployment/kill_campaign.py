@@ -8,7 +8,6 @@ same under secure aggregation and a privacy plan with seeded noise; the same wit
 
 Recovery is the time from the kill to the run's next committed round; whatever was killed and has no launcher of its
 own is started again at once. It contains the start of Python, the nodes' pauses before they connect, and the round.
-Under secure aggregation the app keeps no state: docs/isolation.md says what may become of that.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ def train(message, context):
     kept = context.state.get("kept", ArrayRecord([np.zeros(40)])).to_numpy_ndarrays()[0]
     (weight,) = message.content["arrays"].to_numpy_ndarrays()
     kept = kept * 0.5 + 0.1 * np.tanh(weight) + context.rng("train").random(40)
-    if not PRIVATE:
-        context.state["kept"] = ArrayRecord([kept])
+    context.state["kept"] = ArrayRecord([kept])
     arrays = ArrayRecord([weight + 0.1 * kept + 0.01 * context.node_config["partition-id"]])
     return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
 
