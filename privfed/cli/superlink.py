@@ -78,6 +78,7 @@ def superlink(
     from privfed.runtime.credentials import Credentials, require_tls_1_3
 
     require_tls_1_3()
+    failpoint.take_up("superlink")
     from privfed.runtime.run_folder import home as default_home
     from privfed.runtime.superlink import SuperLinkOptions
 
@@ -86,7 +87,6 @@ def superlink(
     if (token_control is None) != (oidc is None):
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
     configure(log_format, debug=debug)
-    failpoint.take_up("superlink")
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
         home=place,
@@ -103,11 +103,16 @@ def superlink(
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
-    tenure = None
+    _serve_in_turn(options, shared, lease_seconds, isolation)
+
+
+def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds: float, isolation: str) -> None:
+    """Serve, once it is this SuperLink's turn if several share the runs."""
+    tenure, keys = None, options.credentials.folder if options.credentials is not None else None
     if shared is not None:
         options, tenure = _take_turn(options, shared, lease_seconds)
     try:
-        asyncio.run(_serve(options, _launcher(isolation, place, options.state or place, keys)))
+        asyncio.run(_serve(options, _launcher(isolation, options.home, options.state or options.home, keys)))
     finally:
         if tenure is not None:
             tenure.resign()

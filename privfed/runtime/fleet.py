@@ -224,10 +224,7 @@ class FleetClient:
 
     def ended(self) -> list[int]:
         """Return the runs that ended since the last call."""
-        found = []
-        while not self._ended.empty():
-            found.append(self._ended.get())
-        return found
+        return [self._ended.get() for _ in range(self._ended.qsize())]
 
     def close(self) -> None:
         """Close the connection; whoever waits is released."""
@@ -333,8 +330,7 @@ class FleetClient:
         if held is None or version <= held.trust.roster.version:
             return
         call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(_SERVICE + "Roster")
-        query = pack(RosterQuery(version=held.trust.roster.version))
-        document = bytearray()
+        query, document = pack(RosterQuery(version=held.trust.roster.version)), bytearray()
         with around("download"):
             for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
                 document += piece
@@ -383,24 +379,24 @@ class FleetClient:
     def _download(self, parts: list[Part], going: Callable[[], bool] = lambda: True) -> None:
         """Fetch what is not here yet. going: whether it is still wanted, which a reconnect may change."""
 
+        def keep(frame: bytes) -> None:
+            self._blobs.add(*read_chunk(frame))
+
         def transfer() -> None:
             with self._downloading:  # what two tasks want is fetched once
                 missing = [part for part in parts if going() and part.digest not in self._blobs]
                 if not missing:
                     return
                 have = {part.digest: self._blobs.arrived(part.digest) for part in missing}
-                want = wanted(missing, have)
+                want, channel = wanted(missing, have), self._line.channel
                 with around("download"):
                     if self._version >= ACKNOWLEDGED:
-                        acknowledged: grpc.StreamStreamMultiCallable[bytes, bytes]
-                        acknowledged = self._line.channel.stream_stream(_SERVICE + "Fetch")
-                        fetch(acknowledged, self._greeting, want, lambda frame: self._blobs.add(*read_chunk(frame)))
+                        fetch(channel.stream_stream(_SERVICE + "Fetch"), self._greeting, want, keep)
                         return
-                    old: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(
-                        _SERVICE + "Download"
-                    )
+                    old: grpc.UnaryStreamMultiCallable[bytes, bytes]
+                    old = channel.unary_stream(_SERVICE + "Download")
                     for frame in old(pack(want), metadata=self._greeting):
-                        self._blobs.add(*read_chunk(frame))
+                        keep(frame)
 
         self._patiently(transfer)
 
@@ -419,9 +415,8 @@ class FleetClient:
                 if acknowledged:
                     send(self._line.channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
                 else:
-                    old: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._line.channel.stream_unary(
-                        _SERVICE + "Upload"
-                    )
+                    old: grpc.StreamUnaryMultiCallable[bytes, bytes]
+                    old = self._line.channel.stream_unary(_SERVICE + "Upload")
                     old(frames(), metadata=self._greeting)
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:

@@ -93,6 +93,7 @@ class MemoryStore:
                     self._end_lease(task.token)
             run.tasks.clear()
             run.replies.clear()
+        if state == "completed":
             for token in run.counted:
                 self._counted.pop(token, None)
             run.counted.clear()

@@ -125,6 +125,7 @@ class SqlStore:
             work.do(runs.update().where(runs.c.run_id == run_id).values(state=state, reason=reason))
             if state != "running":
                 work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(tasks.c.run_id == run_id))])
+            if state == "completed":
                 work.do(counted.delete().where(counted.c.run_id == run_id))
 
     def nodes(self, run_id: int) -> Sequence[int]:

@@ -95,7 +95,10 @@ class Store(Protocol):
         ...
 
     def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
-        """Change a run's state; when it ends, its tasks and its replies that nobody pulled are dropped."""
+        """Change a run's state; when it ends, its tasks and its replies that nobody pulled are dropped.
+
+        What was counted is forgotten when the run is completed: one that failed or stopped may go on.
+        """
         ...
 
     def nodes(self, run_id: int) -> Sequence[int]: ...
@@ -114,7 +117,11 @@ class Store(Protocol):
         ...
 
     def holder(self, token: str) -> Holder | None:
-        """Return whose lease this is or, until its run ends, whose counted reply; None when it was lost."""
+        """Return whose lease this is or, until its run is completed, whose counted reply; None when it was lost.
+
+        A run that is attempted again still knows what it counted: a node that did not hear so would undo what is in a
+        committed round.
+        """
         ...
 
     def release(self, node_id: int, holding: Collection[str] = ()) -> int:

@@ -49,6 +49,10 @@ def test_a_token_names_its_node_until_it_is_lost_and_says_whether_it_counted(sto
     assert store.holder(lease.token) == Holder(RUN, 2, message_id, True)
     store.pull(RUN, [message_id])
     assert store.holder(lease.token) == Holder(RUN, 2, message_id, True)
+    # Attempted again: who did not hear that it was counted must hear it then, or would undo what is in a round.
+    store.set_run_state(RUN, "stopped")
+    store.set_run_state(RUN, "running")
+    assert store.holder(lease.token) == Holder(RUN, 2, message_id, True)
     store.set_run_state(RUN, "completed")
     assert store.holder(lease.token) is None
 
