@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.handshake import connect, read_addresses
 
 PROBE_SECONDS = 3.0
+PATIENCE_SECONDS = 30.0
+"""Longer than the term of a SuperLink that died, in which no other one serves yet."""
 
 
 class Line:
@@ -38,8 +42,9 @@ class Line:
             before.close()
 
     def settle(self) -> bool:
-        """Go to an address that answers; return whether there is one. Where there is but one, say so unseen."""
-        for _ in self._addresses if self.has_others else ():
+        """Go to an address that answers, in a while at most; return whether there is one. One alone is taken unseen."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while self.has_others and time.monotonic() < end:
             try:
                 grpc.channel_ready_future(self.channel).result(timeout=PROBE_SECONDS)
             except grpc.FutureTimeoutError:

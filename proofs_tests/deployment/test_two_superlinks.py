@@ -173,7 +173,8 @@ def test_a_term_that_is_over_commits_nothing(tmp_path: Path) -> None:
     store.create_run(1, [1])
     (folder / "runs").mkdir()
     first._over.set()  # it renews no more, as one that is frozen
-    blocked = open_database(first.url).connect()  # and it holds a transaction open
+    frozen = open_database(first.url)
+    blocked = frozen.connect()  # and it holds a transaction open
     first.fence(blocked)
     second = Tenure(url, "second", 1.0)
     began = time.monotonic()
@@ -191,6 +192,9 @@ def test_a_term_that_is_over_commits_nothing(tmp_path: Path) -> None:
     assert [run.run_id for run in successor.runs()] == [1]
     for one in (store, successor):
         one.close()
+    blocked.invalidate()
+    frozen.dispose()
+    first.resign()  # of a term that is over: nobody is turned out by it
     second.resign()
     third = Tenure(url, "third", 60.0)
     assert third.await_turn() == 3  # at once: the second let go
