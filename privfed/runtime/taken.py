@@ -34,7 +34,8 @@ def taken_up(
         return app
     if commit < number and session_of(message) != session:
         return app
-    return unpack_states(mods[STATE]).get(0, NodeState())
+    # Nothing kept is no record at all, and does not come back from the disk.
+    return unpack_states(mods.get(STATE, RecordDict())).get(0, NodeState())
 
 
 def note_taken(mods: dict[str, RecordDict], app: NodeState, message: Message, attempts: int) -> None:
