@@ -18,6 +18,9 @@ from privfed.errors import AppError
 if TYPE_CHECKING:
     from privfed.runtime.confinement import Limits
 
+RETRY_SECONDS = 0.25
+"""An attempt is one call on a local socket, and a run may be waiting for it."""
+
 
 @click.command()
 @click.option("--connect", required=True, metavar="unix:PATH", help="The socket that the node or server waits at.")
@@ -67,4 +70,4 @@ def _serve(path: Path, token_file: Path, cap: Limits) -> None:
             if str(fault) != told:
                 told = str(fault)
                 logging.getLogger("privfed.exec").warning("%s; trying again", told)
-            time.sleep(1.0)
+            time.sleep(RETRY_SECONDS)

@@ -15,6 +15,8 @@ POSTGRES = "postgresql+psycopg://"
 # Whoever holds this lock in PostgreSQL writes alone, as whoever holds SQLite's write lock does.
 _WRITER = 0x7072_6976_6665_6401
 _MIGRATOR = _WRITER + 1
+NEWEST = "0002"
+"""The newest of the migrations."""
 
 
 class DatabaseError(PrivfedError):
@@ -90,6 +92,8 @@ def alone(engine: sql.Engine) -> Iterator[sql.Connection]:
 
 def _migrate(engine: sql.Engine) -> None:
     """Bring the tables to this version, once, whoever else opens the database."""
+    if _version(engine) == NEWEST:
+        return  # nobody waits for a library that has nothing to do
     from alembic.config import Config
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
@@ -112,6 +116,15 @@ def _migrate(engine: sql.Engine) -> None:
 
             with Operations.context(context):
                 context.run_migrations()
+
+
+def _version(engine: sql.Engine) -> str | None:
+    """Return the last migration of a database; None for one that has none yet."""
+    with engine.begin() as connection:
+        if not sql.inspect(connection).has_table("alembic_version"):
+            return None
+        found = connection.execute(sql.text("SELECT version_num FROM alembic_version")).scalar()
+        return None if found is None else str(found)
 
 
 def _steps(scripts: Any) -> Any:

@@ -1,8 +1,8 @@
 """The node's side of the network: one outbound connection to a SuperLink, which pushes tasks over it.
 
 Whatever the network does, a caller sees tasks, replies that count exactly once, and time passing. The connection is
-made again by itself, after a pause that doubles up to `MAX_PAUSE` and is scattered, so that a restarted SuperLink is
-not met by all its nodes at once.
+made again by itself, after a pause that doubles up to `MAX_PAUSE` and is scattered, so that a SuperLink that refuses is
+not asked by all its nodes at once; one that could not be reached is asked as soon as it can be.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class FleetClient:
         return self._line.address
 
     def _stay_connected(self) -> None:
-        pause = _FIRST_PAUSE
+        pause, early = _FIRST_PAUSE, False
         longest = MAX_SWIFT_PAUSE if self._line.has_others else MAX_PAUSE
         while not self._closing.is_set():
             served = False
@@ -275,7 +275,7 @@ class FleetClient:
                     self._tasks.put(None)
                     return
             pause = _FIRST_PAUSE if served else min(longest, 2 * pause)
-            self._closing.wait(pause * (0.5 + secrets.randbelow(1000) / 1000))
+            early = self._line.rest(pause, self._closing, watching=not early)
             if not self._closing.is_set():
                 self._line.turn()
 

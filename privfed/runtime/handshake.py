@@ -33,6 +33,8 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 SWIFT_SECONDS = 4
 """Of silence, after which a peer that can be replaced is asked whether it lives; and to wait for what it says."""
 IDLE_SECONDS = 120
+RECONNECT_SECONDS = 2
+"""The longest pause, but for a fifth, between two attempts to reach a peer that cannot be reached."""
 
 
 _TRANSFER: list[tuple[str, int]] = [
@@ -120,7 +122,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_SECONDS * 1000),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
     ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
 
 import grpc
 
 from privfed.runtime.credentials import BearerToken, Credentials
-from privfed.runtime.handshake import connect, read_addresses
+from privfed.runtime.handshake import PERMANENT, connect, read_addresses
 
 PROBE_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0
 """Longer than the term of a SuperLink that died, in which no other one serves yet."""
+_HEALTH = "/grpc.health.v1.Health/Check"
 
 
 class Line:
@@ -40,6 +43,30 @@ class Line:
             self._turn += 1
             self._dial()
             before.close()
+
+    def rest(self, seconds: float, over: threading.Event, *, watching: bool) -> bool:
+        """Wait half to one and a half times so long; watching: no longer than until the peer can be reached.
+
+        over: ends the wait, once the channel is closed. Return whether the wait was cut short; whoever can be reached
+        and turns the caller away should not be watched next, but left in peace. With other addresses to try it is the
+        whole time always.
+        """
+        seconds *= 0.5 + secrets.randbelow(1000) / 1000
+        end = time.monotonic() + seconds
+        if watching and not self.has_others and self._await_peer(seconds):
+            return True
+        over.wait(max(0.0, end - time.monotonic()))
+        return False
+
+    def _await_peer(self, seconds: float) -> bool:
+        """Return whether the peer could be reached within a time; gRPC tries again and again, with pauses of its own."""
+        try:
+            self.channel.unary_unary(_HEALTH)(b"", timeout=seconds, wait_for_ready=True)
+        except grpc.RpcError as fault:
+            return fault.code() in PERMANENT  # it is there, and has no such service
+        except ValueError:  # the channel was closed
+            return False
+        return True
 
     def settle(self) -> bool:
         """Go to an address that answers, in a while at most; return whether there is one. One alone is taken unseen."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import grpc
 import pytest
 
 from privfed.runtime import fleet
 from privfed.runtime.blob import BlobError
-from privfed.runtime.fleet import FleetClient
+from privfed.runtime.fleet import FleetClient, FleetOptions
 from privfed.runtime.frame import Welcome
 from privfed.runtime.handshake import NetworkError
+from proofs_tests.deployment.local_link import LocalLink, eventually
+from proofs_tests.deployment.test_page import free_ports
 
 
 def test_a_welcome_ends_the_wait_of_every_caller_and_so_does_closing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +52,38 @@ def test_a_welcome_ends_the_wait_of_every_caller_and_so_does_closing(monkeypatch
         thread.join(5)
 
 
-def eventually(check: object) -> None:
-    deadline = time.monotonic() + 10
-    while not check():  # type: ignore[operator]  # a function
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_a_superlink_that_is_back_is_asked_as_soon_as_it_can_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "_FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(fleet, "MAX_PAUSE", 60.0)
+    (port,) = free_ports(1)
+    statuses: list[str] = []
+    client = FleetClient(f"127.0.0.1:{port}", None, 1, FleetOptions(on_status=statuses.append))
+    eventually(lambda: any("cannot be reached" in status for status in statuses))
+    time.sleep(0.5)  # it is in its pause now, of half a minute at the least
+    with LocalLink(tmp_path, fleet=f"127.0.0.1:{port}") as link:
+        eventually(lambda: link.link.dispatcher.sessions, 10)
+        client.close()
+
+
+def test_a_superlink_that_is_there_and_refuses_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "_FIRST_PAUSE", 0.4)
+    asked: list[float] = []
+
+    def refuse(request: object, context: grpc.ServicerContext) -> Iterator[bytes]:
+        asked.append(time.monotonic())
+        context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        yield b""
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    handlers = {"Session": grpc.stream_stream_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("privfed.Fleet", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    client = FleetClient(f"127.0.0.1:{port}", None, 1)
+    time.sleep(2.0)
+    client.close()
+    server.stop(None).wait()
+    # At once, once more because it can be reached, and then after pauses of 0.8 s, 1.6 s and so on at the least.
+    assert 2 <= len(asked) <= 6
