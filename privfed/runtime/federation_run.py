@@ -212,6 +212,7 @@ class FederationRun:
             return {} if server.is_empty() else {SERVER_NODE_ID: server.copy()}
 
         kept = self._patiently(lambda: self._begin(snapshot)).get(SERVER_NODE_ID)
+        self.folder.check_stop()  # one that was asked for while nobody was there to stop
         if kept is not None:
             context.state, context.mod_states = kept.app, kept.mods
         self._recorder = PatientRecorder(self.folder, self._patiently, self.began[-1])
@@ -231,7 +232,7 @@ class FederationRun:
         if self._link.run(self.run_id).state == "running":
             self._link.set_run_state(self.run_id, "stopped", "the ServerApp is started again")
         try:
-            kept = self.folder.begin(snapshot)
+            kept = self.folder.begin(snapshot, unasked=True)
             began = (*self._read_began(), self.folder.recorded_status.round)
             write_atomically(self.folder.path / "attempts", " ".join(map(str, began)).encode())
         except OSError:

@@ -167,10 +167,11 @@ class RunFolder:
         status.updated = time.time()
         write_atomically(self.path / "status.json", msgspec.json.encode(status))
 
-    def begin(self, snapshot: Snapshot | None = None) -> Mapping[int, NodeState]:
+    def begin(self, snapshot: Snapshot | None = None, *, unasked: bool = False) -> Mapping[int, NodeState]:
         """Mark the run as running in this process, forget an old request to stop, and take up where it was.
 
         snapshot: gives the node states to keep with each commit. Returns those of the newest checkpoint.
+        unasked: it goes on by itself, after a crash, so that a request to stop stays in force.
         Raises RunFolderError when the run is completed, another process has it, or the checkpoint is damaged.
         """
         found = self._checkpoints().read()
@@ -178,7 +179,8 @@ class RunFolder:
         if status.state == "completed":
             raise RunFolderError(f"the run in {self.path} is completed: there is nothing left to do")
         self._take_lock()
-        (self.path / "stop").unlink(missing_ok=True)
+        if not unasked:
+            (self.path / "stop").unlink(missing_ok=True)
         self._snapshot = snapshot
         last = found[0].round if found else 0
         self.set_status(Status("running", "", last, status.started, process=os.getpid()))
@@ -254,8 +256,12 @@ class RunFolder:
         status = self._read("status.json", Status)
         status.round = checkpoint.round
         self.set_status(status)
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise RunStopped when a stop was asked for."""
         if (self.path / "stop").exists():
-            raise RunStopped(f"stopped after round {checkpoint.round}, as asked")
+            raise RunStopped(f"stopped after round {self.recorded_status.round}, as asked")
 
     def _write_metrics(self, rounds: Sequence[Mapping[str, object]]) -> None:
         lines = b"".join(msgspec.json.encode(_jsonable(metrics)) + b"\n" for metrics in rounds)

@@ -81,6 +81,13 @@ def test_a_superlink_killed_again_and_again_loses_nothing(tmp_path: Path, isolat
     assert sorted(recoveries)[int(0.95 * len(recoveries))] < RECOVERY_SECONDS
 
 
+def kill_workers(link: SuperLinkProcess) -> None:
+    """Kill the processes of server apps."""
+    tasks = Path(f"/proc/{link.pid}/task").iterdir()
+    for worker in [one for task in tasks for one in (task / "children").read_text().split()]:
+        os.kill(int(worker), signal.SIGKILL)
+
+
 def test_a_server_app_that_is_killed_is_started_again_where_it_was(tmp_path: Path) -> None:
     rounds = 80
     with SuperLinkProcess(tmp_path / "home", "subprocess") as link, nodes_at(link.fleet, 2):
@@ -88,13 +95,7 @@ def test_a_server_app_that_is_killed_is_started_again_where_it_was(tmp_path: Pat
             asked = Submission(open_app(EXAMPLES / "minimal"), {"num-rounds": str(rounds)}, seed=3, nodes=2)
             name = control.submit(asked).name
             eventually(lambda: control.show(name).round > 3)
-            workers = [
-                one
-                for task in Path(f"/proc/{link.pid}/task").iterdir()
-                for one in (task / "children").read_text().split()
-            ]
-            for worker in workers:
-                os.kill(int(worker), signal.SIGKILL)
+            kill_workers(link)
             reached = control.show(name).round
             eventually(lambda: control.show(name).round > reached + 1, RECOVERY_SECONDS)
             eventually(lambda: control.show(name).state == "completed", 60)
@@ -102,6 +103,26 @@ def test_a_server_app_that_is_killed_is_started_again_where_it_was(tmp_path: Pat
         assert "restarted: the process of the ServerApp ended" in (folder.path / "log.txt").read_text()
         found, expected = folder.restore(), undisturbed(rounds)
         assert found is not None and found.arrays == expected.arrays and found.metrics == expected.metrics
+
+
+@pytest.mark.parametrize("killed", ["superlink", "server app"])
+def test_a_stop_that_was_asked_for_before_a_crash_is_not_forgotten(tmp_path: Path, killed: str) -> None:
+    with SuperLinkProcess(tmp_path / "home", "subprocess") as link, ControlClient(link.control) as control:
+        with nodes_at(link.fleet, 2):
+            asked = Submission(open_app(EXAMPLES / "minimal"), {"num-rounds": "100000"}, seed=3, nodes=2)
+            folder = RunFolder.open(tmp_path / "home" / "runs" / control.submit(asked).name)
+            eventually(lambda: folder.recorded_status.round > 3)
+        eventually(lambda: not any(row.connected for row in control.nodes()))
+        control.stop(folder.name)  # no round ends any more, so it stops only when it goes on
+        if killed == "superlink":
+            link.kill()
+            link.start()
+        else:
+            kill_workers(link)
+        eventually(lambda: folder.recorded_status.state == "stopped", RECOVERY_SECONDS)
+        status, found = folder.recorded_status, folder.restore()
+        assert found is not None and status.round == found.round
+        assert status.reason == f"stopped after round {found.round}, as asked"
 
 
 def test_one_that_is_told_to_end_lets_go_of_its_runs_and_takes_them_up_again(tmp_path: Path) -> None:
