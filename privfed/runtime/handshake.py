@@ -25,8 +25,8 @@ NODE = "privfed-node"
 Metadata = tuple[tuple[str, str], ...]
 
 MAX_METADATA = 16 << 10
-MAX_STREAMS = 64
-USER_STREAMS = 16
+MAX_STREAMS = 16
+"""Calls at a time on one connection; more wait. What peers that are refused take of memory grows with it."""
 HANDSHAKE_SECONDS = 10
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
@@ -101,13 +101,13 @@ def is_loopback(address: str) -> bool:
         return host == "localhost" or address.startswith("unix:")
 
 
-def server_options(streams: int = MAX_STREAMS) -> list[tuple[str, int]]:
-    """Return what a listener allows, before it knows who calls. streams: calls at a time on one connection."""
+def server_options() -> list[tuple[str, int]]:
+    """Return what a listener allows, before it knows who calls."""
     return [
         *_TRANSFER,
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
-        ("grpc.max_concurrent_streams", streams),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
         ("grpc.http2.min_ping_interval_without_data_ms", SWIFT_SECONDS * 500),

@@ -59,9 +59,10 @@ class Line:
         return False
 
     def _await_peer(self, seconds: float) -> bool:
-        """Return whether the peer could be reached within a time; gRPC tries again and again, with pauses of its own."""
+        """Return whether the peer could be reached within a time; gRPC tries again and again, at a pace of its own."""
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self.channel.unary_unary(_HEALTH)
         try:
-            self.channel.unary_unary(_HEALTH)(b"", timeout=seconds, wait_for_ready=True)
+            call(b"", timeout=seconds, wait_for_ready=True)
         except grpc.RpcError as fault:
             return fault.code() in PERMANENT  # it is there, and has no such service
         except ValueError:  # the channel was closed

@@ -28,7 +28,7 @@ from privfed.runtime.federation import Federation
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.fleet_service import FleetLimits, FleetService
 from privfed.runtime.gate import Gate, TokenGate
-from privfed.runtime.handshake import MAX_STREAMS, USER_STREAMS, is_loopback, server_options
+from privfed.runtime.handshake import is_loopback, server_options
 from privfed.runtime.launcher import Launcher
 from privfed.runtime.monitor import Monitor
 from privfed.runtime.node_register import NodeRegister
@@ -156,8 +156,7 @@ class SuperLink:
         log.info("serving %s; %d runs go on", self.addresses, count)
 
     async def _listen(self, address: str, handlers: grpc.GenericRpcHandler, name: str, *, mutual: bool = True) -> str:
-        streams = MAX_STREAMS if name == "privfed.Fleet" else USER_STREAMS
-        server = grpc.aio.server(options=server_options(streams))
+        server = grpc.aio.server(options=server_options())
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         server.add_generic_rpc_handlers((handlers,))

@@ -34,6 +34,7 @@ from privfed.runtime.frame import (
 )
 from privfed.runtime.handshake import NetworkError, Refused, greeting
 from privfed.runtime.result import ResultFile, ResultPart, ResultQuery
+from proofs_tests.deployment.hostile_crowd import growths
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
 
 CALM = {
@@ -309,3 +310,8 @@ def test_half_open_connections_do_not_stop_the_others(link: LocalLink) -> None:
     assert threading.active_count() <= began + 8
     for stream in streams:
         stream.close()
+
+
+@pytest.mark.long
+def test_two_hundred_refused_peers_at_once_take_little_memory(tmp_path: Path) -> None:
+    assert max(growths(tmp_path, 200).values()) < 64 << 10

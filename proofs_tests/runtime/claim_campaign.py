@@ -48,9 +48,9 @@ class Claims:
     def summary(self) -> str:
         """Return the figures in a line."""
         return (
-            f"{self.claimed} claims of {self.pushed} tasks by {len(self.by)} processes ({', '.join(map(str, self.by))}) "
-            f"in {self.seconds:.0f} s: {self.twice} twice, {self.missing} missing, {self.answered} answers pulled; "
-            f"load {os.getloadavg()[0]:.1f}"
+            f"{self.claimed} claims of {self.pushed} tasks by {len(self.by)} processes in {self.seconds:.0f} s "
+            f"({', '.join(map(str, self.by))}): {self.twice} twice, {self.missing} missing, "
+            f"{self.answered} answers pulled; load {os.getloadavg()[0]:.1f}"
         )
 
 
