@@ -24,6 +24,8 @@ from privfed.protocols.errors import DecodeError
 from privfed.record import ArrayRecord, ConfigRecord, ConfigValue, MetricRecord, Record, RecordDict
 
 MAGIC = b"PFW1"
+ENVELOPE = 2
+"""Its place among the `parts` of a frame."""
 ALIGNMENT = 64
 MAX_TEXT = 1 << 24
 MAX_BYTES = 1 << 31
@@ -294,19 +296,26 @@ def dumps(value: Message | RecordDict) -> bytes:
     return b"".join(parts(value))
 
 
-def loads(frame: Buffer) -> Message | RecordDict:
-    """Read a frame; arrays view its memory, or a copy's when it could change. Raises WireError on anything else."""
+def envelope_of(frame: Buffer) -> memoryview:
+    """Return the envelope of a frame, which names the hash of every buffer in it. Raises WireError."""
     view = memoryview(frame).cast("B")
-    if not view.readonly:
-        view = memoryview(bytes(view))
     start = len(MAGIC) + 8
     if len(view) < start or bytes(view[: len(MAGIC)]) != MAGIC:
         raise WireError("not a frame: the magic string is missing")
     end = start + int.from_bytes(view[len(MAGIC) : start], "big")
     if end > len(view):
         raise WireError("the frame ends inside its envelope")
+    return view[start:end]
+
+
+def loads(frame: Buffer) -> Message | RecordDict:
+    """Read a frame; arrays view its memory, or a copy's when it could change. Raises WireError on anything else."""
+    view = memoryview(frame).cast("B")
+    if not view.readonly:
+        view = memoryview(bytes(view))
+    envelope = envelope_of(view)
     found: dict[bytes, memoryview] = {}
-    at = end
+    at = len(MAGIC) + 8 + len(envelope)
 
     def fetch(digest: bytes, size: int) -> Buffer:
         nonlocal at
@@ -318,7 +327,7 @@ def loads(frame: Buffer) -> Message | RecordDict:
             at = first + size
         return found[digest]
 
-    value = _decode(view[start:end], fetch)
+    value = _decode(envelope, fetch)
     if at != len(view):
         raise WireError(f"{len(view) - at} bytes follow the end of the frame")
     return value

@@ -22,7 +22,7 @@ from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies.guard import limit
 from privfed.strategies.metric import metrics_of
 from privfed.strategies.view import Float64s, Updates
-from privfed.update import BLOCK, blocks
+from privfed.update import BLOCK, parts
 
 WIDTH = 8192
 
@@ -91,14 +91,19 @@ class NormFold:
         self._norms: list[float] = []
         self._sources: list[int] = []
         self._squares = 0.0
+        # Room for a block each, taken once: given back and taken again, its pages would be cleared every time.
+        self._rooms = np.empty(BLOCK), np.empty(BLOCK)
 
     def add(self, source: int, arrays: ArrayRecord, weight: float, *, update: bool) -> None:
         """Take in a checked reply."""
         square = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
             for name, base in self._model.items():
-                for (_, block), (_, old) in zip(blocks(arrays[name]), blocks(base), strict=True):
+                for given, received in zip(parts(arrays[name]), parts(base), strict=True):
+                    block, old = (room[: given.size] for room in self._rooms)
+                    np.copyto(block, given)
                     if not update:
+                        np.copyto(old, received)
                         block -= old
                     square += float(block @ block)
         self._norms.append(math.sqrt(square))

@@ -50,8 +50,10 @@ class MeanFold:
                 mean = self._sum[place : place + block.size]
                 if self._absolute:
                     # sum(w x) - W received = sum(w (x - received)); in float64 this loses 2^-53 of the weights' size.
+                    part = self._buffer[: block.size]
                     with np.errstate(over="ignore", invalid="ignore"):
-                        mean -= np.multiply(block, self._absolute, dtype=np.float64)
+                        np.multiply(block, self._absolute, out=part, dtype=np.float64)
+                        mean -= part
                 mean /= self.weight
                 let_go(mean)
                 place += block.size

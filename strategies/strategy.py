@@ -12,7 +12,7 @@ import numpy as np
 from privfed.array import Array
 from privfed.errors import PlanRefused, QuorumError, RunFailed
 from privfed.grid import Checkpoint, Grid
-from privfed.mapped import file_of, let_go, zeros
+from privfed.mapped import let_go, zeros_in_file
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
@@ -420,11 +420,11 @@ def add_update(arrays: ArrayRecord, update: Float64s) -> ArrayRecord:
     """
     given = split(update, arrays)
     sizes = {name: array.nbytes + -array.nbytes % _ALIGNMENT for name, array in arrays.items()}
-    together = zeros(sum(sizes.values()), np.uint8)  # one file for all, where there is one
-    apart = file_of(together) is None
+    together = zeros_in_file(sum(sizes.values()), np.uint8)  # one file for all, where it is large
     moved, start = {}, 0
     for name, array in arrays.items():
-        place = np.empty(array.nbytes, np.uint8) if apart else together[start : start + array.nbytes]
+        size = array.nbytes
+        place = np.empty(size, np.uint8) if together is None else together[start : start + size]
         moved[name] = _add(name, array, given[name].reshape(-1), place.data)
         start += sizes[name]
     return ArrayRecord(moved)

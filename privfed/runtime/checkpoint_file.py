@@ -1,6 +1,7 @@
 """Checkpoints on disk: a committed round, and what the nodes kept when it was committed.
 
-checkpoint file = b"PFC1" zeros(28) sha256(frame)(32) frame
+checkpoint file = b"PFC2" zeros(28) sha256(envelope)(32) frame      the envelope names the hashes of all arrays
+                | b"PFC1" zeros(28) sha256(frame)(32) frame         as they were written before, and are still read
 round-00003.pfw          model, strategy state and metrics; names the hash of the node states that belong to it
 round-00003.states.pfw   what nodes (and under id 0 the server app) keep; written first, absent when empty
 """
@@ -22,7 +23,7 @@ from privfed.record import ConfigRecord, ConfigValue, Record, RecordDict
 from privfed.runtime.disk import sync_folder, write_atomically
 from privfed.runtime.store import NodeState, pack_states, unpack_states
 
-MAGIC = b"PFC1"
+MAGIC, MAGIC_1 = b"PFC2", b"PFC1"
 _HEAD = 64
 
 
@@ -174,23 +175,24 @@ def _plain(value: Any) -> object:
 
 def _write(path: Path, records: RecordDict) -> bytes:
     parts = wire.parts(records)
-    state = hashlib.sha256()
-    for part in parts:
-        for piece in pieces(part):
-            state.update(piece)
-    digest = state.digest()
-    write_atomically(path, [MAGIC + bytes(_HEAD - len(MAGIC) - len(digest)) + digest, *parts])
+    digest = hashlib.sha256(parts[wire.ENVELOPE]).digest()
+    write_atomically(path, [_head(MAGIC, digest), *parts])
     return digest
+
+
+def _head(magic: bytes, digest: bytes) -> bytes:
+    return magic + bytes(_HEAD - len(magic) - len(digest)) + digest
 
 
 def _read(path: Path, expected: bytes | None = None) -> RecordDict:
     data = read_file(path)
     head, frame = bytes(data[:_HEAD]), data[_HEAD:]
     state = hashlib.sha256()
-    for piece in pieces(frame):
+    magic = MAGIC_1 if head.startswith(MAGIC_1) else MAGIC
+    for piece in pieces(frame if magic == MAGIC_1 else wire.envelope_of(frame)):
         state.update(piece)
     digest = state.digest()
-    if head != MAGIC + bytes(_HEAD - len(MAGIC) - len(digest)) + digest:
+    if head != _head(magic, digest):
         raise WireError("its hash does not match its content")
     if expected is not None and digest != expected:
         raise WireError("it belongs to another checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -171,6 +172,33 @@ def test_a_damaged_checkpoint_is_named_and_says_where_to_go_on(folder: RunFolder
     assert folder.restore() == checkpoint(1)
     assert len(folder.rounds) == 1
     folder.end("stopped")
+
+
+def test_a_checkpoint_of_the_older_format_is_read_and_its_damage_is_seen(folder: RunFolder) -> None:
+    folder.begin()
+    folder.commit(checkpoint(1))
+    path = folder.path / "checkpoints" / "round-00001.pfw"
+    frame = path.read_bytes()[64:]
+    older = b"PFC1" + bytes(28) + hashlib.sha256(frame).digest() + frame
+    path.write_bytes(older)
+    assert folder.restore() == checkpoint(1)
+    for place in range(0, len(older), 7):
+        path.write_bytes(older[:place] + bytes((older[place] ^ 1,)) + older[place + 1 :])
+        with pytest.raises(RunFolderError, match="damaged"):
+            folder.restore()
+    folder.end("failed")
+
+
+def test_every_byte_of_a_checkpoint_counts(folder: RunFolder) -> None:
+    folder.begin()
+    folder.commit(checkpoint(1))
+    path = folder.path / "checkpoints" / "round-00001.pfw"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :])
+        with pytest.raises(RunFolderError, match="damaged"):
+            folder.restore()
+    folder.end("failed")
 
 
 def test_a_missing_or_exchanged_states_file_is_damage(folder: RunFolder) -> None:

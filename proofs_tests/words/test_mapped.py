@@ -112,6 +112,7 @@ from privfed import Array, ArrayRecord, mapped
 from privfed.strategies.fold import MeanFold
 from privfed.strategies.strategy import add_update
 from privfed.update import check_arrays
+mapped.LARGE = 1 << 24  # a sixteenth, as the models are
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
