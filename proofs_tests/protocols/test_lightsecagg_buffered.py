@@ -20,8 +20,9 @@ from privfed.protocols.lightsecagg.messages import Advertisement
 from privfed.protocols.session import Buffer, Policy
 
 TERMS = BufferTerms(
-    run=7, nodes=(1, 2, 3, 4, 5), dimension=9, bits=32, threshold=4, privacy=1, weights=(8, 4, 2), goal=3
-)
+    run=7, nodes=(1, 2, 3, 4, 5), dimension=9, bits=32, threshold=4, privacy=1, weights=(8, 4, 2), goal=3,
+    per_version=1,
+)  # fmt: skip
 BINDINGS = {version: bytes([version]) * 32 for version in range(40)}
 
 
@@ -308,6 +309,8 @@ def test_a_wrong_share_sum_is_noticed_when_more_than_the_threshold_answer() -> N
         ({"goal": 1}, "goal"),
         ({"nodes": (2, 1, 3, 4, 5)}, "nodes"),
         ({"bits": 65}, "bits"),
+        ({"per_version": 0}, "per_version"),
+        ({"per_version": 4}, "per_version"),
     ],
 )
 def test_terms_that_cannot_be_safe_are_refused(change: dict[str, object], name: str) -> None:
@@ -487,3 +490,39 @@ def test_weights_far_apart_would_be_digits_of_the_sum() -> None:
     for weights in ((1, 257), (1 << 16, 1), (2, 513)):
         with pytest.raises(LocalError, match="factor of 256"):
             replace(TERMS, weights=weights)
+
+
+def test_a_server_that_makes_a_model_up_for_every_node_does_not_learn_its_update() -> None:
+    """Node 1 trains, 2 and 3 are given models without a gradient under other versions: the sum would be 1's update."""
+    dead = np.zeros(9, np.uint32)
+    for terms in (TERMS, replace(TERMS, per_version=None), replace(TERMS, per_version=2)):
+        run = Run(terms)
+        run.contribute(1, 3)
+        run.contribute(2, 4, dead)
+        run.contribute(3, 5, dead)
+        if terms.alike == 1:
+            np.testing.assert_array_equal(run.buffer(5).total, expected({1: 3}, 5))
+            continue
+        assert not run.server.ready(5)
+        with pytest.raises(TooFewSurvivors):
+            run.server.begin(5)
+        run.server._terms = replace(terms, per_version=1)
+        assert refusal(run, run.server.begin(5)[5]) == "lonely-version"
+
+
+def test_an_update_alone_in_its_version_waits_for_company_and_not_for_ever() -> None:
+    run = Run(replace(TERMS, goal=3, privacy=0, per_version=None))
+    for node, version in ((1, 5), (2, 5), (3, 5), (4, 4)):
+        run.contribute(node, version)
+    found = run.buffer(5)
+    assert found.weights == {1: 8, 2: 8, 3: 8}
+    assert run.server.waiting == {4: 4}, "it has a weight for one version more"
+    for node in (1, 2, 3):
+        run.contribute(node, 6)
+    run.contribute(5, 4)
+    assert run.buffer(6).weights == {1: 8, 2: 8, 3: 8, 4: 2, 5: 2}
+    run.contribute(5, 5)
+    for node in (1, 2, 3):
+        run.contribute(node, 8)
+    assert run.buffer(8).weights == {1: 8, 2: 8, 3: 8}
+    assert run.server.waiting == {}, "it has a weight in no buffer to come"

@@ -70,9 +70,13 @@ class BufferedServer:
         return {node: c.entry.version for node, c in sorted(self._waiting.items())}
 
     def ready(self, current: int) -> bool:
-        """Whether enough updates have a weight at this version of the model."""
-        fresh = sum(self._terms.weight(current, version) > 0 for version in self.waiting.values())
-        return fresh >= self._terms.goal
+        """Whether enough updates have a weight at this version of the model, and company in theirs."""
+        return len(self._usable(current)) >= self._terms.goal
+
+    def _usable(self, current: int) -> dict[int, _Contribution]:
+        fresh = {n: c for n, c in sorted(self._waiting.items()) if self._terms.weight(current, c.entry.version)}
+        alone = self._terms.alone(c.entry.version for c in fresh.values())
+        return {node: c for node, c in fresh.items() if c.entry.version not in alone}
 
     def _read(self, node: int, message: Buffer, kind: int, read: Callable[[Reader], T]) -> T:
         try:
@@ -129,21 +133,18 @@ class BufferedServer:
     def begin(self, current: int) -> dict[int, Buffer]:
         """Close a buffer at this version of the model; returns what each node is asked to confirm.
 
-        Updates too stale to have a weight are dropped. Raises TooFewSurvivors when fewer than `goal` remain, and
-        then nothing is dropped.
+        Updates too stale to have a weight are dropped, and those alone in their version wait. Raises TooFewSurvivors
+        when fewer than `goal` remain, and then nothing is dropped.
         """
         if current <= self._current:
             raise LocalError(f"version must exceed {self._current}, that of the last buffer; got {current}")
-        usable = {
-            node: self._waiting[node]
-            for node in sorted(self._waiting)
-            if self._terms.weight(current, self._waiting[node].entry.version)
-        }
+        usable = self._usable(current)
         if len(usable) < self._terms.goal:
             raise TooFewSurvivors(len(usable), self._terms.goal, "buffer")
         self._current, self._buffer = current, usable
-        ahead = {n: c for n, c in self._waiting.items() if c.entry.version > current}
-        self._waiting, self._signed, self._sums = ahead, {}, None
+        oldest = current + 2 - len(self._terms.weights)  # what is older has no weight in any later buffer
+        left = {n: c for n, c in self._waiting.items() if n not in usable and c.entry.version >= oldest}
+        self._waiting, self._signed, self._sums = left, {}, None
         request = messages.sealed(buffered.BUFFER, self._digest, listing(current, self._entries))
         return dict.fromkeys(sorted(self._keys), request)
 

@@ -10,7 +10,8 @@ nodes are in the buffer and how stale they are; no privacy amplification follows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,6 +39,9 @@ class BufferTerms:
     """What is fixed for a run. weights: by staleness; an update older than the table is refused. goal: buffer size.
 
     nodes: ascending ids. Updates live in Z_2^bits: weight * update, summed over a buffer, must not wrap around.
+    per_version: updates of a version that a buffer holds if it holds any; None: privacy + 2. A server that makes models
+    up could else give every node a version of its own, all but one without a gradient, and the sum would be one update.
+    1 trusts the server to send the models it says.
     """
 
     run: int
@@ -48,6 +52,7 @@ class BufferTerms:
     privacy: int
     weights: tuple[int, ...] = (1,)
     goal: int = 2
+    per_version: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.nodes)
@@ -68,10 +73,21 @@ class BufferTerms:
                 f"goal must be at least privacy + 2 = {self.privacy + 2}: a buffer of {self.goal} updates may hold one "
                 f"honest node's and {self.goal - 1} that collude with the server"
             )
+        if not 1 <= self.alike <= self.goal:
+            raise LocalError(f"per_version must be between 1 and the goal of {self.goal}, got {self.per_version}")
         Code(n, self.threshold, self.privacy, self.bits)
 
+    @property
+    def alike(self) -> int:
+        """Updates of a version that a buffer holds if it holds any."""
+        return self.privacy + 2 if self.per_version is None else self.per_version
+
+    def alone(self, versions: Iterable[int]) -> set[int]:
+        """Return the versions of which there are too few for a buffer."""
+        return {version for version, count in Counter(versions).items() if count < self.alike}
+
     def digest(self) -> bytes:
-        numbers = [self.run, self.dimension, self.bits, self.threshold, self.privacy, self.goal]
+        numbers = [self.run, self.dimension, self.bits, self.threshold, self.privacy, self.goal, self.alike]
         numbers += [len(self.weights), *self.weights]
         packed = b"".join(codec.u64(number) for number in numbers)
         return keys.digest(b"lightsecagg buffered terms", packed, codec.node_list(self.nodes))
@@ -323,13 +339,16 @@ class BufferedNode:
         return code.encode(secrets.mask(dimension, bits), noise, places)
 
     def _check_buffer(self, memory: Memory, context: bytes, current: int, entries: tuple[Entry, ...]) -> None:
-        """Refuse entries that are stale, opened before, unsigned, or of another model than their version was before."""
+        """Refuse entries that are stale, alone in their version, opened before, unsigned, or of another model."""
         peers = self._peers(memory.roster)
         bindings = dict(memory.models)
         if current <= memory.current:
             raise deviation("version-not-rising", f"a buffer at version {memory.current} was signed before")
         if len(entries) < max(self.terms.goal, self.policy.min_cohort, self.policy.min_survivors):
             raise deviation("cohort-too-small", f"the buffer holds {len(entries)} updates")
+        if alone := self.terms.alone(entry.version for entry in entries):
+            detail = f"fewer than {self.terms.alike} updates of version {min(alone)}: its model may be made for one node"
+            raise deviation("lonely-version", detail)
         for entry in entries:
             if entry.node not in peers:
                 raise deviation("foreign-node", f"node {entry.node} is not in the run")
