@@ -265,6 +265,8 @@ class _Session:
             raise
         # After the last stage nothing secret is needed again; the reply is, for a redelivery.
         over = stage.stage + 1 == len(protocol.stages)
+        if over and not self._mark and stage.protocol != BEACON:
+            raise SessionOutOfOrder("a sum would be opened over a model that this node was not shown")
         self._levels.answered(stage.keep, over=over)
         remembered: dict[str, ConfigValue] = {
             "number": stage.number,
@@ -359,8 +361,9 @@ class _Session:
         stage, message, kind = self._stage, self._message, self._stage.kind
         if not stage.with_input:
             raise SessionOutOfOrder("the protocol asks for the input at a stage that came without the instructions")
-        keys, shared = (stage.arrays_key, stage.weight_key), self._context.shared
-        if bind(message.content, stage.layout, kind, keys=keys, shared=shared) != stage.binding:
+        keys, group = (stage.arrays_key, stage.weight_key), message.metadata.group_id
+        told = bind(message.content, stage.layout, kind, keys=keys, shared=self._context.shared, group=group)
+        if told != stage.binding:
             raise BindingMismatch("the model, configuration or settings differ from what the session was opened for")
         inner = RecordDict({name: record for name, record in message.content.items() if not _is_session(name)})
         self._check_layout(inner)

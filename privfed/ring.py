@@ -282,22 +282,29 @@ class Decoded:
 
 
 def bind(
-    content: RecordDict, layout: Layout, kind: str, *, keys: tuple[str, str] = ("", ""), shared: bytes = b""
+    content: RecordDict,
+    layout: Layout,
+    kind: str,
+    *,
+    keys: tuple[str, str] = ("", ""),
+    shared: bytes = b"",
+    group: str = "",
 ) -> bytes:
     """Return H(model, shared configuration): 32 bytes that differ when any node is told anything else.
 
-    Covers every record of the content but those of the session itself, the layout, and the kind of message. keys: where
-    the model is in a message, and the weight in a reply. shared: hash of the run's settings (`Context.shared`).
+    Covers every record of the content but those of the session itself, in their order, the layout, and the kind of
+    message. keys: where the model is in a message, and the weight in a reply. shared: hash of the run's settings
+    (`Context.shared`). group: of the message that brings the content, where an app may read its round.
     """
-    state = hashlib.sha256(b"privfed binding v2\0")
+    state = hashlib.sha256(b"privfed binding v3\0")
 
     def put(*parts: bytes) -> None:
         for part in parts:
             state.update(len(part).to_bytes(8, "big"))
             state.update(part)
 
-    put(kind.encode(), repr(layout).encode(), *(key.encode() for key in keys), shared)
-    for name, record in sorted(content.items()):
+    put(kind.encode(), group.encode(), repr(layout).encode(), *(key.encode() for key in keys), shared)
+    for name, record in content.items():  # not sorted: an app may take the first record of a kind
         if name == SECURE or name.startswith(SECURE + "."):
             continue
         put(name.encode(), type(record).__name__.encode(), len(record).to_bytes(8, "big"))

@@ -272,6 +272,7 @@ class SecureStage(Stage):
                 exchange.kind,
                 keys=(exchange.arrays_key, exchange.weight_key or ""),
                 shared=exchange.grid.shared,
+                group=str(exchange.round),
             ),
         )
         if session != journal.pending:

@@ -90,7 +90,7 @@ class Federation:
         content.update(more)
         protocol: Protocol = self.protocol
         last = kind if kind_at is None else kind_at(INPUT_STAGE[type(protocol).__name__])
-        binding = bind(content, plan, last, keys=("arrays", self.weight_key), shared=self.shared)
+        binding = bind(content, plan, last, keys=("arrays", self.weight_key), shared=self.shared, group="1")
         facts = Session(RUN, number, kind, nodes, plan.size, plan.bits, binding)
         server = protocol.server(replace(facts, **told))
         refusals: set[str] = set()

@@ -294,6 +294,36 @@ def test_where_model_and_weight_are_is_bound(protocol: Any, key: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+def test_the_order_of_records_is_bound(protocol: Any) -> None:
+    """An app that takes the first ConfigRecord would train one node under another than the rest."""
+    lab = Federation(protocol)
+
+    def swap(content: RecordDict) -> None:
+        if "config" in content:
+            content["config"] = content.pop("config")
+
+    more = {"decoy": ConfigRecord({"lr": 0.0})}
+    assert lab.session(1, config={"lr": 1.0}, more=more, change=lambda stage: swap)[1] == {"BindingMismatch"}
+    assert lab.trained == 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+def test_the_group_of_the_message_is_bound(protocol: Any) -> None:
+    """Apps read their round there: one far behind or ahead of the rest could be the only one whose steps count."""
+    lab = Federation(protocol)
+    original = lab.ask
+
+    def later(message: Message) -> Message:
+        if message.metadata.dst_node_id != 1:
+            message.metadata = replace(message.metadata, group_id="1000000")
+        return original(message)
+
+    lab.ask = later  # type: ignore[method-assign]
+    assert lab.session(1)[1] == {"BindingMismatch"}
+    assert lab.trained == 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
 def test_a_node_with_other_settings_than_the_session_is_bound_to_gives_nothing(protocol: Any) -> None:
     lab = Federation(protocol)
     for context in lab.contexts.values():

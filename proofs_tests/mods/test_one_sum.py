@@ -101,6 +101,6 @@ def test_the_default_action_is_one_action_under_both_its_names(names: tuple[str,
 def test_the_binding_that_a_node_insists_on_holds_in_the_mod(protocol: Any) -> None:
     content = RecordDict({"arrays": model(0.0)})
     content["config"] = ConfigRecord({})
-    wanted = bind(content, Layout(32, 3, 4, 8.0, None, ()), "train", keys=("arrays", ""))
+    wanted = bind(content, Layout(32, 3, 4, 8.0, None, ()), "train", keys=("arrays", ""), group="1")
     assert Federation(protocol, Policy(binding=wanted)).session(1)[0].result is not None
     assert Federation(protocol, Policy(binding=bytes(32))).session(1)[1] == {"BindingMismatch"}

@@ -20,7 +20,7 @@ from privfed.message import Message
 from privfed.protocols import OneShot
 from privfed.protocols.beacon import ATTEMPTS
 from privfed.protocols.session import Drawn, Policy
-from privfed.record import ArrayRecord, MetricRecord, RecordDict
+from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.ring import SECURE
 from privfed.runtime.identity import SimulatedIdentities
 from privfed.strategies import FedAvg, GroupedStage, SecureStage
@@ -279,6 +279,24 @@ def test_members_without_input_open_one_sum_a_model_too() -> None:
 
     grid.change = another_model
     with pytest.raises(QuorumError, match="5 x stage send: POLICY_REFUSED BindingMismatch"):
+        start(grid, stage_of(), arrays=first.arrays)
+
+
+def test_a_member_that_is_not_shown_the_model_opens_nothing() -> None:
+    """It would forget that it opened a sum over it, and open another one over a node less."""
+    grid, stage = Nodes(app_of()), stage_of()
+    first = start(grid, stage)
+    members = set(stage.committee)
+
+    def hide(message: Message) -> Message:
+        if message.metadata.dst_node_id not in members:
+            return message
+        content = RecordDict({name: record for name, record in message.content.items() if name.startswith(SECURE)})
+        content[SECURE] = ConfigRecord({**content.config_records[SECURE], "input": False})
+        return message.with_content(content)
+
+    grid.change, grid.hidden = hide, members
+    with pytest.raises(QuorumError, match="5 x stage open: POLICY_REFUSED SessionOutOfOrder"):
         start(grid, stage_of(), arrays=first.arrays)
 
 

@@ -104,11 +104,13 @@ def test_the_binding_covers_everything_a_node_is_told() -> None:
         RecordDict({"other": MODEL, "config": ConfigRecord({"lr": 0.1, "n": 1})}),
         RecordDict({"arrays": MODEL.map(lambda v: v + v.dtype.type(1)), "config": base["config"]}),
         RecordDict({**base, "privfed.plan": ConfigRecord({"clip": 1.0})}),
+        RecordDict({"config": base["config"], "arrays": MODEL}),
     ]
     seen |= {bind(one, layout, "train") for one in variants}
     seen |= {bind(base, layout, "evaluate"), bind(base, Layout(32, 4, 6, 1.0, None), "train")}
     seen |= {bind(base, layout, "train", keys=keys) for keys in (("arrays", ""), ("", "arrays"), ("", "loss"))}
     seen |= {bind(base, layout, "train", shared=shared) for shared in (b"a", b"b")}
-    assert len(seen) == 13
+    seen |= {bind(base, layout, "train", group=group) for group in ("1", "2")}
+    assert len(seen) == 16
     session = RecordDict({**base, SECURE: ConfigRecord({"stage": 1}), REQUEST: ArrayRecord()})
     assert bind(session, layout, "train") in seen
