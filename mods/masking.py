@@ -31,6 +31,7 @@ from privfed.mods.refusal import (
     SumAlreadyOpened,
     UpdateNotClipped,
     WeakSession,
+    WeightMismatch,
 )
 from privfed.plan import joint_clip, tracked
 from privfed.protocols.errors import DecodeError, ProtocolError, RemoteError
@@ -199,7 +200,7 @@ def _covers(outer: Policy, inner: Policy) -> bool:
         "corrupt",
     )
     higher = all(getattr(outer, name) >= getattr(inner, name) for name in floors)
-    names = (*FACTS, "binding", "nodes", "committee")
+    names = (*FACTS, "binding", "nodes", "committee", "weight_key")
     known = all(getattr(inner, name) in (None, getattr(outer, name)) for name in names)
     return higher and known and outer.max_dimension <= inner.max_dimension
 
@@ -294,6 +295,8 @@ class _Session:
         stage, layout = self._stage, self._stage.layout
         if policy.binding not in (None, stage.binding):
             raise BindingMismatch("the session is bound to another model or configuration than this node's policy")
+        if layout.max_weight is not None and policy.weight_key not in (None, stage.weight_key):
+            raise WeightMismatch(f"weighed by {stage.weight_key!r}, this node's policy has {policy.weight_key!r}")
         own = (self._context.run_id, stage.number, stage.kind, layout.bits, layout.size)
         for name, value in zip(FACTS, own, strict=True):
             if getattr(policy, name) not in (None, value):

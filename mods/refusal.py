@@ -27,6 +27,10 @@ class LayoutMismatch(Refused):
     """The layout the session was opened with is not for the model that came."""
 
 
+class WeightMismatch(Refused):
+    """The session weighs updates by another metric than this node's policy lets it."""
+
+
 class UpdateNotClipped(Refused):
     """The update is longer than the privacy plan allows: put mods.clip() inside mods.secure_aggregation()."""
 

@@ -92,6 +92,8 @@ class Policy:
     nodes: the only cohort it joins, its group when a beacon drew groups (`privfed.protocols.beacon`); None: any.
     grouped: it joins no session before a beacon gave it a group.
     committee: the only committee it shares a secret with, as it saw a beacon draw it; None: it saw none.
+    weight_key: the only metric its update is weighed by, where updates are weighed; None: the one the server names,
+    which could be 0 on all nodes but few (`mods.secure_aggregation` checks it).
     """
 
     min_cohort: int = 2
@@ -112,6 +114,7 @@ class Policy:
     nodes: tuple[int, ...] | None = None
     grouped: bool = False
     committee: Drawn | None = None
+    weight_key: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:

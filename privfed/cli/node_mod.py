@@ -152,6 +152,7 @@ def _floors(policy: NodePolicy | None) -> Policy:
         min_bits=asked.min_bits,
         require_active=asked.require_active,
         corrupt=asked.corrupt,
+        weight_key=asked.weight_key,
     )
 
 

@@ -24,6 +24,7 @@ protocols = ["SecAgg", "SecAggPlus", "LightSecAgg", "OneShot"]
 min-cohort = 10
 min-threshold = 7
 corrupt = 0.33
+weight-key = "num-examples"         # the only metric that updates may be weighed by
 
 [mods]
 clip = 4.0                          # L2 bound on every update, around whatever the app does
@@ -123,6 +124,7 @@ class SecureAggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     min_neighbours: int = 1
     min_bits: int = 8
     corrupt: float = 0.0
+    weight_key: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:
@@ -281,6 +283,7 @@ require-active = true
 min-cohort = 10
 min-threshold = 7
 corrupt = 0.33
+weight-key = "num-examples"
 
 [outward]
 records = ["arrays", "metrics"]

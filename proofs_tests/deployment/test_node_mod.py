@@ -9,7 +9,7 @@ import pytest
 
 from privfed.apps import ClientApp
 from privfed.array import Array
-from privfed.cli.node_mod import node_wrap
+from privfed.cli.node_mod import _floors, node_wrap
 from privfed.context import Context
 from privfed.grid import LocalGrid, MemoryRecorder
 from privfed.message import ErrorCode, Message
@@ -172,6 +172,15 @@ def test_a_protocol_that_is_not_listed_is_refused(tmp_path: Path) -> None:
     message.content["privfed.secure.protocol"] = ConfigRecord({"name": "SecAgg"})
     reply, app = ask(held, message, tmp_path)
     assert (reply.error.reason, app.asked) == ("ProtocolRefused", 0)
+
+
+def test_every_floor_of_the_policy_reaches_the_mask() -> None:
+    told: dict[str, object] = {
+        "require-active": True, "min-cohort": 3, "min-threshold": 4, "min-neighbours": 5, "min-bits": 9,
+        "corrupt": 0.25, "weight-key": "num-examples",
+    }  # fmt: skip
+    floors = _floors(policy(secure_aggregation=told))
+    assert {name: getattr(floors, name.replace("-", "_")) for name in told} == told
 
 
 def test_queries_and_evaluations_follow_the_policy_too(tmp_path: Path) -> None:

@@ -293,6 +293,21 @@ def test_where_model_and_weight_are_is_bound(protocol: Any, key: str) -> None:
     assert lab.trained == 0
 
 
+def test_the_nodes_policy_names_the_weight() -> None:
+    """A server that has all alike weigh by a metric which is 0 on all nodes but one would read that one's update."""
+    metrics = MetricRecord({"num-examples": 1, "rare-cases": 0})
+    for key, known, refusals in (
+        ("num-examples", "num-examples", set()),
+        ("rare-cases", None, set()),
+        ("rare-cases", "num-examples", {"WeightMismatch"}),
+    ):
+        lab = answering(lambda message: moved(1, message, metrics=metrics), Policy(weight_key=known))
+        lab.weight_key = key
+        assert lab.session(1, layout=Layout(32, 3, 4, 8.0, 8.0, ()))[1] == refusals
+    unweighed = Federation(SecAgg(threshold=2), Policy(weight_key="num-examples"))
+    assert unweighed.session(1)[0].result is not None, "where all weigh the same, no metric weighs"
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
 def test_the_order_of_records_is_bound(protocol: Any) -> None:
     """An app that takes the first ConfigRecord would train one node under another than the rest."""

@@ -46,6 +46,7 @@ STRICTER: list[Policy] = [
     Policy(action="train"),
     Policy(bits=32),
     Policy(dimension=4),
+    Policy(weight_key="num-examples"),
 ]
 
 

@@ -347,7 +347,9 @@ class BufferedNode:
         if len(entries) < max(self.terms.goal, self.policy.min_cohort, self.policy.min_survivors):
             raise deviation("cohort-too-small", f"the buffer holds {len(entries)} updates")
         if alone := self.terms.alone(entry.version for entry in entries):
-            detail = f"fewer than {self.terms.alike} updates of version {min(alone)}: its model may be made for one node"
+            detail = (
+                f"fewer than {self.terms.alike} updates of version {min(alone)}: its model may be made for one node"
+            )
             raise deviation("lonely-version", detail)
         for entry in entries:
             if entry.node not in peers:
