@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privfed.protocols import secure_sum
+from privfed.protocols import SecAggPlus, secure_sum
 from privfed.protocols.codec import Reader, decode, node_list
 from privfed.protocols.errors import RemoteError, TooFewSurvivors
 from privfed.protocols.secagg import messages
 from privfed.protocols.secagg.messages import Advertisement, Kept
-from privfed.protocols.secagg.neighbourhood import holders, least_survivors
+from privfed.protocols.secagg.neighbourhood import fallen_out, holders, least_survivors
+from proofs_tests.protocols import test_secagg_sparse
 from proofs_tests.protocols.test_secagg_refusals import refuses
 from proofs_tests.protocols.test_secagg_sparse import ACTIVE, COHORT, Room
 
@@ -136,3 +139,87 @@ def test_shares_of_a_stranger_or_of_itself_are_refused(sender: int) -> None:
     live, sealed = decode(request, read)
     sealed[sender] = next(iter(sealed.values()))
     refuses(room, 1, request[:33] + node_list(live) + messages.encode_sealed(sealed), "foreign-node")
+
+
+@pytest.mark.parametrize(
+    ("n", "degree", "silent", "most"), [(100, 16, 10, 4), (1000, 52, 0, 0), (1000, 52, 50, 3), (1000, 52, 150, 7)]
+)
+def test_a_server_that_sees_the_graph_lets_no_more_fall_out_than_the_bound(
+    n: int, degree: int, silent: int, most: int
+) -> None:
+    """Greedily: those whom the fewest chose, as long as all who chose them can be kept from confirming."""
+    rng = np.random.default_rng(silent)
+    chose = np.zeros((n, n), dtype=bool)
+    for node in range(n):
+        others = rng.choice(n - 1, degree, replace=False)
+        chose[node, others + (others >= node)] = True
+    kept, fallen = np.zeros(n, dtype=bool), 0
+    while True:
+        cost = (chose & ~kept[:, None]).sum(axis=0)
+        best = int(np.argmin(np.where(kept, n, cost)))
+        after = kept | chose[:, best]
+        if after.sum() > silent:
+            break
+        kept, fallen = after, fallen + 1
+        chose[:, best] = True
+    assert fallen_out(n, n - silent, n // 20, degree) == most
+    assert fallen <= most
+    assert fallen > 0 or silent < degree
+
+
+def test_survivors_of_whom_too_many_may_not_be_in_the_sum_are_refused() -> None:
+    """Those who did not confirm may be all who chose some node, whose input then need not be in the sum."""
+    room = Room(ACTIVE, "reveal")
+    request, signatures = bytes(room.server.outbound()[1]), dict(room.server._signatures)
+    for node in sorted(set(COHORT) - set(chosen(room, 1)) - {1})[:10]:
+        del signatures[node]
+    body = messages.head(messages.REVEAL, room.server._bound) + node_list(COHORT)
+    fewer = body + messages.encode_signatures(signatures)
+    missing = fallen_out(len(COHORT), len(signatures), 0, 16)
+    alone = fallen_out(len(COHORT), len(COHORT), 0, 16)
+    assert 0 <= alone < missing < len(COHORT) // 2
+    for floors in ({"min_survivors": 31 - missing}, {"min_cohort": 31 - missing}):
+        room.clients[1]._policy = replace(room.clients[1]._policy, **floors)  # type: ignore[arg-type]  # two counts
+        refuses(room, 1, fewer, "too-few-survivors")
+        room.clients[1]._policy = replace(room.clients[1]._policy, min_survivors=2, min_cohort=2)
+    room.clients[1]._policy = replace(room.clients[1]._policy, min_survivors=30 - missing)
+    kept = room.kept[1]
+    room.step(1, fewer)
+    room.kept[1] = kept
+    room.clients[1]._policy = replace(room.clients[1]._policy, min_survivors=30 - alone)
+    room.step(1, request)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("floor", [2, 200])
+def test_a_node_on_everybodys_list_whose_input_is_not_in_the_sum(floor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack itself, over 200 nodes: nobody dropped out, says the list, and the sum is over 199."""
+    cohort = tuple(range(1, 201))
+    monkeypatch.setattr(test_secagg_sparse, "COHORT", cohort)
+    room = Room(SecAggPlus(neighbours=30, threshold=16, mode="active", corrupt=0.0, dropout=0.05), "mask")
+    server = room.server
+    roots = {node: decode(room.kept[node], Kept.read).root for node in cohort}
+    choice = {node: holders(server._terms, node, cohort, bytes(32), root) for node, root in roots.items()}
+    chosen_by = {node: {other for other in cohort if node in choice[other]} for node in cohort}
+    victim = min(cohort, key=lambda node: len(chosen_by[node]))
+    del server._sealed[victim]
+    for node, reply in room.replies().items():
+        server.receive(node, reply)
+    server.close()
+    server._masked = set(cohort)
+    request = bytes(server.outbound()[victim])
+    for node in set(cohort) - chosen_by[victim] - {victim}:
+        server.receive(node, room.step(node, request))
+    server.close()
+    for client in room.clients.values():
+        client._policy = replace(client._policy, min_survivors=floor)
+    if floor > 2:
+        with pytest.raises(RemoteError, match="too-few-survivors"):
+            room.replies()
+        return
+    for node, reply in room.replies().items():
+        server.receive(node, reply)
+    server._masked.discard(victim)
+    server.close()
+    assert server.result is not None
+    assert server.result.total.tolist() == [sum(cohort) - victim, 199]

@@ -34,7 +34,14 @@ from privfed.protocols.secagg.messages import (
     read_sealed,
     read_signatures,
 )
-from privfed.protocols.secagg.neighbourhood import holders, in_degree_limit, is_full, least_survivors, least_threshold
+from privfed.protocols.secagg.neighbourhood import (
+    fallen_out,
+    holders,
+    in_degree_limit,
+    is_full,
+    least_survivors,
+    least_threshold,
+)
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
 from privfed.protocols.shamir import MAX_THRESHOLD, SHARE_BYTES, P, decode_share, encode_share, split
 
@@ -382,6 +389,12 @@ class SecAggClient:
         have = len(mine & set(signatures))
         if have < terms.threshold:
             raise refuse("too-few-confirmations", f"{have} neighbours confirmed, {terms.threshold} are needed")
+        least = max(self._policy.min_survivors, self._policy.min_cohort)
+        if least > 2 and not is_full(terms, tuple(rows)):  # two honest ones are in any sum that can be opened
+            missing = fallen_out(len(terms.session.nodes), len(signatures), self._corrupt_nodes(terms), terms.degree)
+            if len(survivors) - missing < least:
+                detail = f"{missing} of {len(survivors)} survivors may not be in the sum, {least} are needed in it"
+                raise refuse("too-few-survivors", detail)
 
 
 def _rows_of(view: bytes) -> dict[int, Advertisement]:

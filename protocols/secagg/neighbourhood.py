@@ -125,3 +125,26 @@ def in_degree_limit(n: int, degree: int) -> int:
         if math.log(n) + log_tail > _LOG_2_40:
             return value
     return 0
+
+
+def fallen_out(n: int, confirmed: int, corrupt: int, degree: int) -> int:
+    """Return how many honest nodes of the list that was signed may not be in its sum, but for a chance of 2^-40.
+
+    A server can relay no shares of some nodes, list them, and have those who chose them not confirm. No honest node
+    that confirmed chose one of them: it would have masked with it, and the mask would be left in the sum. So of the
+    honest others no more than n - `confirmed` did. Union bound over the sets of up to half of the honest nodes, each
+    choosing `degree` others of n; a Chernoff bound for the tail.
+    """
+    whole, silent, tail = _log_choose(n - 1, degree), n - confirmed, 0.0
+    for size in range((n - corrupt) // 2, 0, -1):
+        others = n - corrupt - size
+        none = _log_choose(n - 1 - size, degree) - whole  # log of the chance to choose none of them
+        share, some = silent / others, -math.expm1(none)
+        if share >= some:
+            return size
+        distance = (1 - share) * (math.log1p(-share) - none) if share < 1 else 0.0
+        distance += share * math.log(share / some) if share else 0.0
+        tail += math.exp(min(0.0, _log_choose(n, size) - others * distance))
+        if tail > math.exp(_LOG_2_40):
+            return size
+    return 0
