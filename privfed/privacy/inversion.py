@@ -24,8 +24,8 @@ Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 
 _FIRST_BITS = 128  # two tables of 64-bit boundaries need no more; ties beyond have probability < cells * 2^-63
-_OPEN = np.int32(-(2**31))  # marks 16-bit prefixes that one cell does not contain
-_CHUNK = 1 << 16  # samples at a time, so that the tables and the words stay in the second-level cache
+_OPEN = -1  # marks 16-bit prefixes that one cell does not contain
+_CHUNK = 1 << 15  # samples at a time, so that the tables and the words stay in the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,10 @@ class InversionSampler:
         self._first = weights.first
         self._starts = np.array([min(divide_up(start, 1 << 64), 2**64 - 1) for start in starts], np.uint64)
         self._stops = np.array([min(stop >> 64, 2**64 - 1) for stop in stops], np.uint64)
-        self._table = np.full(1 << 16, _OPEN, np.int32)
+        # Of indices, and short, so that it stays in the second-level cache.
+        self._table = np.full(1 << 16, _OPEN, np.int16 if len(starts) < 1 << 15 else np.int32)
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            self._table[divide_up(start, 1 << 112) : stop >> 112] = weights.first + index
+            self._table[divide_up(start, 1 << 112) : stop >> 112] = index
 
     @property
     def support(self) -> tuple[int, int]:
@@ -88,23 +89,25 @@ class InversionSampler:
         """Draw `size` independent outcomes."""
         out = np.empty(size, np.int64)
         for start in range(0, size, _CHUNK):
-            out[start : start + _CHUNK] = self._chunk(min(_CHUNK, size - start), stream)
+            part = out[start : start + _CHUNK]
+            np.add(self.places(part.size, stream), self._first, out=part)
         return out
 
-    def _chunk(self, size: int, stream: Keystream) -> npt.NDArray[np.int32] | Int64s:
+    def places(self, size: int, stream: Keystream) -> Int64s:
+        """Draw `size` outcomes less the first of `support`."""
         words = stream.uint16(size)
-        values = self._table[words]
-        still = np.flatnonzero(values == _OPEN)
+        found = self._table.take(words, mode="clip")  # it has a place for every word; "clip" alone spares a copy
+        still = np.flatnonzero(found < 0)
+        places = found.astype(np.int64)
         if not still.size:
-            return values
+            return places
         long = (words[still].astype(np.uint64) << np.uint64(48)) | (stream.uint64(still.size) >> np.uint64(16))
         index = np.searchsorted(self._starts, long, side="right") - 1
-        decided = (index >= 0) & (long < self._stops[index])
-        result = values.astype(np.int64)
-        result[still] = self._first + index
+        decided = (index >= 0) & (long < self._stops.take(index, mode="clip"))
+        places[still] = index
         for position in np.flatnonzero(~decided):
-            result[still[position]] = self._resolve(int(long[position]), stream)
-        return result
+            places[still[position]] = self._resolve(int(long[position]), stream) - self._first
+        return places
 
     def _resolve(self, word: int, stream: Keystream) -> int:
         """Draw bits after the first 64 until one cell contains everything they leave open."""

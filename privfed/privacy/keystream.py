@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 RandomBytes = Callable[[int], bytes]
+_ZEROS = memoryview(bytes(1 << 15))  # encrypted piece by piece: it stays in the first-level cache
 
 
 class Keystream:
@@ -35,8 +36,10 @@ class Keystream:
     def uint8(self, size: int) -> npt.NDArray[np.uint8]:
         """Draw `size` uniform bytes, writable."""
         out = np.empty(size + 15, np.uint8)
-        done = self._encryptor.update_into(memoryview(bytes(size)), out.data)
-        return out[:done]
+        room, done = out.data, 0
+        while done < size:
+            done += self._encryptor.update_into(_ZEROS[: size - done], room[done:])
+        return out[:size]
 
     def uint16(self, size: int) -> npt.NDArray[np.uint16]:
         """Draw `size` uniform 16-bit words."""

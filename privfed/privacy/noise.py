@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from privfed.privacy.block import BlockSampler, GaussianCurve, PoissonCurve
-from privfed.privacy.interval import Enclosure, exp_negative, shift_up
+from privfed.privacy.interval import Enclosure, divide_up, exp_negative, shift_up
 from privfed.privacy.inversion import Int64s, InversionSampler, Weights, outward
 from privfed.privacy.keystream import Keystream, RandomBytes
 
@@ -23,6 +23,7 @@ MAX_STANDARD_DEVIATION = 2.0**36  # blocks stay below 2^32 and samples below 2^4
 _DIGIT = 10  # bits of a digit of a discrete Laplace magnitude
 _CHUNK = 1 << 16
 _DIRECT = 128  # standard deviation up to which one table holds every outcome
+_SKELLAM = 512  # the same where the wider law takes two draws
 
 
 def positive(name: str, value: float | Fraction) -> Fraction:
@@ -68,6 +69,39 @@ def poisson_weights(mean: Fraction, bits: int) -> Weights:
     """Enclose mean^k / k! relative to the mode."""
     top, bottom = mean.numerator, mean.denominator
     return outward(int(mean), lambda k: (top, bottom * (k + 1)), lambda k: (k * bottom, top) if k > 0 else (0, 1), bits)
+
+
+def skellam_weights(variance: Fraction, bits: int) -> Weights:
+    """Enclose the masses I_k(variance) around 0, by the continued fraction of their ratios.
+
+    r_k = I_{k+1} / I_k is 1 / (2 (k + 1) / variance + r_{k+1}), and inside (0, 1): the farther out that is put in, the
+    less it matters. Ratios fall outwards.
+    """
+    work = bits + 32
+    one = 1 << work
+    reach = 16
+    while _skellam_exponent(reach, float(variance)) < work * math.log(2) + math.log(reach):
+        reach *= 2
+    top, bottom = 2 * variance.denominator << work, variance.numerator
+    ratios: list[Enclosure] = []
+    low, high = 0, one
+    for k in range(2 * reach, 0, -1):
+        step = top * k // bottom
+        low, high = (one << work) // (step + 1 + high), min(one, divide_up(one << work, step + low))
+        ratios.append((low, high))
+    cells: list[Enclosure] = []
+    low = high = one
+    while high >> 16:
+        ratio_low, ratio_high = ratios.pop()
+        low, high = low * ratio_low >> work, shift_up(high * ratio_high, work)
+        cells.append((low, high))
+    rest = divide_up(high * ratio_high, one - ratio_high)
+    return Weights(-len(cells), [*reversed(cells), (one, one), *cells], rest, rest)
+
+
+def _skellam_exponent(reach: int, variance: float) -> float:
+    """Return the exponent of Chernoff's bound on the mass beyond `reach`."""
+    return reach * math.asinh(reach / variance) - reach * reach / (math.hypot(reach, variance) + variance)
 
 
 def binomial_weights(trials: int, probability: Fraction, bits: int) -> Weights:
@@ -154,6 +188,12 @@ def _poisson(mean: Fraction) -> InversionSampler | BlockSampler:
 
 
 @lru_cache(maxsize=64)
+def _skellam(variance: Fraction) -> InversionSampler | None:
+    """Return the sampler of a law that one table holds; wider ones are drawn as a difference."""
+    return InversionSampler(lambda bits: skellam_weights(variance, bits)) if variance <= _SKELLAM**2 else None
+
+
+@lru_cache(maxsize=64)
 def _binomial(trials: int, probability: Fraction) -> InversionSampler:
     return InversionSampler(lambda bits: binomial_weights(trials, probability, bits))
 
@@ -202,7 +242,10 @@ def skellam(size: int, variance: float | Fraction, random: RandomBytes = os.uran
     half = positive("variance", variance) / 2
     if half > 2**40:
         raise ValueError(f"variance: at most 2^41, not {float(variance):g}; choose a coarser granularity")
-    sampler, stream = _poisson(half), Keystream(random)
+    stream, table = Keystream(random), _skellam(2 * half)
+    if table is not None:
+        return table.sample(_size(size), stream)
+    sampler = _poisson(half)
     out = sampler.sample(_size(size), stream)
     out -= sampler.sample(size, stream)
     return out

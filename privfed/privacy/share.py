@@ -45,7 +45,12 @@ MIN_BITS, MAX_BITS = 8, 62
 LARGEST_VARIANCE = 2.0**41  # of one node's noise, in squared steps: what the sampler takes
 LARGEST_NORM = 2.0**40  # of an update in steps: integers of that size are exact in float64
 UP = 1 + 2.0**-40  # outward slack of the float arithmetic on parameters
+SHORT_STEPS = 2.0**15
+"""Largest root mean square of a rotated update, in steps, for float32: it moves a coordinate by some 2^-7 steps."""
+SHORT_RATIO = 2.0**15
+"""Largest sum in a coordinate over its planned noise for float32: it moves that by some 2^-7 of the noise."""
 _ATTEMPTS = 1000
+_CHUNK = 1 << 14  # values at a time, so that what is done to them stays in the second-level cache
 
 
 def wrap_bound(reach: float, norm: float, variance: float, dimension: int) -> float:
@@ -240,8 +245,7 @@ class NoiseParameters:
     def encode_integers(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> Int64s:
         """Return a node's noised integers before the modulus, int64[padded].
 
-        update: float[dimension], clipped here when it is longer than `clip`; float32 is rotated in float32. seed: the
-        round's 32 public bytes. random: where rounding and noise come from; only tests pass another.
+        update: float[dimension], clipped here when it is longer than `clip`. seed: the round's 32 public bytes. random: where rounding and noise come from; only tests pass another.
         Raises ValueError for another shape, NaN or infinity.
 
         Guarantees: before the noise, the L2 norm of the integers is at most `norm_bound`.
@@ -298,42 +302,68 @@ class NoiseParameters:
             return narrow if self.bits == 32 else np.bitwise_and(narrow, np.uint32((1 << self.bits) - 1), out=narrow)
         return np.bitwise_and(residues, np.uint64((1 << self.bits) - 1), out=residues)
 
-    def round_update(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> Int64s:
-        """Return the clipped, rotated, scaled and rounded update without noise, int64[padded]: a secret of the node."""
-        rotated = rotation.rotate(self._clipped(update), seed, self.scale).astype(np.float64, copy=False)
+    def round_update(
+        self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom
+    ) -> npt.NDArray[np.int32 | np.int64]:
+        """Return the clipped, rotated, scaled and rounded update without noise, [padded]: a secret of the node.
+
+        int32 where `norm_bound` fits, else int64.
+        """
+        values, factor = self._clipped(update)
+        rotated = rotation.rotate(values, seed, factor * self.scale, self._floats)
         stream = Keystream(random)
         # Every term of the dot product is exact or rounded by 2^-53; all are positive, so the sum is as well.
         limit = self.norm_bound**2 * (1 - 2.0**-45) / (1 + (self.padded + 4) * 2.0**-52)
-        steps = np.empty_like(rotated)
+        steps = np.empty(rotated.size, np.int32 if self.norm_bound < 2.0**31 else np.int64)
         for _ in range(_ATTEMPTS):
-            np.multiply(stream.uint32(rotated.size), 2.0**-32, out=steps)
-            steps += rotated
-            np.floor(steps, out=steps)
-            if float(np.dot(steps, steps)) <= limit:
-                return steps.astype(np.int64)
+            if self._rounded(rotated, steps, stream) <= limit:
+                return steps
         raise RuntimeError(f"none of {_ATTEMPTS} roundings was short enough; nothing was released")
 
-    def _clipped(self, update: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Return the update within the clip, less what float arithmetic may add to its norm before the integers are."""
+    @staticmethod
+    def _rounded(rotated: npt.NDArray[Any], steps: npt.NDArray[Any], stream: Keystream) -> float:
+        """Round at random into `steps`; return the squared norm."""
+        squared = 0.0
+        for start in range(0, rotated.size, _CHUNK):
+            part = rotated[start : start + _CHUNK]
+            found = np.multiply(stream.uint32(part.size), 2.0**-32)
+            found += part
+            np.floor(found, out=found)
+            squared += float(np.dot(found, found))
+            steps[start : start + _CHUNK] = found
+        return squared
+
+    @property
+    def _floats(self) -> type[np.float32 | np.float64]:
+        """The floats to rotate an update in: short where they move a coordinate by far less than a step."""
+        return np.float32 if self.clip * self.scale <= SHORT_STEPS * math.sqrt(self.padded) else np.float64
+
+    @property
+    def _sum_floats(self) -> type[np.float32 | np.float64]:
+        """The floats to rotate a sum back in: short where they move a coordinate by far less than its noise."""
+        largest = self.nodes / math.sqrt(self.padded)  # of a rotated sum of updates, in clips and in the mean
+        return np.float32 if largest <= SHORT_RATIO * self.noise_multiplier else np.float64
+
+    def _clipped(self, update: npt.ArrayLike) -> tuple[npt.NDArray[Any], float]:
+        """Return values and a factor: the update within the clip, less what float arithmetic may add to its norm."""
         values = np.asarray(update)
         values = values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
         if values.shape != (self.dimension,):
             raise ValueError(f"update: must have the shape ({self.dimension},), not {values.shape}; flatten it first")
-        slack = 2.0**-44 + (self.padded + 8) * 2.0**-51 + (2.0**-18 if values.dtype == np.float32 else 0.0)
-        bound, wide = self.clip * (1 - slack), values.astype(np.float64, copy=False)
+        short = np.float32 in (values.dtype, self._floats)
+        slack = 2.0**-44 + (self.padded + 8) * 2.0**-51 + (2.0**-18 if short else 0.0)
+        bound = self.clip * (1 - slack)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            squared = float(np.dot(wide, wide))
-            if not 1e-200 < squared < 1e200:
-                largest = float(np.abs(wide).max())
-                if not math.isfinite(largest):
-                    raise ValueError("update: contains NaN or infinity")
-                if largest == 0:
-                    return values
-                wide = wide / largest
-                length = math.sqrt(float(np.dot(wide, wide)))
-                return values if length <= bound / largest else np.asarray(wide * (bound / length), values.dtype)
-        length = math.sqrt(squared)
-        return values if length <= bound else np.asarray(wide * (bound / length), values.dtype)
+            squared = _squared(values)
+            if 1e-200 < squared < 1e200:
+                return values, min(1.0, bound / math.sqrt(squared))
+            largest = float(np.abs(values).max())
+            if not math.isfinite(largest):
+                raise ValueError("update: contains NaN or infinity")
+            if largest == 0:
+                return values, 1.0
+            wide = values.astype(np.float64) / largest
+            return wide, min(largest, bound / math.sqrt(_squared(wide)))
 
     def decode(self, total: npt.NDArray[Any], seed: bytes, survivors: int, denominator: float = 1.0) -> Float64s:
         """Return the noised sum of updates over a public denominator, float64[dimension].
@@ -348,6 +378,23 @@ class NoiseParameters:
         above_zero("denominator", denominator)
         if total.shape != (self.padded,) or total.dtype.kind != "u":
             raise ValueError(f"total: must be unsigned [{self.padded}], not {total.dtype}{list(total.shape)}")
-        shift = np.uint64(64 - self.bits)
-        signed = (total.astype(np.uint64, copy=False) << shift).view(np.int64) >> np.int64(64 - self.bits)
-        return rotation.unrotate(signed.astype(np.float64), seed, self.dimension, 1 / (self.scale * denominator))
+        return rotation.unrotate(self._signed(total), seed, self.dimension, 1 / (self.scale * denominator))
+
+    def _signed(self, total: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return ring elements as signed floats."""
+        found = np.empty(total.size, self._sum_floats)
+        word, sign = (np.uint32, np.int32) if self.bits <= 32 else (np.uint64, np.int64)
+        shift = 8 * np.dtype(word).itemsize - self.bits
+        for start in range(0, total.size, _CHUNK):
+            part = total[start : start + _CHUNK].astype(word)
+            part <<= word(shift)
+            found[start : start + _CHUNK] = part.view(sign) >> sign(shift)
+        return found
+
+
+def _squared(values: npt.NDArray[Any]) -> float:
+    """Return the squared norm, summed in float64."""
+    if values.dtype == np.float64:
+        return float(np.dot(values, values))
+    pieces = (values[start : start + _CHUNK].astype(np.float64) for start in range(0, values.size, _CHUNK))
+    return sum(float(np.dot(piece, piece)) for piece in pieces)

@@ -37,19 +37,29 @@ def test_every_acceptance_is_the_one_of_exact_arithmetic(curve: Curve) -> None:
     """Draw as the sampler does, and decide again in integers."""
     sampler, size = BlockSampler(curve), 300
     key = hashlib.sha256(repr(curve).encode()).digest()
-    accepted = sampler._accepted(size, Keystream(lambda count: key[:count])).tolist()
-    stream = Keystream(lambda count: key[:count])
-    blocks, words = sampler._blocks.sample(size, stream).tolist(), stream.uint64(size).tolist()
+    points = np.empty(size, np.int64)
+    refused = sampler._attempt(points, Keystream(lambda count: key[:count])).tolist()
+    stream, short, place = Keystream(lambda count: key[:count]), curve.width <= 1 << 20, curve.width.bit_length() - 1
+    blocks = (sampler._blocks.places(size, stream) + sampler._first).tolist()
+    words = (stream.uint32(size) if short else stream.uint64(size)).tolist()
+    left, bits = sampler._points(np.empty(size, np.int64), Keystream(lambda count: key[:count]))
+    open_ = dict(zip(left.tolist(), bits.tolist(), strict=True))
     expected = []
-    for block, word in zip(blocks, words, strict=True):
+    for index, (block, word) in enumerate(zip(blocks, words, strict=True)):
         start = block * curve.width + curve.mode
-        point = start + ((word >> 32) & (curve.width - 1))
+        assert points[index] == start + (word & (curve.width - 1))
         near = curve.enclose(start + (curve.width - 1 if block < 0 else 0), 80)
-        far = curve.enclose(point, 80)
+        far = curve.enclose(int(points[index]), 80)
         low, high = exp_negative(max(Fraction(0), far[0] - near[1]), far[1] - near[0], 64)
-        uniform = (word & 0xFFFFFFFF) << 32
+        first, known = word >> (place if short else 32), 32 - place if short else 32
+        if index not in open_:  # accepted by the bits beside the place, so whatever the others would have been
+            assert first + 1 << 64 - known <= low
+            continue
+        assert open_[index] >> 32 - known == first
+        uniform = open_[index] << 32
         assert not (uniform < high and uniform + (1 << 32) > low), "32 bits did not decide: choose another key"
-        if uniform + (1 << 32) <= low:
-            expected.append(point)
-    assert accepted == expected
-    assert len(accepted) < size  # some are refused, or nothing was tried
+        if uniform >= high:
+            expected.append(index)
+    assert refused == expected
+    assert refused  # or nothing was tried
+    assert len(open_) < size / 5  # most are accepted at once

@@ -54,6 +54,7 @@ def fixed(label: str) -> Callable[[int], bytes]:
 LAWS: dict[str, Callable[..., Weights]] = {
     "discrete_gaussian": lambda bits, sigma: noise.gaussian_weights(Fraction(sigma) ** 2, bits),
     "poisson": lambda bits, mean: noise.poisson_weights(Fraction(mean), bits),
+    "skellam": lambda bits, variance: noise.skellam_weights(Fraction(variance), bits),
     "binomial": lambda bits, trials, probability: noise.binomial_weights(trials, Fraction(probability), bits),
 }
 
@@ -71,12 +72,6 @@ def masses(law: str, parameter: dict[str, Any], bits: int = 200) -> Callable[[in
     if law in LAWS:
         table = enclosed_masses(LAWS[law](bits, **parameter))
         return lambda k: table.get(k, (Fraction(0), Fraction(1, 2**150)))
-    if law == "skellam":
-        part = enclosed_masses(noise.poisson_weights(Fraction(parameter["variance"]) / 2, bits))
-        return lambda k: (
-            sum((part[j][0] * part[j + k][0] for j in part if j + k in part), Fraction(0)),
-            sum((part[j][1] * part[j + k][1] for j in part if j + k in part), Fraction(1, 2**150)),
-        )
     side = enclosed_masses(noise.geometric_weights(1 / Fraction(parameter["scale"]), None, bits))
 
     def laplace(k: int) -> tuple[Fraction, Fraction]:  # the magnitude's mass, halved by the sign, without -0
@@ -163,6 +158,8 @@ DRAWS: list[tuple[str, tuple[Any, ...], Callable[[npt.NDArray[Any]], npt.NDArray
     ("discrete_laplace", (5000.0,), laplace_cdf(5000.0)),
     ("skellam", (0.5,), skellam_cdf(0.5)),
     ("skellam", (100.0,), skellam_cdf(100.0)),
+    ("skellam", (512.0**2,), skellam_cdf(512.0**2)),
+    ("skellam", (600.0**2,), skellam_cdf(600.0**2)),
     ("skellam", (2.0**30,), skellam_cdf(2.0**30)),
     ("poisson", (1e5,), lambda k: np.asarray(stats.poisson.cdf(k, 1e5))),
     ("binomial", (1000, 0.25), lambda k: np.asarray(stats.binom.cdf(k, 1000, 0.25))),
