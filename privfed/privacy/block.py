@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -179,7 +179,7 @@ class BlockSampler:
         floors = np.floor(np.maximum(0.0, 1 - most) * 2.0 ** (32 - self._places if self._short else 32))
         # Outcomes beyond the table are possible: they are taken for the ends here, which accept nothing unseen.
         floors[[0, -1]] = 0
-        self._floors = floors.astype(np.uint32 if self._short else np.uint64)
+        self._floors: npt.NDArray[Any] = floors.astype(np.uint32 if self._short else np.uint64)
 
     def _fit(self, count: int) -> tuple[tuple[Float64s, Float64s, Float64s], float]:
         """Return, for each block, the loss at offset r as start + r * (slope + r * bend), and a bound on its error.

@@ -141,15 +141,16 @@ def signs(seed: bytes, size: int) -> npt.NDArray[np.int8]:
 def _turn(values: npt.NDArray[Float], seed: bytes) -> None:
     """Multiply contiguous values in place by the signs of a public seed: their sign bits are flipped."""
     word = np.uint32 if values.dtype == np.float32 else np.uint64
-    words, flips, top = values.view(word), _flips(seed, values.size), word(8 * values.itemsize - 1)
+    words: npt.NDArray[Any] = values.view(word)
+    flips, top = _flips(seed, values.size), word(8 * values.itemsize - 1)
     for start in range(0, values.size, _CHUNK):
-        part = flips[start : start + _CHUNK].astype(word)
+        part: npt.NDArray[Any] = flips[start : start + _CHUNK].astype(word)
         part <<= top
         words[start : start + _CHUNK] ^= part
 
 
 def rotate(
-    values: npt.NDArray[np.floating[Any]], seed: bytes, factor: float = 1.0, dtype: npt.DTypeLike = None
+    values: npt.NDArray[np.floating[Any]], seed: bytes, factor: float = 1.0, dtype: npt.DTypeLike | None = None
 ) -> npt.NDArray[Any]:
     """Return `factor` times the rotated vector, padded with zeros: [D], float32 or float64.
 

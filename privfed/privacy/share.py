@@ -245,7 +245,8 @@ class NoiseParameters:
     def encode_integers(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> Int64s:
         """Return a node's noised integers before the modulus, int64[padded].
 
-        update: float[dimension], clipped here when it is longer than `clip`. seed: the round's 32 public bytes. random: where rounding and noise come from; only tests pass another.
+        update: float[dimension], clipped here when it is longer than `clip`. seed: the round's 32 public bytes. random:
+        where rounding and noise come from; only tests pass another.
         Raises ValueError for another shape, NaN or infinity.
 
         Guarantees: before the noise, the L2 norm of the integers is at most `norm_bound`.
@@ -302,9 +303,7 @@ class NoiseParameters:
             return narrow if self.bits == 32 else np.bitwise_and(narrow, np.uint32((1 << self.bits) - 1), out=narrow)
         return np.bitwise_and(residues, np.uint64((1 << self.bits) - 1), out=residues)
 
-    def round_update(
-        self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom
-    ) -> npt.NDArray[np.int32 | np.int64]:
+    def round_update(self, update: npt.ArrayLike, seed: bytes, random: RandomBytes = os.urandom) -> npt.NDArray[Any]:
         """Return the clipped, rotated, scaled and rounded update without noise, [padded]: a secret of the node.
 
         int32 where `norm_bound` fits, else int64.
@@ -314,7 +313,7 @@ class NoiseParameters:
         stream = Keystream(random)
         # Every term of the dot product is exact or rounded by 2^-53; all are positive, so the sum is as well.
         limit = self.norm_bound**2 * (1 - 2.0**-45) / (1 + (self.padded + 4) * 2.0**-52)
-        steps = np.empty(rotated.size, np.int32 if self.norm_bound < 2.0**31 else np.int64)
+        steps: npt.NDArray[Any] = np.empty(rotated.size, np.int32 if self.norm_bound < 2.0**31 else np.int64)
         for _ in range(_ATTEMPTS):
             if self._rounded(rotated, steps, stream) <= limit:
                 return steps
@@ -386,9 +385,10 @@ class NoiseParameters:
         word, sign = (np.uint32, np.int32) if self.bits <= 32 else (np.uint64, np.int64)
         shift = 8 * np.dtype(word).itemsize - self.bits
         for start in range(0, total.size, _CHUNK):
-            part = total[start : start + _CHUNK].astype(word)
+            part: npt.NDArray[Any] = total[start : start + _CHUNK].astype(word)
             part <<= word(shift)
-            found[start : start + _CHUNK] = part.view(sign) >> sign(shift)
+            part = part.view(sign)
+            found[start : start + _CHUNK] = part >> sign(shift)
         return found
 
 

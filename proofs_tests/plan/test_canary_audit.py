@@ -2,14 +2,20 @@
 
 Lower bounds assume a Gaussian trade-off [NHB+23]. An honest plan's bound exceeds the claim with probability below
 1e-3 a test (about 1e-6 by `power`). With 150 runs a side, a plan whose noise is half of what it claims (mu twice the
-claimed) is caught with probability 0.9999.
+claimed) is caught with probability 0.9999. In two kinds of plan the attack sees a little more noise than is claimed, so
+that half of it shows less: one that provides for drops where nobody drops (0.77 with 1 of 6 dropped and 1 colluding, so
+that is not asked), and one whose clip adapts, which pays for bits that the attack does not read (0.9998).
+The short test of a distributed plan makes 100 runs a side and claims no power.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import pytest
 
@@ -19,28 +25,39 @@ from privfed.audit.canary import power
 from privfed.mods import clip, distributed_dp, secure_aggregation
 from privfed.plan import AdaptiveClip, PrivacyPlan
 from privfed.privacy import mechanisms, share
+from privfed.privacy.adaptive import delta_multiplier
 from privfed.privacy.closed_form import gaussian_mu
 from privfed.privacy.correlated import Banded, Tree
+from privfed.privacy.distributed import calibrate_noise
 from privfed.protocols import SecAgg
 from privfed.strategies import SecureStage
 from privfed.strategies.stage import PlainStage, Stage
 
-RUNS = 150
-CENTRAL = {
+log = logging.getLogger(__name__)  # shows the figures under --log-cli-level=INFO
+RUNS, ROUNDS = 150, 4
+ADAPTIVE = AdaptiveClip(bits_stddev=5.0)  # of bits of ten nodes: nearly all of the budget is the update's
+CENTRAL: dict[str, dict[str, object]] = {
     "gaussian": {},
     "replace_one": {"relation": "replace_one"},
     "tree": {"correlation": Tree(), "separation": 2},
     "banded": {"correlation": Banded.square_root(2), "separation": 2},
+    "adaptive": {"adaptive": ADAPTIVE},
 }
-SHARED = {
+DROPS = {"mechanism": "skellam", "max_dropped": 1}
+SHARED: dict[str, dict[str, object]] = {
     "skellam": {"mechanism": "skellam"},
-    "skellam with drops": {"mechanism": "skellam", "max_dropped": 2, "max_colluding": 1},
+    "skellam with drops": {**DROPS, "max_colluding": 1},
+    "discrete gaussian": {"mechanism": "discrete_gaussian"},
+    "exact drops": {**DROPS, "exact_drops": True},
+    "adaptive": {"mechanism": "skellam", "adaptive": ADAPTIVE},
+    "exact drops, adaptive": {**DROPS, "exact_drops": True, "adaptive": ADAPTIVE},
 }
+CAUGHT = [name for name in SHARED if name != "skellam with drops"]  # with half their noise: see above
 
 
 def audit(options: dict[str, object], mods: list[Mod], stage: Callable[[], Stage] = PlainStage) -> CanaryAudit:
     plan = PrivacyPlan(clip=1.0, epsilon=8.0, delta=1e-5, **options)  # type: ignore[arg-type]  # of a plan
-    return audit_plan(plan, mods=mods, stage=stage, rounds=4, runs=RUNS)
+    return audit_plan(plan, mods=mods, stage=stage, rounds=ROUNDS, runs=RUNS)
 
 
 @pytest.fixture
@@ -51,20 +68,27 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> None:
     def quarter(noise_multiplier: float, steps: float) -> Fraction:
         return honest(noise_multiplier, steps) / 4
 
-    drawn = share.skellam
+    skellam, gaussian = share.skellam, share.discrete_gaussian_variance
     monkeypatch.setattr(mechanisms, "gaussian_variance", quarter)
-    monkeypatch.setattr(share, "skellam", lambda size, variance, random: drawn(size, variance / 4, random))
+    monkeypatch.setattr(share, "skellam", lambda size, variance, random: skellam(size, variance / 4, random))
+    monkeypatch.setattr(
+        share, "discrete_gaussian_variance", lambda variance, size, random: gaussian(variance / 4, size, random)
+    )
 
 
 def test_the_power_that_is_stated() -> None:
     mu = gaussian_mu(8.0, 1e-5)
     assert power(mu, RUNS, mu) < 1e-5
     assert power(2 * mu, RUNS, mu) > 0.9998
+    multiplier = math.sqrt(ROUNDS) / mu
+    adaptive = delta_multiplier(multiplier, 5.0) / multiplier
+    assert power(2 * mu / adaptive, RUNS, mu) > 0.9996
+    assert 0.74 < power(2 * mu * math.sqrt(4 / 6), RUNS, mu) < 0.8
 
 
-@pytest.mark.parametrize("name", [*CENTRAL, "adaptive"])
+@pytest.mark.parametrize("name", CENTRAL)
 def test_central_plans_show_no_more_than_they_claim(name: str) -> None:
-    found = audit(CENTRAL.get(name, {"adaptive": AdaptiveClip()}), [clip()])
+    found = audit(CENTRAL[name], [clip()])
     assert 7.9 < found.claimed <= 8.0
     assert found.lower <= found.claimed
     assert found.lower > 2.0  # the attack is not a bad one
@@ -80,8 +104,35 @@ def test_half_of_the_central_noise_is_caught(name: str) -> None:
     assert not found.holds
 
 
-def shared(name: str) -> CanaryAudit:
-    return audit(SHARED[name], [secure_aggregation(), distributed_dp()], lambda: SecureStage(SecAgg(threshold=6)))
+@cache
+def calibrated(rounds: int, mechanism: str, max_dropped: int = 0, max_colluding: int = 0) -> float:
+    """Return the noise multiplier of epsilon 8: once, and not in each run."""
+    return calibrate_noise(
+        epsilon=8.0, delta=1e-5, rounds=rounds, clip=1.0, nodes=6, dimension=16, relation="zero_out",
+        mechanism=mechanism, max_dropped=max_dropped, max_colluding=max_colluding,
+    ).noise_multiplier  # fmt: skip
+
+
+def shared(name: str, rounds: int = ROUNDS, runs: int = RUNS) -> CanaryAudit:
+    terms = {key: value for key, value in SHARED[name].items() if key not in ("adaptive", "exact_drops")}
+    plan = PrivacyPlan(clip=1.0, noise_multiplier=calibrated(rounds, **terms), **SHARED[name])  # type: ignore[arg-type]  # of a plan
+    found = audit_plan(
+        plan,
+        mods=[secure_aggregation(), distributed_dp()],
+        stage=lambda: SecureStage(SecAgg(threshold=4)),
+        nodes=6,
+        rounds=rounds,
+        runs=runs,
+    )
+    log.info("%s: %s", name, found)
+    return found
+
+
+def test_a_distributed_plan_shows_no_more_than_it_claims() -> None:
+    found = shared("skellam", rounds=2, runs=100)
+    assert 7.9 < found.claimed <= 8.0
+    assert found.lower > 1.0
+    assert found.holds
 
 
 @pytest.mark.long
@@ -89,13 +140,15 @@ def shared(name: str) -> CanaryAudit:
 def test_distributed_plans_show_no_more_than_they_claim(name: str) -> None:
     found = shared(name)
     assert 7.9 < found.claimed <= 8.0
+    assert found.lower > 1.0  # the attack is not a bad one
     assert found.holds
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("halved")
-def test_half_of_the_distributed_noise_is_caught() -> None:
-    found = shared("skellam")
+@pytest.mark.parametrize("name", CAUGHT)
+def test_half_of_the_distributed_noise_is_caught(name: str) -> None:
+    found = shared(name)
     assert found.claimed <= 8.0
     assert not found.holds
 

@@ -174,6 +174,37 @@ def test_a_vector_of_another_length_is_not_rotated_back() -> None:
         rotation.unrotate(rotated[:2048].copy(), SEED, 4000)
 
 
+@pytest.mark.parametrize("size", [700, 30_000])
+def test_short_floats_move_a_coordinate_by_little(size: int) -> None:
+    exact = rotation.rotate(unit(1, size), SEED, 1e6)
+    short = rotation.rotate(unit(1, size), SEED, 1e6, np.float32)
+    assert short.dtype == np.float32
+    wide = math.sqrt(np.mean(exact**2))
+    # At the widest update in short floats, 2^15 steps, this is less than 2^-4 of a step, and 2^-7 in the mean.
+    assert np.abs(short - exact).max() < 2.0**-19 * wide
+    assert math.sqrt(np.mean((short - exact) ** 2)) < 2.0**-22 * wide
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(2.0**15 * math.sqrt(112), np.float32), (2.0**16 * 11, np.float64)])
+def test_updates_are_rotated_in_short_floats_where_a_step_is_wide(scale: float, kind: Any) -> None:
+    found = parameters(scale=scale, bits=40)
+    assert found.padded == 112
+    assert found._floats == kind
+    rotated = rotation.rotate(unit(1, 100, 0.9), SEED, scale)
+    assert np.abs(found.round_update(unit(1, 100, 0.9), SEED) - rotated).max() < 1 + 2.0**-4
+
+
+@pytest.mark.parametrize("bits", [12, 20, 32, 40])
+def test_sums_are_rotated_back_in_short_floats_where_noise_is_wider(bits: int) -> None:
+    loud = solve_noise(clip=1.0, noise_multiplier=0.5, nodes=30, dimension=777, bits=bits)
+    quiet = replace(loud, noise_multiplier=2.0**-20)
+    assert (loud._sum_floats, quiet._sum_floats) == (np.float32, np.float64)
+    total = np.add.reduce([loud.encode(unit(node, 777, 0.9), SEED) for node in range(30)], dtype=np.uint64)
+    total &= np.uint64(2**bits - 1)
+    moved = loud.decode(total, SEED, 30) - quiet.decode(total, SEED, 30)
+    assert np.abs(moved).max() < 2.0**-7 * loud.noise_multiplier * loud.clip
+
+
 # --- sensitivity ------------------------------------------------------------------------------------------------
 
 
