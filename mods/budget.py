@@ -87,6 +87,28 @@ def privacy_budget(
     return count
 
 
+def separation(least: int = 1) -> Mod:
+    """Answer training only `least` rounds after this node's last answer in the run, or as many as the plan asks.
+
+    `privacy_budget` does the same; this is for a node that counts nothing. A refusal is `PlanRefused`.
+    """
+    if least < 1:
+        raise ValueError(f"least must be >= 1, got {least}")
+
+    def keep(message: Message, context: Context, call_next: CallNext) -> Message:
+        try:
+            _check_separation(message, context, least)
+        except PlanRefused as cause:
+            log.warning("node %d refuses: %s", context.node_id, cause)
+            return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
+        reply = call_next(message, context)
+        if is_training(message) and not reply.has_error():
+            context.mod_state(STATE)["last"] = ConfigRecord({"round": _round(message)})
+        return reply
+
+    return keep
+
+
 class _Purse:
     """What a node may spend, and where it is written down."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable
 from functools import lru_cache
 
 from privfed.apps import CallNext, Mod
@@ -38,7 +36,6 @@ UNITS = ("client", "record")
 RELATION, OBSERVER = "replace_one", "server"
 _FLOAT_SLACK = 1 + 2.0**-20
 """Room for the rounding of the clipped norm, as it is computed."""
-Random = Callable[[int], bytes]
 
 
 def local_dp(
@@ -50,7 +47,6 @@ def local_dp(
     rounds: int = 1,
     budget: float | None = None,
     weight_key: str = "num-examples",
-    random: Random = os.urandom,
 ) -> Mod:
     """Clip the node's update to L2 norm `max_norm` and add discrete Gaussian noise before it leaves.
 
@@ -78,9 +74,7 @@ def local_dp(
 
     def protect(message: Message, context: Context, call_next: CallNext) -> Message:
         z = noise_multiplier if noise_multiplier is not None else _calibrated(float(epsilon or 0), delta, rounds)
-        return _noised(
-            message, context, call_next, Gaussian(z), max_norm, True, "client", delta, limit, weight_key, random
-        )
+        return _noised(message, context, call_next, Gaussian(z), max_norm, True, "client", delta, limit, weight_key)
 
     return protect
 
@@ -93,7 +87,6 @@ def noise(
     delta: float = 1e-5,
     budget: float | None = None,
     weight_key: str = "num-examples",
-    random: Random = os.urandom,
 ) -> Mod:
     """Add discrete Gaussian noise of standard deviation noise_multiplier * sensitivity to the node's update.
 
@@ -111,7 +104,7 @@ def noise(
 
     def protect(message: Message, context: Context, call_next: CallNext) -> Message:
         event = Gaussian(noise_multiplier)
-        return _noised(message, context, call_next, event, sensitivity, False, unit, delta, budget, weight_key, random)
+        return _noised(message, context, call_next, event, sensitivity, False, unit, delta, budget, weight_key)
 
     return protect
 
@@ -154,7 +147,6 @@ def _noised(
     delta: float,
     limit: float | None,
     weight_key: str,
-    random: Random,
 ) -> Message:
     """Answer with a noised update, or refuse."""
     kind = message.metadata.message_type
@@ -175,7 +167,7 @@ def _noised(
         update = _update(message.content, reply.content)
         if clipped:
             update = clip_record(update, bound)
-        content = _content(update, event, bound, weight_key, random)
+        content = _content(update, event, bound, weight_key)
     except PlanRefused as cause:
         log.warning("node %d refuses: %s", context.node_id, cause)
         return Message(Error(ErrorCode.POLICY_REFUSED, type(cause).__name__), reply_to=message)
@@ -191,9 +183,9 @@ def _update(request: RecordDict, reply: RecordDict) -> ArrayRecord:
     return update_of(arrays, received, update=is_update(reply), silent=True)  # else a refusal would tell without noise
 
 
-def _content(update: ArrayRecord, event: Gaussian, bound: float, weight_key: str, random: Random) -> RecordDict:
+def _content(update: ArrayRecord, event: Gaussian, bound: float, weight_key: str) -> RecordDict:
     values, _ = add_discrete_gaussian(
-        flatten(update), sensitivity=bound * _FLOAT_SLACK, noise_multiplier=event.noise_multiplier, random=random
+        flatten(update), sensitivity=bound * _FLOAT_SLACK, noise_multiplier=event.noise_multiplier
     )
     # Rounding to each array's dtype comes after the noise and depends on nothing else: post-processing.
     arrays = ArrayRecord({name: update[name].replace(part) for name, part in split(values, update).items()})

@@ -178,11 +178,13 @@ class _Optimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
 class _Terms:
     """What was agreed for one training: public numbers all of them."""
 
-    def __init__(self, records: int, q: float, noise_multiplier: float, max_grad_norm: float, random: Random) -> None:
+    def __init__(
+        self, records: int, q: float, noise_multiplier: float, max_grad_norm: float, random: Random | None
+    ) -> None:
         self.records, self.noise_multiplier, self.max_grad_norm = records, noise_multiplier, max_grad_norm
         self.expected_batch = q * records
-        self.event = PoissonSampled(q, Gaussian(noise_multiplier))
-        self.random = random
+        self.event = PoissonSampled(q, Gaussian(noise_multiplier if random is None else 0.0))
+        self.random = random or os.urandom
 
 
 class PrivacyEngine:
@@ -212,13 +214,14 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float,
         batches: int | None = None,
-        random: Random = os.urandom,
+        insecure_test_random: Random | None = None,
     ) -> tuple[GradSampleModule, DPOptimizer, data.DataLoader[Any]]:
         """Return private twins of a model, its optimizer and its loader; train with these and with nothing else.
 
         noise_multiplier: standard deviation of the noise over max_grad_norm, the L2 bound on a record's gradient. The
         loader's batch size and data set set q = batch size / size, both public. batches: of one pass over the loader;
-        None: size / batch size, rounded up. random: for tests; the operating system otherwise.
+        None: size / batch size, rounded up. insecure_test_random: bytes for batches and noise in a test, instead of the
+        operating system's; they protect nothing, so every step costs an infinite epsilon.
 
         Raises TrainingNotPrivate for what the guarantee does not cover: BatchNorm, weighted or other samplers, batch
         samplers, iterable data sets, parameters in the optimizer that are not the module's, more than one device group.
@@ -233,10 +236,10 @@ class PrivacyEngine:
         count = batches if batches is not None else math.ceil(size / batch)
         if count < 1:
             raise ValueError(f"batches must be >= 1, got {batches}")
-        drawn = PoissonBatches(size, q, count, random)
+        drawn = PoissonBatches(size, q, count, insecure_test_random or os.urandom)
         collate = _Collate(data_loader.collate_fn, data_loader.dataset[0])
         loader = data.DataLoader(data_loader.dataset, batch_sampler=drawn, collate_fn=collate)
-        terms = _Terms(size, q, noise_multiplier, max_grad_norm, random)
+        terms = _Terms(size, q, noise_multiplier, max_grad_norm, insecure_test_random)
         private = module if isinstance(module, GradSampleModule) else GradSampleModule(module, strict=True)
         return private, _Optimizer(optimizer, self, drawn, terms), loader
 

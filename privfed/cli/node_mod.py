@@ -1,8 +1,8 @@
 """The mods a node puts around every app, in its own process: what they keep and sign with the app never sees.
 
 Outermost first: what may leave at all; masking; which plans are followed; what was spent, per period and per run; the
-noise of a distributed plan, or the node's own; clipping. An app's own `secure_aggregation` and `distributed_dp` stand
-aside inside of the node's.
+noise of a distributed plan, or the node's own; clipping; what an app may reply at all. An app's own
+`secure_aggregation` and `distributed_dp` stand aside inside of the node's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from privfed.context import Context
 from privfed.errors import PlanRefused
 from privfed.message import Error, ErrorCode, Message
 from privfed.mods import clip, secure_aggregation
+from privfed.mods.packing import HOW, PACKED
 from privfed.mods.participation import BEACON
 from privfed.plan import CENTRAL, SHARED
 from privfed.protocols.session import Policy
@@ -26,7 +27,7 @@ from privfed.record import ConfigRecord
 from privfed.ring import SECURE
 from privfed.runtime.audit_log import Value
 from privfed.runtime.policy import NodePolicy
-from privfed.update import PLAN, carries_update
+from privfed.update import PLAN, RESERVED, UPDATE, carries_update, mark_update
 
 if TYPE_CHECKING:
     from privfed.privacy.ledger import Entry
@@ -55,7 +56,7 @@ def node_wrap(
         mods.append(_masking(None))
     else:
         mods += [_outward(policy), _masking(policy), _plans(policy), *_budgets(policy, ledgers, record)]
-        mods += [_noise(policy), _clipping(policy)]
+        mods += [_noise(policy), _clipping(policy), _inward(policy)]
     return lambda app: wrap(mods, app)
 
 
@@ -114,6 +115,33 @@ def _outward(policy: NodePolicy) -> Mod:
 
 class OutwardRefused(PlanRefused):
     """A reply holds a record or a metric whose name the node's policy does not let out."""
+
+
+def _inward(policy: NodePolicy) -> Mod:
+    """Refuse what would leave beside the update that is clipped and noised, or under a name that always may.
+
+    What is bounded is one ArrayRecord; the protocols' names, which the policy's patterns do not judge, are not the
+    app's but for an update's mark and its packed form.
+    """
+
+    def look(message: Message, context: Context, call_next: CallNext) -> Message:
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        content = reply.content
+        foreign = {name for name in content if name.startswith(RESERVED)} - {UPDATE, PACKED, HOW}
+        if UPDATE in content and content[UPDATE] != mark_update():
+            foreign.add(UPDATE)
+        bounded = carries_update(message.metadata.message_type) and (
+            policy.mods.clip is not None or kind_of_plan(message) != "none"
+        )
+        if bounded and len(content.array_records) > 1:
+            foreign |= set(content.array_records) - {"arrays"}
+        if foreign:
+            return _refuse(message, OutwardRefused(f"the app's {', '.join(sorted(foreign))} may not leave this node"))
+        return reply
+
+    return look
 
 
 class ProtocolRefused(PlanRefused):
@@ -180,10 +208,10 @@ def _plans(policy: NodePolicy) -> Mod:
 
 
 def _budgets(policy: NodePolicy, ledgers: Path | None, record: Record | None) -> list[Mod]:
-    """Return the mods that count, for the period and for the run; none where nothing is limited."""
+    """Return the mods that count, for the period and for the run; where nothing is limited, the turns are all."""
     privacy, own = policy.privacy, policy.mods.local_noise_multiplier
     if not privacy.limited:
-        return []
+        return [_turns(privacy.min_separation)]
     if ledgers is None:
         raise ValueError("ledgers: a policy that limits epsilon needs a folder for the node's ledgers")
 
@@ -225,6 +253,19 @@ def _budgets(policy: NodePolicy, ledgers: Path | None, record: Record | None) ->
         return wrap(made(), call_next)(message, context)
 
     return [count]
+
+
+def _turns(least: int) -> Mod:
+    """Keep the node's turns, the policy's and the plan's, where no ledger does."""
+
+    def keep(message: Message, context: Context, call_next: CallNext) -> Message:
+        if least == 1 and PLAN not in message.content:
+            return call_next(message, context)
+        from privfed.mods.budget import separation
+
+        return separation(least)(message, context, call_next)
+
+    return keep
 
 
 def _noise(policy: NodePolicy) -> Mod:

@@ -58,7 +58,7 @@ class SuperLinkOptions:
     where everything is that a successor goes on with [home].
     token_control: where users connect who have bearer tokens and no certificates; tokens: judges them.
     credentials: None is unencrypted and without identities, on loopback only unless `force_insecure`.
-    insecure_test_randomness: seeds the noise of privacy plans in tests; every epsilon is then infinite.
+    insecure_test_randomness: seeds the noise of privacy plans in tests, on loopback only; every epsilon is infinite.
     """
 
     home: Path
@@ -82,6 +82,13 @@ class SuperLink:
 
     def __init__(self, options: SuperLinkOptions, launcher: Launcher) -> None:
         self.options = options
+        listens = (options.fleet, options.control, options.token_control)
+        open_ = [address for address in listens if address and not is_loopback(address)]
+        if options.insecure_test_randomness is not None and open_:
+            raise SuperLinkError(
+                f"insecure_test_randomness is for tests on this machine: {', '.join(open_)} can be reached by others, "
+                "and its noise would not protect what they hold; leave it out, or listen on 127.0.0.1"
+            )
         if options.credentials is None:
             for address in (options.fleet, options.control):
                 if not is_loopback(address) and not options.force_insecure:

@@ -172,11 +172,16 @@ def test_batches_are_drawn_by_coins_of_the_stated_chance() -> None:
 
 def test_empty_batches_take_a_step_of_noise() -> None:
     engine = PrivacyEngine()
-    model, optimizer, loader = setting(engine, random=lambda size: b"\xff" * size if size == 320 else bytes(size))
+    fixed = {"insecure_test_random": lambda size: b"\xff" * size if size == 320 else bytes(size)}
+    model, optimizer, loader = setting(engine, **fixed)
     batch = next(iter(loader))
     assert [tuple(one.shape) for one in batch] == [(0, 3), (0,)]
     step(model, optimizer, batch)
-    assert engine.get_epsilon(1e-5).upper > 0
+    assert engine.get_epsilon(1e-5).lower == math.inf  # of a test's randomness
+    with pytest.raises(BudgetExceeded):
+        limited = PrivacyEngine(epsilon=8.0)
+        model, optimizer, loader = setting(limited, **fixed)
+        step(model, optimizer, next(iter(loader)))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,48 @@ def test_names_that_may_not_leave_stop_the_reply(tmp_path: Path) -> None:
     assert ask(held, train(), tmp_path, leaking)[0].error.reason == "OutwardRefused"
 
 
+@pytest.mark.parametrize("name", ["privfed.leak", "privfed.secure.reply", "privfed.noised", "privfed.update"])
+def test_an_app_borrows_no_name_of_the_protocols(tmp_path: Path, name: str) -> None:
+    """They leave whatever the policy's patterns say."""
+    leaking = App()
+    leaking.extra = {name: ConfigRecord({"first": "x"})}
+    for held in (policy(), policy(outward={"records": ["arrays", "metrics"]})):
+        assert ask(held, train(), tmp_path, leaking)[0].error.reason == "OutwardRefused"
+
+
+@pytest.mark.parametrize("name", ["more", "privfed.packed"])
+def test_nothing_leaves_beside_the_update_that_is_bounded(tmp_path: Path, name: str) -> None:
+    leaking = App()
+    leaking.extra = {name: ArrayRecord({"w": Array(np.full(4, 1e6, np.float32))})}
+    plans = {"plans": ["none", "central"], "observer": "output"}
+    for held, message in (
+        (policy(mods={"clip": 1.0}), train()),
+        (policy(privacy=plans), train(EVENT)),
+        (policy(privacy=plans), train(EVENT, kind="query.look")),
+    ):
+        assert ask(held, message, tmp_path, leaking)[0].error.reason == "OutwardRefused"
+    assert not ask(policy(), train(), tmp_path, leaking)[0].has_error()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max-epsilon-per-run": 50.0}, {"max-epsilon-per-period": 50.0}])
+def test_a_node_keeps_its_turns_whether_or_not_it_counts(tmp_path: Path, limits: dict[str, float]) -> None:
+    held = policy(privacy={"plans": ["central"], "observer": "output", "min-separation": 3, **limits})
+    context = Context(run_id=5, node_id=1)
+    app = node_wrap(held, tmp_path)(App())
+    answered = [number for number in range(1, 9) if not app(train(EVENT, round=number), context).has_error()]
+    assert answered == [1, 4, 7]
+
+
+def test_a_node_keeps_the_turns_of_the_plan_too(tmp_path: Path) -> None:
+    app, context = node_wrap(policy(), tmp_path)(App()), Context(run_id=5, node_id=1)
+    answered = []
+    for number in range(1, 7):
+        message = train(EVENT, round=number)
+        message.content[PLAN] = ConfigRecord({**message.content.config_records[PLAN], "separation": 2})
+        answered += [number] if not app(message, context).has_error() else []
+    assert answered == [1, 3, 5]
+
+
 def test_what_must_be_masked_is_refused_in_the_clear(tmp_path: Path) -> None:
     reply, app = ask(policy(secure_aggregation={"required": True}), train(), tmp_path)
     assert (reply.error.reason, app.asked) == ("SecureAggregationRequired", 0)

@@ -176,3 +176,11 @@ def test_without_keys_only_loopback_is_served_unless_forced(tmp_path: Path) -> N
     for where in ({"fleet": "0.0.0.0:0"}, {"control": "0.0.0.0:0"}, {"fleet": "[::]:0"}, {"control": "example.org:1"}):
         with pytest.raises(SuperLinkError, match="without keys anybody may do anything"):
             SuperLink(SuperLinkOptions(tmp_path, **where), FreshLauncher())
+
+
+@pytest.mark.parametrize("where", [{"fleet": "0.0.0.0:0"}, {"control": "10.1.2.3:0"}, {"token_control": "[::]:0"}])
+def test_noise_is_never_seeded_where_others_may_connect(tmp_path: Path, where: dict[str, str]) -> None:
+    options = SuperLinkOptions(tmp_path, **where, force_insecure=True, insecure_test_randomness=1)
+    with pytest.raises(SuperLinkError, match="insecure_test_randomness is for tests on this machine"):
+        SuperLink(options, FreshLauncher())
+    assert not (tmp_path / "lock").exists()
