@@ -50,25 +50,35 @@ def gone(count: int, stage: int = MASK) -> dict[int, int]:
 
 @pytest.mark.parametrize("dropped", [0, 2, 6])
 @pytest.mark.parametrize(
-    ("protocol", "mechanism"),
-    [*((protocol, "skellam") for protocol in PROTOCOLS), (PROTOCOLS[0], "discrete_gaussian")],
-    ids=["SecAgg", "SecAggPlus", "LightSecAgg", "discrete Gaussian"],
+    ("protocol", "mechanism", "adaptive"),
+    [
+        *((protocol, "skellam", None) for protocol in PROTOCOLS),
+        (PROTOCOLS[0], "discrete_gaussian", None),
+        (PROTOCOLS[0], "skellam", AdaptiveClip()),
+        (PROTOCOLS[1], "discrete_gaussian", AdaptiveClip()),
+    ],
+    ids=["SecAgg", "SecAggPlus", "LightSecAgg", "discrete Gaussian", "adaptive", "discrete Gaussian, adaptive"],
 )
-def test_the_sum_carries_the_planned_noise_whoever_drops(protocol: Any, mechanism: str, dropped: int) -> None:
+def test_the_sum_carries_the_planned_noise_whoever_drops(
+    protocol: Any, mechanism: str, adaptive: AdaptiveClip | None, dropped: int
+) -> None:
     grid = Network(app_of(length=1.5), NODES, gone(dropped))
-    result = secure(protocol, mechanism=mechanism).start(grid, model(SIZE), 1, timeout=60)
+    result = secure(protocol, mechanism=mechanism, adaptive=adaptive).start(grid, model(SIZE), 1, timeout=60)
     assert result.rounds[0]["privacy"]["mechanism"] == mechanism
     there = [node for node in range(1, NODES + 1) if node not in gone(dropped)]
     clipped = sum(update_of(node, SIZE, 1.0) for node in there)
     noise = flat(result.arrays) * NODES - clipped
     # Each node's share is planned for 20 - 6 - 2 honest survivors; rounding adds less than 10^-6 of it.
     planned = 1.5**2 * len(there) / (NODES - 6 - 2)
+    share = planned / len(there)
+    if adaptive is not None:  # bits noised with deviation 1.5 leave 1.5 / sqrt(1 - 1/4) for the update
+        planned, share = planned / (1 - 1 / 4), share / (1 - 1 / 4)
     assert abs(np.mean(noise**2) / planned - 1) < SIGMAS * math.sqrt(2 / SIZE)
     assert abs(noise.mean()) < SIGMAS * math.sqrt(planned / SIZE)
     assert abs(stats.kurtosis(noise)) < SIGMAS * math.sqrt(24 / SIZE) + 0.1  # the fourth moment's own tail
     assert stats.kstest(noise / math.sqrt(planned), "norm").pvalue > 1e-8
-    # Were one share missing or one too many, the first check would say so, but for the largest cohorts.
-    assert abs(planned / (planned - 1.5**2 * 6 / 12) - 1) > SIGMAS * math.sqrt(2 / SIZE)
+    # Were six shares missing, the first check would say so.
+    assert abs(planned / (planned - 6 * share) - 1) > SIGMAS * math.sqrt(2 / SIZE)
 
 
 @pytest.mark.parametrize("adaptive", [None, AdaptiveClip()])

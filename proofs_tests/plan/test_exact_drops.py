@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from privfed.context import Context
 from privfed.errors import PlanRefused, QuorumError
@@ -94,6 +95,9 @@ def test_the_sum_has_what_its_drops_ask_for(protocol: Any, dropped: int) -> None
     level = next(count for count in (0, 2, 4, 6) if count >= dropped)
     planned = 1.5**2 * len(there) / (NODES - level - 2)
     assert abs(np.mean(noise**2) / planned - 1) < SIGMAS * math.sqrt(2 / SIZE)
+    assert abs(noise.mean()) < SIGMAS * math.sqrt(planned / SIZE)
+    assert abs(stats.kurtosis(noise)) < SIGMAS * math.sqrt(24 / SIZE) + 0.1  # the fourth moment's own tail
+    assert stats.kstest(noise / math.sqrt(planned), "norm").pvalue > 1e-8
     # Before the parts were taken off it was more, by more than the test's error, or there was nothing to take off.
     worst = 1.5**2 * len(there) / (NODES - 6 - 2)
     assert level == 6 or worst / planned - 1 > SIGMAS * math.sqrt(2 / SIZE)
