@@ -12,7 +12,7 @@ delta = 1e-5
 max-epsilon-per-run = 8.0
 max-epsilon-per-period = 20.0
 period-days = 365
-min-cohort = 10                     # nodes in a round, as the plan promises
+min-cohort = 10                     # nodes whose noise a distributed plan counts on; central noise needs no number
 min-separation = 1                  # rounds from one participation to the next, at least
 unaccounted = []                    # of "evaluate", "query": answered without a plan and not counted. Otherwise a query
                                     # needs a plan as training does, and an evaluation passes where "none" is a plan
@@ -30,7 +30,8 @@ weight-key = "num-examples"         # the only metric that updates may be weighe
 clip = 4.0                          # L2 bound on every update, around whatever the app does
 
 [outward]
-records = ["arrays", "metrics"]     # names of records a reply may hold; ["*"] for any
+records = ["arrays", "metrics"]     # names of records a reply may hold; ["*"] for any. Where the update is clipped
+                                    # or noised, nothing but it may leave as arrays
 metrics = ["num-examples", "loss"]  # names of metrics in them
 
 [limits]
