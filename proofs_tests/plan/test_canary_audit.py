@@ -1,11 +1,14 @@
 """Empirical audits: a canary in every round, full participation, claimed epsilon 8 at delta 1e-5, bounds at 99.9 %.
 
 Lower bounds assume a Gaussian trade-off [NHB+23]. An honest plan's bound exceeds the claim with probability below
-1e-3 a test (about 1e-6 by `power`). With 150 runs a side, a plan whose noise is half of what it claims (mu twice the
-claimed) is caught with probability 0.9999. In two kinds of plan the attack sees a little more noise than is claimed, so
-that half of it shows less: one that provides for drops where nobody drops (0.77 with 1 of 6 dropped and 1 colluding, so
-that is not asked), and one whose clip adapts, which pays for bits that the attack does not read (0.9998).
-The short test of a distributed plan makes 100 runs a side and claims no power.
+1e-3 a test (about 1e-6 by `power`). With 150 runs a side, a central plan whose noise is half of what it claims (mu
+twice the claimed) is caught with probability 0.9999. Noise of the nodes is a little more than its claim, which is a
+Renyi bound, so half of it is caught with probability 0.997; where the plan provides for drops and nobody drops there is
+more still, and with 1 of 6 dropped and 1 colluding half of it would be caught with 0.48, so that is not asked. The
+short test of a distributed plan makes 100 runs a side and claims no power.
+
+That the canary comes through is seen from the mean scores, with and without it: their difference is 1, within 0.6, six
+standard errors or more (false alarms below 1e-8).
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ def audit(options: dict[str, object], mods: list[Mod], stage: Callable[[], Stage
     return audit_plan(plan, mods=mods, stage=stage, rounds=ROUNDS, runs=RUNS)
 
 
+def comes_through(found: CanaryAudit) -> bool:
+    inside, outside = found.scores
+    return abs(inside.mean() - outside.mean() - 1) < 0.6
+
+
 @pytest.fixture
 def halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the noise everywhere, as a bug might."""
@@ -80,10 +88,12 @@ def test_the_power_that_is_stated() -> None:
     mu = gaussian_mu(8.0, 1e-5)
     assert power(mu, RUNS, mu) < 1e-5
     assert power(2 * mu, RUNS, mu) > 0.9998
-    multiplier = math.sqrt(ROUNDS) / mu
-    adaptive = delta_multiplier(multiplier, 5.0) / multiplier
-    assert power(2 * mu / adaptive, RUNS, mu) > 0.9996
-    assert 0.74 < power(2 * mu * math.sqrt(4 / 6), RUNS, mu) < 0.8
+    central = math.sqrt(ROUNDS) / mu
+    assert power(2 * mu * central / delta_multiplier(central, 5.0), RUNS, mu) > 0.9998  # its bits cost little
+    for mechanism in ("skellam", "discrete_gaussian"):
+        shared_mu = 1 / calibrated(1, mechanism)
+        assert 0.997 < power(2 * shared_mu, RUNS, mu) < 0.998
+    assert 0.4 < power(2 * shared_mu * math.sqrt(4 / 6), RUNS, mu) < 0.55
 
 
 @pytest.mark.parametrize("name", CENTRAL)
@@ -91,7 +101,7 @@ def test_central_plans_show_no_more_than_they_claim(name: str) -> None:
     found = audit(CENTRAL[name], [clip()])
     assert 7.9 < found.claimed <= 8.0
     assert found.lower <= found.claimed
-    assert found.lower > 2.0  # the attack is not a bad one
+    assert comes_through(found)
     assert found.holds
 
 
@@ -133,7 +143,7 @@ def shared(name: str, rounds: int = 2, runs: int = RUNS) -> CanaryAudit:
 def test_a_distributed_plan_shows_no_more_than_it_claims() -> None:
     found = shared("skellam", rounds=1, runs=100)
     assert 7.9 < found.claimed <= 8.0
-    assert found.lower > 1.0
+    assert comes_through(found)
     assert found.holds
 
 
@@ -142,7 +152,7 @@ def test_a_distributed_plan_shows_no_more_than_it_claims() -> None:
 def test_distributed_plans_show_no_more_than_they_claim(name: str) -> None:
     found = shared(name)
     assert 7.9 < found.claimed <= 8.0
-    assert found.lower > 1.0  # the attack is not a bad one
+    assert comes_through(found)
     assert found.holds
 
 
