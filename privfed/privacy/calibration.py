@@ -12,6 +12,8 @@ from privfed.privacy.events import Event
 
 TOL = 1e-3  # the accountant's own
 _PRECISE = 1e-9  # of the root of the estimate, relative
+_DIGITS = 1e-7  # of the excess: two values closer than this say nothing about the slope
+_ONE_MORE = 1e-3  # of the excess; one secant's step from there leads to about its square, and no one need look
 _TRIES = 80
 _FARTHEST = 60.0
 _FAR = 50.0  # stands for the excess where epsilon is 0 or infinite
@@ -37,7 +39,7 @@ def calibrate(
     with the default tol certifies it as well. ValueError if no parameter suffices.
     """
     search = _Search(plan, whole("count", count, 1), epsilon, delta, (unit, relation, observer), tol)
-    return search.certified(search.root())
+    return search.certified(search.root(hurried=True))
 
 
 def calibrate_bound(
@@ -81,20 +83,25 @@ class _Search:
         self._tol = number("tol", tol, 0, 1, above=True, below=True)
         self._slope = -1.0  # of log epsilon over the logarithm of the parameter, near the root
         self._side: int | None = None  # the direction that costs more near the root
+        self._last: tuple[float, Accountant] | None = None
 
     def _at(self, parameter: float) -> Accountant:
+        if self._last is not None and self._last[0] == parameter:
+            return self._last[1]
         unit, relation, observer = self._terms
         accountant = Accountant(unit, relation, observer, tol=self._tol)
-        return accountant.step(self._plan(parameter), self._count)
+        self._last = parameter, accountant.step(self._plan(parameter), self._count)
+        return accountant
 
     def _excess(self, log_parameter: float) -> float:
         value = self._at(math.exp(log_parameter)).plan.rough_epsilon(self._delta, self._side)
         return math.log(value / self._epsilon) if 0 < value < math.inf else (-_FAR if value == 0 else _FAR)
 
-    def root(self) -> float:
+    def root(self, hurried: bool = False) -> float:
         """Return the logarithm of the parameter at which the estimate is epsilon.
 
         By secants, as log epsilon is nearly linear in it; by halves of the bracket that was seen where they stray.
+        hurried: where the certified bound is wider anyway, take the last step without asking for the excess there.
         """
         here, excess = 0.0, self._excess(0.0)
         low, high = (0.0, math.inf) if excess > 0 else (-math.inf, 0.0)
@@ -103,8 +110,12 @@ class _Search:
         for _ in range(_TRIES):
             if abs(excess) <= _PRECISE or high - low <= _PRECISE * 1e-3:
                 break
-            if before is not None and max(abs(excess), abs(before[1])) < _FAR and excess != before[1]:
+            if before is not None and abs(excess) < _DIGITS and abs(excess) > abs(before[1]) / 10:
+                break  # as near as the digits of the estimate allow
+            if before is not None and max(abs(excess), abs(before[1])) < _FAR and abs(excess - before[1]) > _DIGITS:
                 self._slope = min((excess - before[1]) / (here - before[0]), -1e-3)
+                if hurried and abs(excess) <= _ONE_MORE * self._tol / TOL and not self._at(math.exp(here)).plan.sharp:
+                    return min(max(here - excess / self._slope, low), high)
             before = here, excess
             there = here - excess / self._slope
             if math.isinf(low) or math.isinf(high):

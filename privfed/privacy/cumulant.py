@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
-from privfed.privacy.closed_form import root
 from privfed.privacy.pair import Floats, Pair
 
 Part = tuple[Pair, int]
 _SETTLED = -26.0  # nats that the integrand must have fallen by at the end of its line
 _LOST = -45.0  # nats below which a point of the line no longer counts
+_UNSEEN = 1e-19  # of the largest term of an inversion; what is less is left out
 _LEAST_REACH = 16.0  # of orders that nodes are made for; then 4 times as much, and so on
+_AT_ONCE = 1 << 16  # terms of sums over nodes that are held at once
 _MAX_REACH = 2.0**14  # beyond it, what decides is the largest loss itself
 
 
@@ -37,9 +40,7 @@ class Cumulants:
 
         High orders take many nodes; low ones are not made to pay for it.
         """
-        reach = _LEAST_REACH
-        while reach < order * 1.5 + 1:
-            reach *= 4
+        reach = self._reach(order)
         known = self._nodes.get((reach, wave))
         if known is None:
             known = []
@@ -51,6 +52,13 @@ class Cumulants:
                 known.append((float(count), losses[keep], weights[keep]))
             self._nodes[reach, wave] = known
         return known
+
+    @staticmethod
+    def _reach(order: float) -> float:
+        reach = _LEAST_REACH
+        while reach < order * 1.5 + 1:
+            reach *= 4
+        return reach
 
     def at(self, order: float) -> tuple[float, float, float]:
         """Return K, K', K'' at a real order."""
@@ -65,6 +73,22 @@ class Cumulants:
             slope += count * mean
             bend += count * float(tilted @ (losses - mean) ** 2) / total
         return value, slope, bend
+
+    def values(self, orders: Floats) -> Floats:
+        """Return K at many real orders: the same as `at`, in a few sweeps over the nodes."""
+        out = np.zeros(len(orders))
+        needed = np.array([self._reach(float(order)) for order in orders])
+        for reach in np.unique(needed):
+            chosen = np.flatnonzero(needed == reach)
+            for count, losses, weights in self.nodes(float(orders[chosen[0]])):
+                logs = np.log(weights)
+                for rows in np.array_split(chosen, math.ceil(len(chosen) * len(losses) / _AT_ONCE)):
+                    exponent = np.multiply.outer(orders[rows], losses)
+                    exponent += logs
+                    top = exponent.max(axis=1)
+                    exponent -= top[:, None]
+                    out[rows] += count * (top + np.log(np.exp(exponent, out=exponent).sum(axis=1)))
+        return out
 
     def of(self, pair: Pair, order: float) -> float:
         """Return log E exp(order L) of one use of a pair."""
@@ -153,13 +177,61 @@ class Inversion:
         """Return log delta(epsilon); the trapezoid rule in u converges faster than any power of its step."""
         return self.sure_log_delta(epsilon)[0]
 
+    @cached_property
+    def _kernel(self) -> tuple[Floats, np.ndarray]:
+        """Where the integrand matters, and its value there without its wave: half at u = 0, as the rule has it."""
+        s = self.order + 1j * self.u
+        kernel = np.exp(self.along) / (s * (s + 1))
+        kernel[0] /= 2
+        size = np.abs(kernel)
+        keep = size > _UNSEEN * float(size.max())
+        return self.u[keep], kernel[keep]
+
+    def _terms(self, epsilon: float) -> np.ndarray:
+        u, kernel = self._kernel
+        phase = u * epsilon
+        wave = np.empty(len(u), dtype=np.complex128)
+        np.cos(phase, out=wave.real)
+        np.sin(-phase, out=wave.imag)
+        wave *= kernel
+        return wave
+
     def sure_log_delta(self, epsilon: float) -> tuple[float, bool]:
         """Return the same, and whether digits are left after what cancels."""
-        s = self.order + 1j * self.u
-        terms = (np.exp(self.along - 1j * self.u * epsilon) / (s * (s + 1))).real
-        total = float(terms.sum() - terms[0] / 2) * self.step / math.pi
+        terms = self._terms(epsilon).real
+        total = float(terms.sum()) * self.step / math.pi
         sure = total > 1e-11 * float(np.abs(terms).sum()) * self.step
         return self.value - self.order * epsilon + math.log(total) if total > 0 else -math.inf, sure
+
+    def sure_log_deltas(self, places: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Return the same at many places."""
+        u, kernel = self._kernel
+        phase = np.multiply.outer(places, u)
+        terms = np.cos(phase) * kernel.real + np.sin(phase) * kernel.imag
+        total = terms.sum(axis=1) * (self.step / math.pi)
+        sure = total > 1e-11 * np.abs(terms).sum(axis=1) * self.step
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.where(total > 0, np.log(total), -math.inf)
+        return self.value - self.order * places + logs, sure
+
+    def _newton(self, log_delta: float, low: float, high: float, xtol: float) -> float:
+        """Return where log delta is crossed between two places: Newton's steps, halves where one leads outside."""
+        here = (low + high) / 2
+        for _ in range(60):
+            terms = self._terms(here)
+            total = float(terms.real.sum())
+            excess = -math.inf
+            if total > 0:
+                excess = self.value - self.order * here + math.log(total * self.step / math.pi) - log_delta
+            low, high = (here, high) if excess > 0 else (low, here)
+            slope = float(self._kernel[0] @ terms.imag) / total - self.order if total > 0 else 0.0
+            there = here - excess / slope if slope < 0 else math.nan
+            if not low <= there <= high:
+                there = (low + high) / 2
+            if abs(there - here) <= max(xtol, 4e-16 * abs(there)) or high - low <= 4e-16 * abs(high):
+                return there
+            here = there
+        return here
 
     def epsilon(
         self, log_delta: float, guess: float, spread: float, xtol: float = 0.0, most: float = math.inf
@@ -169,7 +241,7 @@ class Inversion:
         at_low, sure = self.sure_log_delta(low)
         if not (sure and at_low >= log_delta >= self.log_delta(high)) and math.isfinite(most):
             low, high = self._located(log_delta, low, high, most)
-        return root(lambda epsilon: self.log_delta(epsilon) - log_delta, low, high, xtol)
+        return self._newton(log_delta, low, high, xtol)
 
     def _located(self, log_delta: float, low: float, high: float, most: float) -> tuple[float, float]:
         """Return neighbours on a grid between which delta is crossed, the lower with digits left."""
@@ -219,15 +291,12 @@ def reaches(cumulants: Cumulants, order: float, log_tail: float, whole: bool = F
     """
     value, slope, bend = cumulants.at(order)
     sd = math.sqrt(bend) or 1e-12
-    low, high = -math.inf, math.inf
     most = 1e4 + 30 * order  # any shift bounds; where the law hardly varies, a larger one would cost memory alone
-    for factor in (0.1, 0.3, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0):
-        rise = min(factor / sd, most)
-        shift = rise if whole else min(order, rise)
-        below = cumulants.at(order - shift)[0] - value
-        above = cumulants.at(order + rise)[0] - value
-        low = max(low, -(below - log_tail) / shift)
-        high = min(high, (above - log_tail) / rise)
+    rises = np.minimum(np.array([0.1, 0.3, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0]) / sd, most)
+    shifts = rises if whole else np.minimum(rises, order)
+    moved = cumulants.values(np.concatenate((order - shifts, order + rises))) - value - log_tail
+    low = float(np.max(-moved[: len(shifts)] / shifts))
+    high = float(np.min(moved[len(shifts) :] / rises))
     return min(low, slope - 5 * sd), max(high, slope + 5 * sd)
 
 
@@ -284,7 +353,7 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
     """
     alone = [Cumulants(((pair, 1),)) for pair, _ in least.parts]
     orders = order * np.array([4.0, 2.0, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25])
-    table = np.array([[one.at(float(a))[0] for a in orders] for one in alone])
+    table = np.array([one.values(orders) for one in alone])
     moments = [one.at(order) for one in alone]
     _, slope, bend = most.at(order)
     low, high = reaches(most, order, -34.0)
@@ -294,6 +363,8 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
         effort = min(effort, 1 << 12)
     counts = [count for _, count in least.parts]
     size = min(effort, max(16, math.ceil(9 / max(math.sqrt(least.at(order)[2]), 1e-9) / step)))
+    while any(smooth) and size < effort and not _fades(least, most, smooth, order, step * size):
+        size = min(effort, 2 * size)
     lines: Lines | None = None
     while True:
         single, resolved = most.lines(order, step, size), True
@@ -310,6 +381,23 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
         if not resolved or lines.settled_at(counts) or size >= effort:
             return lines
         size = min(effort, size * 2)
+
+
+def _fades(least: Cumulants, most: Cumulants, smooth: Sequence[bool], order: float, end: float) -> bool:
+    """Say, by three points, whether the integrand has about vanished at the end of the line; True if that is too far."""
+    try:
+        nodes = most.nodes(order, end)
+    except OverflowError:
+        return True
+    lasting = 0.0
+    for (_, count), (_, losses, weights), kind in zip(least.parts, nodes, smooth, strict=True):
+        exponent = order * losses + np.log(weights)
+        tilted = np.exp(exponent - exponent.max())
+        keep = tilted > 1e-12
+        phase = np.multiply.outer(end * np.array([0.85, 0.92, 0.99]), losses[keep])
+        there = np.hypot(np.cos(phase) @ tilted[keep], np.sin(phase) @ tilted[keep]) / tilted.sum()
+        lasting += count * float(np.log(np.maximum(there, 1e-300)).max()) if kind else 0.0
+    return lasting - 2 * math.log(end / (order + 1 / (math.sqrt(least.at(order)[2]) or 1e-9))) < _SETTLED
 
 
 def invert(cumulants: Cumulants, order: float, effort: int = 1 << 16) -> Inversion:

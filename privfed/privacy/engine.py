@@ -115,7 +115,8 @@ class Direction:
             return self._lattice_epsilon(exact, delta, near).estimate, True
         line, slope, spread = self.line(log_delta)
         # Chernoff's bound: what the trapezoid rule says beyond it is an echo
-        most = min((self.cumulants.at(a)[0] - log_delta) / a for a in (f * line.order for f in _NEARBY))
+        orders = line.order * np.array(_NEARBY)
+        most = float(np.min((self.cumulants.values(orders) - log_delta) / orders))
         xtol = 0.0 if line.settled else 1e-4
         found = line.epsilon(log_delta, slope, 6 * spread + 1 / line.order, xtol, most)
         return min(found, self.ceiling) if self.certain == 0 else found, line.settled

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ _CERTAIN = 1e-11  # relative error of the probability of what only P has
 _REST = 1e-13  # of the absolute sum may lie in frequencies that are left out
 _DIRECT = 1 / 24  # beyond this share of all frequencies one inverse FFT is cheaper than a few direct sums
 _FADING = 30.0  # nats that the weights have fallen by where the circle closes
-_KEPT = 1 << 18  # points of a circle whose angles are kept, 4 MB at most
+_FAINT = -60.0  # nats; what has fallen this far is left out without a look at its weight
 _SHIFTS = (0.1, 0.3, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0)  # of the tilt, in standard deviations, for Chernoff's bounds
 
 
@@ -50,18 +49,9 @@ def log_moment(lattice: Lattice, step: float, order: float) -> float:
     return top + math.log(float(np.exp(exponent - top).sum()))
 
 
-def _circle_of(size: int) -> tuple[Floats, Floats, np.ndarray]:
-    """Return real and imaginary part of 1 - z, and z, at the frequencies of a circle of this size."""
-    return _kept_circle(size) if size <= _KEPT else _made_circle(size)
-
-
-@lru_cache(maxsize=8)
-def _kept_circle(size: int) -> tuple[Floats, Floats, np.ndarray]:
-    return _made_circle(size)
-
-
-def _made_circle(size: int) -> tuple[Floats, Floats, np.ndarray]:
-    angle = math.pi / size * np.arange(size // 2 + 1)
+def _circle_of(size: int, frequency: npt.NDArray[np.int64]) -> tuple[Floats, Floats, np.ndarray]:
+    """Return real and imaginary part of 1 - z, and z, at these frequencies of a circle of this size."""
+    angle = math.pi / size * frequency
     sine, cosine = np.sin(angle), np.cos(angle)
     rise, slip = 2 * sine * sine, -2 * sine * cosine
     return rise, slip, 1 - rise - 1j * slip
@@ -99,13 +89,13 @@ class Spectrum:
         index, tilted = self._tilted(lattice, moment)
         return np.asarray(np.fft.rfft(np.bincount(index % self.size, tilted, self.size)), dtype=np.complex128)
 
-    def _weights(self) -> np.ndarray:
+    def _weights(self, frequency: npt.NDArray[np.int64]) -> np.ndarray:
         """Return the transform of e^(-a d) - e^(-(a + 1) d), over the size; inner frequencies stand for two.
 
         With z = e^(2 i angle), 1 / (1 - a z) is the conjugate of 1 - a z over its square, and 1 - a z is written
         (1 - a) + a (1 - z), so that nothing cancels.
         """
-        rise, slip, turned = _circle_of(self.size)  # real and imaginary part of 1 - z, and z
+        rise, slip, turned = _circle_of(self.size, frequency)
         near, far = math.exp(-self.order * self.step), math.exp(-(self.order + 1) * self.step)
         parts = []
         for a, gap in ((near, -math.expm1(-self.order * self.step)), (far, -math.expm1(-(self.order + 1) * self.step))):
@@ -123,33 +113,44 @@ class Spectrum:
                 once *= rest
                 out += once
         out *= 2 / self.size
-        out[0] /= 2
-        out[-1] /= 2
+        out[(frequency == 0) | (2 * frequency == self.size)] /= 2
         return out
 
     def _select(self, once: list[np.ndarray], least: Sequence[int], most: Sequence[int]) -> None:
         """Keep the frequencies that matter, and bound the error of what is kept and the size of what is not."""
         per_use = 4 * ULP * math.log2(self.size)
-        weights = self._weights()
-        fall = np.zeros(len(weights))
-        moved = np.zeros(len(weights))
+        fall, moved = np.zeros(len(once[0])), np.zeros(len(once[0]))
         for values, low, high in zip(once, least, most, strict=True):
-            magnitude = np.maximum(np.abs(values), per_use)
-            fall += low * np.minimum(np.log(magnitude), 0.0)
-            moved += (high * per_use) / magnitude
-        part = np.exp(fall) * np.abs(weights)
-        wrong = part * np.expm1(np.minimum(moved + 8 * ULP * (sum(most) + 4), 30.0))
+            square = values.real * values.real
+            square += values.imag * values.imag
+            np.maximum(square, per_use * per_use, out=square)
+            fall += (low / 2) * np.minimum(np.log(square), 0.0)
+            moved += (high * per_use) / np.sqrt(square)
+        moved += 8 * ULP * (sum(most) + 4)
+        near = fall > _FAINT
+        near[0] = True
+        if near.sum() > _DIRECT * len(fall):
+            near[:] = True
+        frequency = np.flatnonzero(near)
+        weights = self._weights(frequency)
+        part = np.exp(fall[near]) * np.abs(weights)
+        wrong = part * np.expm1(np.minimum(moved[near], 30.0))
         total = float(part.sum())
-        keep = part > _REST * total / len(part)
+        rest = 0.0
+        if len(frequency) < len(fall):  # no weight is larger than twice that of frequency 0, as all are sums of its terms
+            fall += moved
+            fall[near] = -math.inf
+            rest = 2.1 * float(abs(weights[0])) * len(fall) * math.exp(min(0.0, float(fall.max())))
+        keep = part > _REST * total / len(fall)
         keep[0] = True
-        rest = float((part + wrong)[~keep].sum())
-        self._slack = 1.01 * (float(wrong[keep].sum()) + rest) + 4 * per_use * total
-        self._whole = bool(keep.sum() > _DIRECT * len(part))
-        if self._whole:
+        rest += float((part + wrong)[~keep].sum())
+        self._slack = 1.01 * (float(wrong[keep].sum()) + rest) + 4 * per_use * (total + rest)
+        self._whole = bool(keep.sum() > _DIRECT * len(fall))
+        if self._whole:  # then all are near
             keep[:] = True
-        self._frequency = np.flatnonzero(keep)
-        self._kept_weights = weights[keep]
-        self._logs = [np.log(np.where(values[keep] == 0, 1e-300, values[keep])) for values in once]
+        self._frequency, self._kept_weights = frequency[keep], weights[keep]
+        kept = [values[self._frequency] for values in once]
+        self._logs = [np.log(np.where(values == 0, 1e-300, values)) for values in kept]
 
     def _prepare_tails(self, lattices: Sequence[Lattice], most: Sequence[int]) -> None:
         variance = 0.0

@@ -61,17 +61,15 @@ def weight_of(near: float, law: Cumulants, line: Inversion, low: float, high: fl
     log delta comes from the inversion, where that has digits, and otherwise from Chernoff's bound.
     """
     orders = line.order * np.geomspace(1 / 64, 4.0, 25)
-    moments = np.array([law.at(float(order))[0] for order in orders])
+    moments = law.values(orders)
     reach = min(high, max(near, 0.0) + 2 + 10 / line.order)
     left, right = -reach * np.linspace(1.0, 0.0, 57) ** 2, min(-low, 30 / line.order) * np.linspace(0.0, 1.0, 17) ** 2
     places = near + np.concatenate((left, right[1:]))
     logs = np.minimum(0.0, (moments[:, None] - orders[:, None] * places).min(axis=0))
 
     if len(line.u) <= 4096:
-        for i, place in enumerate(places.tolist()):
-            value, sure = line.sure_log_delta(place)
-            if sure:
-                logs[i] = min(logs[i], value)
+        values, sure = line.sure_log_deltas(places)
+        logs[sure] = np.minimum(logs[sure], values[sure])
 
     logs = np.minimum.accumulate(logs)
     slopes = np.maximum(-np.gradient(logs, places), 1.0)
@@ -118,6 +116,7 @@ class Ladder:
     step: float
     allowed: float
     levels: list[Level] = field(default_factory=list)
+    apart: bool = False  # what is known of a pair from two sides is further apart than a finer lattice can mend
 
     def spectrum(self, number: int, upper: bool) -> Spectrum:
         """Return the transforms of a level, made if need be."""
@@ -145,7 +144,7 @@ class Ladder:
         """Add a level that brings the gap down by about the ratio; say whether there was room for one."""
         if self.levels:
             last = self.levels[-1]
-            if len(self.levels) >= _ROUNDS or self.aim.width / last.step > _LARGEST / 2:
+            if self.apart or len(self.levels) >= _ROUNDS or self.aim.width / last.step > _LARGEST / 2:
                 return False
             if last.narrow:
                 self.step /= min(6.0, max(1.5, 1.2 * ratio))
@@ -201,10 +200,12 @@ def aimed(
         order, width = factor * saddle, 0.0
         for law, (_, near), base in zip(laws, marks, least, strict=True):
             bound = law.at(order)[0] - order * near
+            if bound > max(spare, base + 0.4) or width >= best[0]:
+                width = math.inf
+                break
             log_tail = min(LOG_TAIL, math.log(delta) - bound + math.log(shift * saddle) - 6)
             low, high = reaches(law, order, log_tail, whole=True)
-            fits = bound <= max(spare, base + 0.4)
-            width = max(width, high - near, near - low + 30 / order) if fits else math.inf
+            width = max(width, high - near, near - low + 30 / order)
         if width < (1.0 if factor == 1 else 0.9) * best[0]:
             best = width, order
     width, order = best
@@ -318,6 +319,7 @@ class Stretch:
         goal = Goal(0.8 * self.goal.tol, self.goal.floor)
         room = 0.5 * goal.tol * max(near, goal.floor)
         lower, upper, high, low = -math.inf, math.inf, 0, 0
+        gap, enclosed = math.inf, any(hasattr(pair, "below") for pair in self._pairs)
         for number in range(_ROUNDS):
             if target is None or not upper - target < room:
                 high, upper = number, self._read(self.most, number, near, True)
@@ -325,7 +327,9 @@ class Stretch:
                 low, lower = number, self._read(self.most, number, near, False)
             if goal.met(lower, upper):
                 break
-            if number + 1 == len(self._ladder.levels) and not self._ladder.grow(goal.ratio(lower, upper)):
+            gap, before = goal.ratio(lower, upper), gap
+            self._ladder.apart = enclosed and gap > 0.7 * before
+            if number + 1 == len(self._ladder.levels) and not self._ladder.grow(gap):
                 break
         return high, low
 
