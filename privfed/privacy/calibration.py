@@ -59,8 +59,8 @@ def calibrate_bound(
     them, `upper` keeps the budget by the moments of all parts, and the accountant may certify a little less than that.
     """
     search = _Search(plan, whole("count", count, 1), epsilon, delta, (unit, relation, observer), tol)
+    upper = search.certified(search.root(hurried=True))
     root = search.root()
-    upper = search.certified(root)
     lower = search.exceeded(root)
     return Bound(lower, min(max(math.exp(root), lower), upper), upper, "root of the estimate, certified", "")
 

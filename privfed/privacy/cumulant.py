@@ -363,8 +363,11 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
         effort = min(effort, 1 << 12)
     counts = [count for _, count in least.parts]
     size = min(effort, max(16, math.ceil(9 / max(math.sqrt(least.at(order)[2]), 1e-9) / step)))
-    while any(smooth) and size < effort and not _fades(least, most, smooth, order, step * size):
-        size = min(effort, 2 * size)
+    try:
+        while any(smooth) and size < effort and not _fades(least, most, smooth, order, step * size):
+            size = min(effort, 2 * size)
+    except OverflowError:
+        size = max(16, size // 2)
     lines: Lines | None = None
     while True:
         single, resolved = most.lines(order, step, size), True
@@ -384,13 +387,9 @@ def invert_between(least: Cumulants, most: Cumulants, order: float, effort: int 
 
 
 def _fades(least: Cumulants, most: Cumulants, smooth: Sequence[bool], order: float, end: float) -> bool:
-    """Say, by three points, whether the integrand has about vanished at the end of the line; True if that is too far."""
-    try:
-        nodes = most.nodes(order, end)
-    except OverflowError:
-        return True
+    """Say, by three points, whether the integrand has about vanished at the end of the line."""
     lasting = 0.0
-    for (_, count), (_, losses, weights), kind in zip(least.parts, nodes, smooth, strict=True):
+    for (_, count), (_, losses, weights), kind in zip(least.parts, most.nodes(order, end), smooth, strict=True):
         exponent = order * losses + np.log(weights)
         tilted = np.exp(exponent - exponent.max())
         keep = tilted > 1e-12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Direction:
     @cached_property
     def _room(self) -> float:
         """How far the losses of single outcomes, summed over all uses, may be from the true ones."""
-        return sum(count * loss_error(pair) for pair, count in self.parts)
+        return sum(count * _known_to(pair) for pair, count in self.parts)
 
     @cached_property
     def _mixed(self) -> bool:
@@ -74,7 +74,7 @@ class Direction:
     @cached_property
     def ceiling(self) -> float:
         """The largest finite loss of the sum, as far as floats can tell."""
-        return sum(count * pair.span(0.0)[1] for pair, count in self.parts)
+        return sum(count * _highest(pair) for pair, count in self.parts)
 
     @property
     def single(self) -> bool:
@@ -326,6 +326,17 @@ def _enumerated(parts: tuple[Part, ...]) -> tuple[Part, ...]:
             log_kept += math.log1p(-pair.certain)
             rounding += pair.rounding + 2 * ULP
     return ((Atoms(p, q, -math.expm1(log_kept), rounding), 1),)
+
+
+@lru_cache(maxsize=256)
+def _highest(pair: Pair) -> float:
+    """Return the largest finite loss."""
+    return pair.span(0.0)[1]
+
+
+@lru_cache(maxsize=256)
+def _known_to(pair: Pair) -> float:
+    return loss_error(pair)
 
 
 def _once(chances: tuple[tuple[float, int], ...]) -> float:

@@ -37,6 +37,9 @@ class Masses(NamedTuple):
 class Pair(Protocol):
     """See the module."""
 
+    def __hash__(self) -> int:
+        """Return a hash: what is known of a pair is kept under it."""
+
     def masses(self, edges: Floats) -> Masses:
         """Return masses of the len(edges) + 1 cells between increasing finite edges."""
 

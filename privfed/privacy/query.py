@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from privfed.privacy.engine import Bracket, Direction
 from privfed.privacy.pair import NormalPair
 
 _WIDEST = 550.0  # losses of a block; what lies beyond counts as certain
+_LONG = 64  # uses from which on the lesser of two directions is asked at some counts only
 _RARE = 1e-15  # deltas where what an allocation pair leaves out may show
 _MOMENTS = "moments: effort limit, losses leave the range of floats"
 _RENYI_LOWER = "; lower covers the parts with a dominating pair only, and tol does not apply"
@@ -176,11 +177,21 @@ class Plan:
         return "none", "something was released without a guarantee"
 
     def _worst(self, delta: float, tol: float, directions: tuple[Direction, ...]) -> Bracket:
-        """Return the bracket of the maximum over directions; the lesser ones only until they are seen to be less."""
-        ranked = sorted(directions, key=lambda d: -d.near_epsilon(delta, tol)[0])
-        best = ranked[0].bracket_epsilon(delta, tol)
-        for direction in ranked[1:]:
-            best = _largest(best, direction.bracket_epsilon(delta, tol, enough=best.lower))
+        """Return the bracket of the maximum over directions; the lesser ones only until they are seen to be less.
+
+        In long runs the lesser one is asked at a few counts only: what a little more of the same costs at most is
+        more than what this costs.
+        """
+        rest, beyond = list(directions), math.inf
+        if len(directions) == 2 and sum(directions[0].counts) >= _LONG:
+            lead, beyond = lesser(*(_rounded(direction) for direction in directions), delta, tol)
+            best = rest.pop(lead).bracket_epsilon(delta, tol)
+        else:
+            rest.sort(key=lambda d: -d.near_epsilon(delta, tol)[0])
+            best = rest.pop(0).bracket_epsilon(delta, tol)
+        if beyond > best.lower:
+            for direction in rest:
+                best = _largest(best, direction.bracket_epsilon(delta, tol, enough=best.lower))
         return Bracket(max(0.0, best.lower), max(0.0, best.estimate), max(0.0, best.upper), best.settled)
 
     def delta(self, epsilon: float, tol: float) -> Bound:
@@ -297,6 +308,24 @@ class Plan:
             return work()
         except OverflowError:
             return otherwise
+
+
+def _rounded(direction: Direction) -> tuple[Part, ...]:
+    """Return the parts with counts rounded up by at most a sixteenth, but not beyond the next power of two."""
+    units = [max(1, 1 << max(0, (count - 1).bit_length() - 5)) for count in direction.counts]
+    return tuple(
+        (pair, -(-count // unit) * unit)
+        for pair, count, unit in zip(direction.pairs, direction.counts, units, strict=True)
+    )
+
+
+@lru_cache(maxsize=256)
+def lesser(first: tuple[Part, ...], second: tuple[Part, ...], delta: float, tol: float) -> tuple[int, float]:
+    """Return which of two directions costs more, and an upper bound on what the other one costs."""
+    directions = Direction(first), Direction(second)
+    nears = [direction.near_epsilon(delta, tol)[0] for direction in directions]
+    lead = int(nears[1] > nears[0])
+    return lead, directions[1 - lead].bracket_epsilon(delta, tol, enough=0.9 * nears[lead]).upper
 
 
 def _ends(bracket: Bracket) -> tuple[float, float]:

@@ -137,7 +137,9 @@ class Spectrum:
         wrong = part * np.expm1(np.minimum(moved[near], 30.0))
         total = float(part.sum())
         rest = 0.0
-        if len(frequency) < len(fall):  # no weight is larger than twice that of frequency 0, as all are sums of its terms
+        if len(frequency) < len(
+            fall
+        ):  # no weight is larger than twice that of frequency 0, as all are sums of its terms
             fall += moved
             fall[near] = -math.inf
             rest = 2.1 * float(abs(weights[0])) * len(fall) * math.exp(min(0.0, float(fall.max())))
