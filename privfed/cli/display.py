@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
+from privfed.privacy.bound import printed
+
 Listener = Callable[[str, Mapping[str, object]], None]
 LOG_FORMAT = "Lines for people, or JSON for machines, on stderr."
 
@@ -47,7 +49,9 @@ def worth_showing(metrics: Mapping[str, object]) -> dict[str, object]:
     if isinstance(privacy, Mapping) and "epsilon" in privacy:
         # An epsilon means nothing without its unit, relation, observer and delta.
         terms = ", ".join(str(privacy.get(name, "?")) for name in ("unit", "relation", "observer"))
-        shown["epsilon"] = f"{text_of(privacy['epsilon'])} at delta {privacy.get('delta', '?')} ({terms})"
+        epsilon = privacy["epsilon"]
+        text = printed(epsilon, up=True, digits=4) if isinstance(epsilon, float) else text_of(epsilon)
+        shown["epsilon"] = f"{text} at delta {privacy.get('delta', '?')} ({terms})"
     return shown
 
 

@@ -18,6 +18,7 @@ import click
 
 from privfed.privacy import Accountant, Bound, FixedSizeSampled, Gaussian, Laplace, PoissonSampled
 from privfed.privacy import calibrate as calibrate_noise
+from privfed.privacy.bound import printed
 from privfed.privacy.events import Event, event_from_json
 from privfed.privacy.ledger import Ledger, LedgerError
 
@@ -210,8 +211,9 @@ def _fields(bound: Bound) -> dict[str, Any]:
 
 
 def _lines(name: str, bound: Bound) -> list[str]:
+    high = printed(bound.upper, up=True)
     return [
-        f"{name} <= {bound.upper:.6g}  (certified: {bound.lower:.6g} <= {name} <= {bound.upper:.6g})",
+        f"{name} <= {high}  (certified: {printed(bound.lower, up=False)} <= {name} <= {high})",
         f"by {bound.method}: {bound.proof}",
     ]
 
@@ -279,7 +281,7 @@ def calibrate(epsilon: float, delta: float, scheme: Scheme, question: Question) 
         "rounds": scheme.rounds,
         "epsilon": _fields(bound),
     }
-    lines = [f"noise multiplier {multiplier:.8g}", *_lines("epsilon", bound)]
+    lines = [f"noise multiplier {printed(multiplier, up=True, digits=8)}", *_lines("epsilon", bound)]
     question.emit(values, [*lines, f"at delta = {delta:g}, {scheme.rounds} rounds"])
 
 
@@ -303,7 +305,10 @@ def tradeoff(
     accountant = question.accountant(_chosen(noise, scheme), scheme.rounds)
     points = [(alpha, _checked(functools.partial(accountant.tradeoff, alpha))) for alpha in alphas]
     lines = ["false positives   false negatives at least   true positives at most"]
-    lines += [f"{alpha:15.6g}   {beta.lower:24.6g}   {1 - beta.lower:22.6g}" for alpha, beta in points]
+    lines += [
+        f"{alpha:15.6g}   {printed(beta.lower, up=False):>24}   {printed(1 - beta.lower, up=True):>22}"
+        for alpha, beta in points
+    ]
     question.emit({"points": [{"alpha": alpha, "beta": _fields(beta)} for alpha, beta in points]}, lines)
 
 
@@ -334,8 +339,10 @@ def compare(noise_multiplier: float, delta: float, scheme: Scheme, unit: str, fo
         return
     click.echo(f"{'sampler':26} {'relation':12} {'observer':9} epsilon at delta = {delta:g}, unit {unit}")
     for row in rows:
-        shown = f"{float(row['epsilon']['upper']):.6g}" if "epsilon" in row else f"not proved: {row['refused']}"
-        click.echo(f"{row['sampler']:26} {row['relation']:12} {row['observer']:9} {shown}")
+        found = (
+            printed(float(row["epsilon"]["upper"]), up=True) if "epsilon" in row else f"not proved: {row['refused']}"
+        )
+        click.echo(f"{row['sampler']:26} {row['relation']:12} {row['observer']:9} {found}")
 
 
 @privacy.command()
@@ -364,9 +371,10 @@ def ledger(path: Path, plot: Path | None, head: str | None, form: str) -> None:
         "torn": book.torn,
         "head": book.head,
     }
+    spent = printed(book.spent, up=True)
     verdict = "agrees" if replay.agrees else "DISAGREES; the stored amount governs"
     lines = [
-        f"{terms.owner}: {len(book.entries)} charges, {book.measure} {book.spent:.6g} of {book.limit:.6g} spent",
+        f"{terms.owner}: {len(book.entries)} charges, {book.measure} {spent} of {book.limit:.6g} spent",
         f"budget: epsilon {terms.budget.epsilon:g} at delta = {terms.budget.delta:g}, by {terms.budget.filter}",
         f"added up again: {replay.recomputed:.6g} ({verdict})",
         f"head {book.head}" + ("  (an unacknowledged half line follows it)" if book.torn else ""),

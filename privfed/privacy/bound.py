@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,11 @@ def exact(value: float, method: str, proof: str, slack: float = 0.0) -> Bound:
     if math.isinf(value):
         return Bound(value, value, value, method, proof)
     return Bound(max(0.0, value * (1 - slack)), value, value * (1 + slack), method, proof)
+
+
+def printed(value: float, up: bool, digits: int = 6) -> str:
+    """Return a bound in few digits, rounded to the side on which it still holds."""
+    if not math.isfinite(value):
+        return f"{value:g}"
+    rounding = ROUND_CEILING if up else ROUND_FLOOR
+    return f"{float(Context(prec=digits, rounding=rounding).create_decimal(Decimal(value))):.{digits}g}"

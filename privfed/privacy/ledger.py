@@ -308,7 +308,7 @@ class Ledger:
 
     @property
     def limit(self) -> float:
-        """What may be spent: epsilon, or rho, a Renyi divergence or mu under a filter."""
+        """What may be spent: epsilon, or rho, a Renyi divergence or mu^2 under a filter."""
         return self._meter.limit
 
     @property

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from privfed.cli.privacy import privacy
 from privfed.privacy import Accountant, FixedSizeSampled, Gaussian, PoissonSampled, calibrate
+from privfed.privacy.bound import printed
 from privfed.privacy.filters import Budget
 from privfed.privacy.ledger import Ledger, Terms
 
@@ -102,6 +106,21 @@ def test_text_names_its_terms(command: list[str]) -> None:
     assert "unit client, relation add_remove, observer output" in result.output
 
 
+@given(st.floats(1e-12, 1e6), st.integers(2, 10))
+def test_bounds_are_printed_rounded_to_the_side_on_which_they_hold(value: float, digits: int) -> None:
+    low, high = (float(printed(value, up=up, digits=digits)) for up in (False, True))
+    assert low <= value <= high
+    assert high - low <= 1.01 * value * 10.0 ** (1 - digits)
+    assert (printed(math.inf, up=True), printed(0.0, up=False)) == ("inf", "0")
+
+
+def test_the_printed_noise_and_epsilon_hold_as_printed() -> None:
+    text = call("calibrate", "--epsilon", 1.0, "--delta", 1e-6, "--rounds", 3).output
+    noise = float(re.search(r"noise multiplier (\S+)", text)[1])  # type: ignore[index]
+    claim = float(re.search(r"epsilon <= (\S+)", text)[1])  # type: ignore[index]
+    assert Accountant().step(Gaussian(noise), 3).epsilon(1e-6).upper <= claim <= 1.0
+
+
 def test_compare_shows_every_relation_and_observer() -> None:
     arguments = ["compare", "--noise-multiplier", 4.0, "--sample-size", 5, "--population", 100, "--delta", 1e-6]
     rows = ask(*arguments)["rows"]
@@ -129,7 +148,7 @@ def filled(folder: Path) -> Path:
     return folder / "l"
 
 
-def test_a_ledger_is_checked_and_shown(tmp_path: Path) -> None:
+def test_a_ledger_is_checked_and_printed(tmp_path: Path) -> None:
     path = filled(tmp_path)
     book = Ledger.read(path)
     answer = ask("ledger", path)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from scipy import special
 
+from privfed.privacy import allocation, stretch
 from privfed.privacy import events as ev
 from privfed.privacy.accountant import Accountant
+from privfed.privacy.cumulant import Cumulants, invert
 from privfed.privacy.dominating import pairs
 from privfed.privacy.pair import ULP, NormalPair
+from privfed.privacy.query import Plan
 
 
 def truth(losses: list[tuple[mpmath.mpf, mpmath.mpf]], count: int, epsilon: float) -> mpmath.mpf:
@@ -334,3 +337,66 @@ def test_wild_parameters_get_an_answer(relation: str, delta: float, parts: list[
     if found.upper < math.inf:
         back = accountant.delta(found.upper)
         assert back.lower <= delta * (1 + 1e-9)
+
+
+def test_a_long_run_gets_the_larger_of_both_directions() -> None:
+    """Of the lesser direction only an upper bound at a few counts is kept; the answer is that of asking both."""
+    for event in (ev.PoissonSampled(0.01, ev.Gaussian(1.0)), ev.PoissonSampled(0.5, ev.Gaussian(5.0))):
+        for count in (64, 65, 500, 1025):
+            found = Accountant().step(event, count).epsilon(1e-5)
+            sides = [side.bracket_epsilon(1e-5, 1e-3) for side in Plan({event: count}, "add_remove").directions]
+            assert found.upper == max(side.upper for side in sides)
+            assert found.lower == max(side.lower for side in sides)
+
+
+def test_moments_and_inversions_are_the_same_one_by_one_and_at_once() -> None:
+    law = Cumulants(((NormalPair(1.0, 0.01), 300), (NormalPair(0.5, 0.2), 7)))
+    orders = np.array([0.01, 0.5, 2.0, 30.0, 90.0])
+    assert law.values(orders) == pytest.approx([law.at(float(order))[0] for order in orders], rel=1e-12, abs=1e-14)
+    line = invert(law, law.order_for_delta(math.log(1e-6)))
+    places = np.linspace(0.2, 2.0, 7)
+    values, sure = line.sure_log_deltas(places)
+    for place, value, certain in zip(places.tolist(), values, sure, strict=True):
+        assert line.sure_log_delta(place) == (pytest.approx(value, rel=1e-9), certain)
+    for log_delta in (-8.0, -14.0):
+        found = line.epsilon(log_delta, 0.5, 3.0)
+        assert line.log_delta(found) == pytest.approx(log_delta, abs=1e-9)
+
+
+def test_frequencies_left_out_are_paid_for() -> None:
+    """With every frequency kept, delta at lattice points lies between the bounds that keep a few."""
+    event, count, delta = ev.PoissonSampled(0.01, ev.Gaussian(1.0)), 1000, 1e-5
+    sides = Plan({event: count}, "add_remove").directions
+    near = sides[0].near_epsilon(delta, 1e-3)[0]
+    sides[0].bracket_epsilon(delta, 1e-3)
+    ladder = stretch.stretch(sides[0].pairs, sides[0].counts, delta, 1e-3, False)._ladder
+    assert ladder is not None
+    few = ladder.spectrum(0, True)
+    assert not few._whole
+    lattice = ladder._lattice(0, ladder.levels[0].cells[0], True)
+    mass = np.zeros(few.size)
+    index, tilted = few._tilted(lattice, few._moments[0])
+    np.add.at(mass, index % few.size, tilted)
+    power = np.fft.irfft(np.fft.rfft(mass) ** count, few.size)
+    composed = few.at((count,))
+    for place in range(round((near - composed._offset) / few.step), few.size // 2, few.size // 9):
+        away = np.arange(few.size) * few.step
+        kernel = np.exp(-few.order * away) - np.exp(-(few.order + 1) * away)
+        exact = float(power[(place + np.arange(few.size)) % few.size] @ kernel)
+        assert abs(composed._sum(place) - exact) <= few._slack
+
+
+def test_a_law_summed_with_itself_is_the_law_of_the_sum() -> None:
+    for upper in (True, False):
+        law = allocation._lognormal(0.7, upper)
+        twin, sum_ = allocation._add(law, law, upper), allocation._add(law, (law[0], law[1], law[2]), upper)
+        assert [part.sum() for part in (twin[0], twin[1])] == pytest.approx([sum_[0].sum(), sum_[1].sum()], rel=1e-12)
+        assert twin[1] == pytest.approx(sum_[1], rel=1e-9, abs=1e-30)
+        assert float(twin[1].sum()) == pytest.approx(1.0, abs=1e-12)
+        assert float(twin[0] @ twin[1]) + twin[2] == pytest.approx(2.0, rel=1e-12)
+
+
+def test_a_thousand_bins_are_bracketed_to_a_thousandth() -> None:
+    found = Accountant().step(ev.RandomAllocation(1000, ev.Gaussian(1.0))).epsilon(1e-5)
+    assert found.gap <= 1e-3
+    assert "effort limit" not in found.method
