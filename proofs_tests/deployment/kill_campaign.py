@@ -5,6 +5,7 @@
 A kill is a failpoint (a moment before or after a commit or a send) or SIGKILL at a sampled time, of the SuperLink, a
 SuperNode, the SuperExec, the ServerApp's or a ClientApp's process. A third of the runs each: an app with state; the
 same under secure aggregation and a privacy plan with seeded noise; the same with real noise, charged to ledgers.
+With --together N there are N kills before the next round is awaited: the later ones meet what recovers.
 
 Recovery is the time from the kill to the run's next committed round; whatever was killed and has no launcher of its
 own is started again at once. It contains the start of Python, the nodes' pauses before they connect, and the round.
@@ -136,8 +137,8 @@ class Tally:
 class Campaign:
     """Kills processes of one federation, run after run."""
 
-    def __init__(self, place: Federation, kind: str, rng: random.Random, tally: Tally) -> None:
-        self.place, self.kind, self.rng, self.tally = place, kind, rng, tally
+    def __init__(self, place: Federation, kind: str, rng: random.Random, tally: Tally, together: int = 1) -> None:
+        self.place, self.kind, self.rng, self.tally, self.together = place, kind, rng, tally, together
         self.app = write_app(place.folder / "app", kind != "plain")
 
     def run(self, kills: int) -> None:
@@ -145,8 +146,8 @@ class Campaign:
         seed = self.rng.randrange(1 << 30)
         folder = self._submit(seed)
         eventually(lambda: folder.recorded_status.round >= 1, 60, self.place.link)
-        for _ in range(kills):
-            self._strike(folder)
+        for first in range(0, kills, self.together):
+            self._strike(folder, min(self.together, kills - first))
         reached = folder.recorded_status.round
         folder.request_stop()
         eventually(lambda: folder.recorded_status.state in ENDED, 60, self.place.link)
@@ -161,20 +162,24 @@ class Campaign:
                 sys.stderr.write(f"not submitted yet: {fault}\n")
                 time.sleep(0.2)
 
-    def _strike(self, folder: RunFolder) -> None:
-        """Kill something, start it again, and wait for the next round."""
-        time.sleep(self.rng.random() * 0.15)
-        armed = self._arm() if self.rng.random() < 0.6 else None
-        name, began = self._await(armed) if armed is not None else (None, 0.0)
-        if name is None:
-            name, began = self._kill()
+    def _strike(self, folder: RunFolder, kills: int) -> None:
+        """Kill something so often, start it again, and wait for the next round."""
+        names = []
+        for _ in range(kills):
+            self._restart()
+            time.sleep(self.rng.random() * 0.15)
+            armed = self._arm() if self.rng.random() < 0.6 else None
+            name, began = self._await(armed) if armed is not None else (None, 0.0)
+            if name is None:
+                name, began = self._kill()
+            names.append(name)
         reached = folder.recorded_status.round
         self._restart()
         try:
             eventually(lambda: folder.recorded_status.round > reached or self._restart(), 60)
         except AssertionError:
-            raise AssertionError(f"after {name} run {folder.name} stands still: {self.outputs()}") from None
-        self.tally.kills[name] += 1
+            raise AssertionError(f"after {names} run {folder.name} stands still: {self.outputs()}") from None
+        self.tally.kills.update(names)
         self.tally.recoveries.append(time.monotonic() - began)
 
     def _restart(self) -> bool:
@@ -286,7 +291,9 @@ class Campaign:
         verify_log(self.place.folder / "home" / "audit.jsonl")
 
 
-def campaign(folder: Path, kills: int, runs: int, seed: int, kinds: tuple[str, ...] = KINDS) -> Tally:
+def campaign(
+    folder: Path, kills: int, runs: int, seed: int, kinds: tuple[str, ...] = KINDS, together: int = 1
+) -> Tally:
     """Kill so often over so many runs; return what was seen. After a fault it goes on in a new federation."""
     tally, rng = Tally(), random.Random(seed)
     due = [(kind, number) for place, kind in enumerate(kinds) for number in range(place, runs, len(kinds))]
@@ -295,7 +302,7 @@ def campaign(folder: Path, kills: int, runs: int, seed: int, kinds: tuple[str, .
         kind = due[done][0]
         place = folder / f"{kind}-{done}"
         with Federation(place, RANDOMNESS if kind == "seeded" else None, LIMITS.get(kind, "")) as federation:
-            one = Campaign(federation, kind, rng, tally)
+            one = Campaign(federation, kind, rng, tally, together)
             try:
                 while done < len(due) and due[done][0] == kind:
                     done += 1
@@ -318,12 +325,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=51)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1, help="Kills before the next round is awaited")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--folder", type=Path, help="Keep everything here [default: a temporary folder]")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = asked.folder or Path(temporary)
-        tally = campaign(place, asked.kills, asked.runs, asked.seed, tuple(asked.kinds))
+        tally = campaign(place, asked.kills, asked.runs, asked.seed, tuple(asked.kinds), asked.together)
     sys.stdout.write(tally.summary() + "\n")
     sys.stdout.writelines(f"  {count:4} {name}\n" for name, count in sorted(tally.kills.items()))
     sys.exit(bool(tally.faults))
