@@ -20,10 +20,12 @@ from privfed.errors import WireError
 from privfed.failpoint import around, reach
 from privfed.message import Message
 from privfed.record import RecordDict
+from privfed.runtime import sql_statement as statement
 from privfed.runtime.array_folder import Buffer
 from privfed.runtime.array_store import ArrayStore, open_arrays
 from privfed.runtime.database import DatabaseError, alone, describe, is_postgres, open_database
 from privfed.runtime.sql_schema import buffers, counted, facts, holds, nodes, runs, sql, states, tasks
+from privfed.runtime.sql_statement import Asked, first_free, first_free_of_node, free_node
 from privfed.runtime.store import (
     Holder,
     Lease,
@@ -140,8 +142,8 @@ class SqlStore:
             check_running(work.known(run_id))
             for message in messages:
                 data = message.metadata
-                again = (tasks.c.message_id == data.message_id) & (tasks.c.run_id == run_id)
-                if work.do(sql.select(tasks.c.id).where(again & ~tasks.c.withdrawn)).first() is not None:
+                again = {"its_message": data.message_id, "its_run": run_id}
+                if work.do(statement.PUSHED, again).first() is not None:
                     raise StoreError(f"the message {data.message_id} was pushed already")
                 task = work.add_task(run_id, message)
                 if not work.has_node(run_id, data.dst_node_id):
@@ -152,25 +154,20 @@ class SqlStore:
     def lease(
         self, now: float, seconds: float, run_id: int | None = None, nodes: Collection[int] | None = None
     ) -> Lease | None:
-        other = tasks.alias("other")
-        same_node = (other.c.run_id == tasks.c.run_id) & (other.c.node_id == tasks.c.node_id)
-        out = sql.exists().where(same_node & other.c.token.is_not(None))
-        free = tasks.c.reply.is_(None) & tasks.c.token.is_(None) & (tasks.c.expires_at > now) & ~out
-        if run_id is not None:
-            free &= tasks.c.run_id == run_id
-        if nodes is not None:
-            free &= tasks.c.node_id.in_(nodes)
+        asked = Asked(run_id is not None, nodes is not None)
+        given = {"its_now": now, "its_run": run_id, "its_nodes": None if nodes is None else list(nodes)}
+        given = {name: value for name, value in given.items() if value is not None}
         if is_postgres(self._engine):
             with around("lease"), self._engine.begin() as connection:
                 self._fence(connection)
-                return _Transaction(connection, self._arrays).claim_locked(free, now + seconds)
+                return _Transaction(connection, self._arrays).claim_locked(asked, given, now + seconds)
         with self._transaction("lease") as work:
-            row = work.do(sql.select(tasks).where(free).order_by(tasks.c.id).limit(1)).first()
+            row = work.do(first_free(asked), given).first()
             return None if row is None else work.hand_out(row, now + seconds)
 
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
         with self._transaction("complete") as work:
-            row = work.do(sql.select(tasks).where(tasks.c.token == token)).first()
+            row = work.do(statement.OF_TOKEN, {"its_token": token}).first()
             if row is None:
                 return None
             if row.withdrawn:
@@ -178,7 +175,7 @@ class SqlStore:
                 return None
             work.answer(row.id, reply)
             row_of = {"run_id": row.run_id, "node_id": row.node_id, "message_id": row.message_id}
-            work.do(counted.insert().values(token=token, **row_of))
+            work.do(statement.COUNT, {"token": token, **row_of})
             if state is not None:
                 work.put_state(row.run_id, row.node_id, state)
             return str(row.message_id)
@@ -267,11 +264,11 @@ class _Transaction:
         self.dropped: set[bytes] = set()
         self._arrays = arrays
 
-    def do(self, statement: sql.Executable) -> Any:
-        return self.connection.execute(statement)
+    def do(self, what: sql.Executable, given: Mapping[str, object] | None = None) -> Any:
+        return self.connection.execute(what, given)
 
     def run(self, run_id: int, *, missing_ok: bool = False) -> RunInfo | None:
-        row = self.do(sql.select(runs).where(runs.c.run_id == run_id)).first()
+        row = self.do(statement.RUN, {"its_run": run_id}).first()
         if row is None and not missing_ok:
             raise StoreError(f"there is no run {run_id}")
         return None if row is None else RunInfo(*row)
@@ -283,36 +280,32 @@ class _Transaction:
         return info
 
     def has_node(self, run_id: int, node_id: int) -> bool:
-        here = (nodes.c.run_id == run_id) & (nodes.c.node_id == node_id)
-        return self.do(sql.select(nodes.c.node_id).where(here)).first() is not None
+        return self.do(statement.NODE, {"its_run": run_id, "its_node": node_id}).first() is not None
 
     def add_task(self, run_id: int, message: Message) -> int:
         envelope, parts = wire.encode(message)
         data = message.metadata
         row = {"run_id": run_id, "node_id": data.dst_node_id, "message_id": data.message_id, "withdrawn": False}
-        inserted = self.do(tasks.insert().values(**row, envelope=envelope, expires_at=data.expires_at))
+        inserted = self.do(statement.PUSH, {**row, "envelope": envelope, "expires_at": data.expires_at})
         task = int(inserted.inserted_primary_key[0])
         self._hold(f"task {task}", parts)
         return task
 
     def hand_out(self, row: Any, until: float) -> Lease:
         token = secrets.token_hex(16)
-        self.change_task(row.id, token=token, lease_until=until)
+        self.do(statement.LEND, {"its_task": row.id, "its_token": token, "its_until": until})
         return Lease(token, self.message(row.envelope), self.state(row.run_id, row.node_id), until)
 
-    def claim_locked(self, free: sql.ColumnElement[bool], until: float) -> Lease | None:
+    def claim_locked(self, asked: Asked, given: Mapping[str, object], until: float) -> Lease | None:
         """Hand out a task in PostgreSQL: lock a node nobody else is looking at, then see again what is free."""
-        here = (nodes.c.run_id == tasks.c.run_id) & (nodes.c.node_id == tasks.c.node_id)
-        place = sql.select(tasks.c.run_id, tasks.c.node_id).join(nodes, here).where(free).order_by(tasks.c.id).limit(1)
         while True:
-            node = self.do(place.with_for_update(of=nodes, skip_locked=True)).first()
+            node = self.do(free_node(asked), given).first()
             if node is None:
                 return None
             # The search may have begun before somebody else's claim of this node ended; this statement begins now, and
             # no other claim of the node can.
-            mine = (tasks.c.run_id == node.run_id) & (tasks.c.node_id == node.node_id)
-            first = sql.select(tasks).where(free & mine).order_by(tasks.c.id).limit(1).with_for_update(of=tasks)
-            row = self.do(first).first()
+            mine = {"found_run": node.run_id, "found_node": node.node_id}
+            row = self.do(first_free_of_node(asked), {**given, **mine}).first()
             if row is not None:
                 return self.hand_out(row, until)
 
@@ -323,7 +316,7 @@ class _Transaction:
         envelope, parts = wire.encode(reply)
         self._hold(f"reply {task}", parts)
         self._release(f"task {task}")
-        self.change_task(task, reply=envelope, token=None, lease_until=None)
+        self.do(statement.ANSWER, {"its_task": task, "its_reply": envelope})
 
     def answered(self, run_id: int) -> dict[str, int]:
         self.known(run_id)
@@ -331,13 +324,13 @@ class _Transaction:
         return {row.message_id: row.id for row in self.do(sql.select(tasks.c.id, tasks.c.message_id).where(done))}
 
     def reply(self, task: int) -> bytes:
-        return bytes(self.do(sql.select(tasks.c.reply).where(tasks.c.id == task)).scalar_one())
+        return bytes(self.do(statement.REPLY, {"its_task": task}).scalar_one())
 
     def drop_tasks(self, task_ids: Iterable[int]) -> None:
         for task in task_ids:
             self._release(f"task {task}")
             self._release(f"reply {task}")
-            self.do(tasks.delete().where(tasks.c.id == task))
+            self.do(statement.DROP, {"its_task": task})
 
     def message(self, envelope: bytes) -> Message:
         value = wire.decode(envelope, _Buffers(self.connection, self._arrays))
@@ -346,8 +339,7 @@ class _Transaction:
         return value
 
     def state(self, run_id: int, node_id: int) -> NodeState:
-        here = (states.c.run_id == run_id) & (states.c.node_id == node_id)
-        row = self.do(sql.select(states.c.envelope).where(here)).first()
+        row = self.do(statement.STATE, {"its_run": run_id, "its_node": node_id}).first()
         if row is None:
             return NodeState()
         packed = wire.decode(row.envelope, _Buffers(self.connection, self._arrays))
@@ -376,7 +368,7 @@ class _Transaction:
             self.do(holds.insert().values(holder=holder, digest=digest))
 
     def _release(self, holder: str) -> None:
-        digests = {row.digest for row in self.do(sql.select(holds.c.digest).where(holds.c.holder == holder))}
+        digests = {row.digest for row in self.do(statement.HELD, {"its_holder": holder})}
         if digests:
             self.do(holds.delete().where(holds.c.holder == holder))
             self._drop_unheld(digests)

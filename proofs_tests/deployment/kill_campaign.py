@@ -164,7 +164,7 @@ class Campaign:
 
     def _strike(self, folder: RunFolder, kills: int) -> None:
         """Kill something so often, start it again, and wait for the next round."""
-        names = []
+        names: list[str] = []
         for _ in range(kills):
             self._restart()
             time.sleep(self.rng.random() * 0.15)
