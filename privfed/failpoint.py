@@ -22,8 +22,10 @@ STEPS: dict[str, tuple[str, ...]] = {
         # commits
         *("create-run", "run-state", "push", "lease", "complete", "pull", "forget", "release", "expire"),
         *("file", "round", "audit-line", "event"),
+        # whose turn it is
+        *("term-row", "term-sessions", "term", "term-renewal", "term-end", "term-folder", "term-copy"),
         # sends
-        *("offer", "chunk", "kept", "roster", "piece", "grid-answer"),
+        *("offer", "chunk", "kept", "roster", "piece", "grid-answer", "relay"),
         *("result-part", "answer", "upload", "run", "submit", "resume", "stop"),
         *("show", "runs", "nodes", "node", "roster-taken", "results"),
     ),

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from privfed.errors import AppError
 
 if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
+    from privfed.runtime.listeners import Listeners
     from privfed.runtime.oidc import Tokens
     from privfed.runtime.superlink import SuperLinkOptions
     from privfed.runtime.tenure import Tenure
@@ -44,7 +46,10 @@ if TYPE_CHECKING:
 @click.option(
     "--shared",
     type=click.Path(file_okay=False, path_type=Path),
-    help="A folder that several SuperLinks on one --database see: one of them serves, the others stand by.",
+    help="A folder that several SuperLinks on one --database see: one serves, and the others pass calls on to it.",
+)
+@click.option(
+    "--advertise", metavar="HOST", help="Where the other SuperLinks reach this one [default: where it listens]."
 )
 @click.option("--lease-seconds", type=click.FloatRange(min=1), default=5.0, show_default=True, help="See --shared.")
 @click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
@@ -63,6 +68,7 @@ def superlink(
     database: str | None,
     arrays: str | None,
     shared: Path | None,
+    advertise: str | None,
     lease_seconds: float,
     isolation: str,
     log_format: str,
@@ -71,8 +77,8 @@ def superlink(
     """Serve a federation: nodes on --fleet, users on --control.
 
     Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
-    With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: it stands by,
-    and goes on with the runs within seconds when this one dies, hangs or is cut off.
+    With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: nodes and users
+    may connect to either, and it goes on with the runs within seconds when this one dies, hangs or is cut off.
     """
     from privfed.cli.journal import configure
     from privfed.runtime.credentials import Credentials, require_tls_1_3
@@ -86,6 +92,8 @@ def superlink(
         raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
     if (token_control is None) != (oidc is None):
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
+    if advertise is not None and shared is None:
+        raise AppError("--advertise is told to the SuperLinks that share a folder with this one: it goes with --shared")
     configure(log_format, debug=debug)
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
@@ -97,31 +105,25 @@ def superlink(
         tokens=_tokens(oidc),
         database=database,
         arrays=arrays,
+        advertise=advertise,
         credentials=Credentials.load(keys) if keys is not None else None,
         force_insecure=force_insecure,
         insecure_test_randomness=_test_randomness(),
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
-    _serve_in_turn(options, shared, lease_seconds, isolation)
-
-
-def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds: float, isolation: str) -> None:
-    """Serve, once it is this SuperLink's turn if several share the runs."""
-    tenure, keys = None, options.credentials.folder if options.credentials is not None else None
     if shared is not None:
-        options, tenure = _take_turn(options, shared, lease_seconds)
+        options = dataclasses.replace(options, tenure=_tenure(options, lease_seconds))
     try:
-        asyncio.run(_serve(options, _launcher(isolation, options.home, options.state or options.home, keys)))
+        asyncio.run(_serve(options, shared, isolation))
     finally:
-        if tenure is not None:
-            tenure.resign()
+        if options.tenure is not None:
+            options.tenure.resign()
 
 
-def _take_turn(options: SuperLinkOptions, shared: Path, seconds: float) -> tuple[SuperLinkOptions, Tenure]:
-    """Wait until no other SuperLink serves; return the options to serve with."""
+def _tenure(options: SuperLinkOptions, seconds: float) -> Tenure:
+    """Return this SuperLink's part in taking turns."""
     from privfed.runtime.tenure import Tenure
-    from privfed.runtime.term_folder import take_folder
 
     if options.database is None:
         raise AppError("--shared goes with --database: SQLite serves one SuperLink, several share a PostgreSQL")
@@ -130,13 +132,7 @@ def _take_turn(options: SuperLinkOptions, shared: Path, seconds: float) -> tuple
             "--shared keeps arrays in that folder, where a SuperLink that lost its turn cannot write: no --arrays"
         )
     owner = options.credentials.peer.name if options.credentials is not None else ""
-    tenure = Tenure(options.database, owner or f"{socket.gethostname()} ({options.fleet})", seconds)
-    try:
-        state = take_folder(shared, tenure.await_turn())
-    except BaseException:
-        tenure.resign()
-        raise
-    return dataclasses.replace(options, tenure=tenure, state=state), tenure
+    return Tenure(options.database, owner or f"{socket.gethostname()} ({options.fleet})", seconds)
 
 
 def _test_randomness() -> int | None:
@@ -168,18 +164,52 @@ def _launcher(isolation: str, home: Path, state: Path, keys: Path | None) -> Lau
     return ProcessLauncher(home / "processes", Limits(hidden=hidden))
 
 
-async def _serve(options: SuperLinkOptions, launcher: Launcher) -> None:
+async def _serve(options: SuperLinkOptions, shared: Path | None, isolation: str) -> None:
+    from privfed.runtime.listeners import Listeners
     from privfed.runtime.superlink import SuperLink
 
-    link = SuperLink(options, launcher)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    listeners = Listeners(options)
+    if shared is not None and options.tenure is not None:
+        state = await _stand_by(options, options.tenure, listeners, shared, ended)
+        if state is None:
+            return
+        options = dataclasses.replace(options, state=state)
+    keys = options.credentials.folder if options.credentials is not None else None
+    launcher = _launcher(isolation, options.home, options.state or options.home, keys)
+    # In a thread: it opens the database, and whoever calls meanwhile is told to try again.
+    link = await loop.run_in_executor(None, SuperLink, options, launcher, listeners)
     await link.start()
-    for name, address in link.addresses.items():
-        click.echo(f"{name}: {address}")
-    sys.stdout.flush()
+    if shared is None:
+        _say(link.addresses)
     await ended.wait()
     logging.getLogger("privfed.superlink").info("ending; runs go on when the SuperLink is started again")
     await link.stop()
+
+
+async def _stand_by(
+    options: SuperLinkOptions, tenure: Tenure, listeners: Listeners, shared: Path, ended: asyncio.Event
+) -> Path | None:
+    """Pass calls on until it is this SuperLink's turn; return the folder to serve from, or None when it is to end."""
+    from privfed.runtime.standby import Standby
+
+    standby = Standby(options, tenure, listeners)
+    await standby.start()
+    _say(listeners.addresses)
+    turn, told = asyncio.create_task(standby.await_turn(shared)), asyncio.create_task(ended.wait())
+    await asyncio.wait({turn, told}, return_when=asyncio.FIRST_COMPLETED)
+    if not ended.is_set():
+        return turn.result()
+    turn.cancel()
+    await listeners.stop()
+    listeners.close()
+    return None
+
+
+def _say(addresses: Mapping[str, str]) -> None:
+    for name, address in addresses.items():
+        click.echo(f"{name}: {address}")
+    sys.stdout.flush()

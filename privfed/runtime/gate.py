@@ -17,8 +17,8 @@ from privfed.errors import PrivfedError
 from privfed.failpoint import reach
 from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
-from privfed.runtime.credentials import Trust, peer_of
-from privfed.runtime.handshake import NODE, Refused, agree, greeting
+from privfed.runtime.credentials import Trust, certificate_of
+from privfed.runtime.handshake import CALLER, NODE, TERM, Refused, agree, greeting
 from privfed.runtime.oidc import TokenRefused, Tokens, bearer
 from privfed.runtime.patience import storage_fault
 from privfed.runtime.roster import Roster
@@ -29,6 +29,7 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 Unary = Callable[[Peer, bytes], Awaitable[bytes]]
 Streaming = Callable[[Peer, bytes, Context], Awaitable[None]]
 Receiving = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[bytes]]
+Conversing = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[None]]
 MAX_NODE = 1 << 62
 MAX_KNOWN = 20_000
 REQUEST_SECONDS = 60.0
@@ -48,10 +49,15 @@ def malformed(fault: Exception) -> Denied:
 
 
 class Gate:
-    """Lets peers of certain roles in. trust None: there are no certificates, and peers are who they say they are."""
+    """Lets peers of certain roles in. trust None: there are no certificates, and peers are who they say they are.
 
-    def __init__(self, trust: Trust | None, roles: Collection[str]) -> None:
+    term: which this SuperLink holds; those of this authority that stand by may pass on the calls of others to it. None:
+    no call that was passed on is taken, so none is passed on twice.
+    """
+
+    def __init__(self, trust: Trust | None, roles: Collection[str], term: int | None = None) -> None:
         self._trust = trust
+        self._term = term
         self._roles = frozenset(roles)
         self._known: OrderedDict[bytes, tuple[Roster, Peer]] = OrderedDict()
         self.refusals = 0
@@ -71,22 +77,48 @@ class Gate:
 
     def _identify(self, context: Context, metadata: dict[str, str | bytes]) -> Peer:
         if self._trust is None:
+            self._check_term(metadata)
             return self._claimed(metadata)
         try:
-            return self._certified(context, self._trust)
+            peer = self._judge(certificate_of(context), self._trust)
+            if TERM in metadata or CALLER in metadata:
+                return self._passed_on(peer, metadata, self._trust)
+            return peer
         except CertificateError as fault:
             raise Denied(str(fault), grpc.StatusCode.UNAUTHENTICATED) from None
 
-    def _certified(self, context: Context, trust: Trust) -> Peer:
-        """Judge the caller's certificate; once for many calls, until the roster changes or it expires."""
-        shown = tuple(context.auth_context().get("x509_pem_cert") or ())
-        pem = bytes(shown[0]) if len(shown) == 1 else b""
+    def _passed_on(self, by: Peer, metadata: dict[str, str | bytes], trust: Trust) -> Peer:
+        """Return whose call a SuperLink passes on: it is judged as if it had come itself."""
+        if by.role != "link":
+            raise Denied(f"{by.common_name} is a {by.role} and passes on the call of another: only a SuperLink may")
+        self._check_term(metadata)
+        shown = metadata.get(CALLER)
+        if not isinstance(shown, bytes) or TERM not in metadata:
+            text = f"{by.common_name} passes on a call without its term or its caller's certificate"
+            raise Denied(text, grpc.StatusCode.UNAUTHENTICATED)
+        caller = self._judge(shown, trust)
+        bind_contextvars(through=by.common_name)
+        return caller
+
+    def _check_term(self, metadata: dict[str, str | bytes]) -> None:
+        """Raise Denied for a call that was passed on to another term than this one."""
+        if TERM not in metadata:
+            return
+        if self._term is None:
+            text = "this SuperLink does not hold the term, and takes no call that another one passes on"
+            raise Denied(text, grpc.StatusCode.UNAVAILABLE)
+        if metadata[TERM] != str(self._term):
+            text = f"the call was passed on to another term than {self._term}, which is this one's"
+            raise Denied(text, grpc.StatusCode.UNAVAILABLE)
+
+    def _judge(self, pem: bytes, trust: Trust) -> Peer:
+        """Judge a certificate; once for many calls, until the roster changes or it expires."""
         known = self._known.get(pem)
         if known is not None and known[0] is trust.roster:
             expires = known[1].expires
             if expires is not None and utc_now() < expires:
                 return known[1]
-        peer = peer_of(context, trust)
+        peer = trust.authenticate(pem)
         self._known[pem] = (trust.roster, peer)
         self._known.move_to_end(pem)
         if len(self._known) > MAX_KNOWN:
@@ -101,14 +133,16 @@ class Gate:
             raise Denied("a node without a certificate must say its id", grpc.StatusCode.UNAUTHENTICATED)
         return Peer("node", f"node-{int(text)}", int(text))
 
-    async def _enter(self, context: Context) -> Peer:
+    async def _enter(self, context: Context, *, greets: bool) -> Peer:
         try:
             peer = self.admit(context)
         except Denied:
             self.refusals += 1
+            greets = True
             raise
         finally:
-            await context.send_initial_metadata(greeting())
+            if greets:
+                await context.send_initial_metadata(greeting())
         return peer
 
     def unary(self, step: str, serve: Unary) -> Handler:
@@ -143,17 +177,20 @@ class Gate:
 
         return cast(Handler, grpc.stream_unary_rpc_method_handler(cast(Any, handle)))
 
-    def conversing(self, serve: Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[None]]) -> Handler:
-        """Return a handler of a stream of requests with a stream of answers."""
+    def conversing(self, serve: Conversing, *, greets: bool = True) -> Handler:
+        """Return a handler of a stream of requests with a stream of answers.
+
+        greets: this side says what it speaks; else `serve` passes on what another one says.
+        """
 
         async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
-            await self._guarded(context, lambda peer: serve(peer, requests, context))
+            await self._guarded(context, lambda peer: serve(peer, requests, context), greets=greets)
 
         return cast(Handler, grpc.stream_stream_rpc_method_handler(cast(Any, handle)))
 
-    async def _guarded(self, context: Context, serve: Callable[[Peer], Awaitable[Any]]) -> Any:
+    async def _guarded(self, context: Context, serve: Callable[[Peer], Awaitable[Any]], *, greets: bool = True) -> Any:
         try:
-            peer = await self._enter(context)
+            peer = await self._enter(context, greets=greets)
             bind_contextvars(peer=peer.common_name)  # for this request alone: it has a task of its own
             return await serve(peer)
         except Denied as fault:
@@ -194,11 +231,12 @@ def _sending(step: str, answer: bytes, context: Context) -> bytes:
 class TokenGate(Gate):
     """Lets users in by bearer tokens, where nobody shows a certificate."""
 
-    def __init__(self, tokens: Tokens, roles: Collection[str]) -> None:
-        super().__init__(None, roles)
+    def __init__(self, tokens: Tokens, roles: Collection[str], term: int | None = None) -> None:
+        super().__init__(None, roles, term)
         self._tokens = tokens
 
     def _identify(self, context: Context, metadata: dict[str, str | bytes]) -> Peer:
+        self._check_term(metadata)
         try:
             return self._tokens.authenticate(bearer(metadata))
         except TokenRefused as fault:

@@ -22,6 +22,10 @@ ACKNOWLEDGED = 2
 _SPEAKS = "privfed-protocol"
 _RELEASE = "privfed-release"
 NODE = "privfed-node"
+TERM = "privfed-term"
+"""Of a call that a SuperLink passes on: the term of the one it takes for the holder."""
+CALLER = "privfed-caller-bin"
+"""Of such a call: the certificate its caller showed, in PEM."""
 Metadata = tuple[tuple[str, str], ...]
 
 MAX_METADATA = 16 << 10
@@ -115,8 +119,16 @@ def server_options() -> list[tuple[str, int]]:
     ]
 
 
-def channel_options() -> list[tuple[str, int]]:
-    """Return what a caller allows; a peer that is silent for half a minute is gone."""
+def spoken(metadata: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
+    """Return the part of what a peer said that is its greeting, to be passed on."""
+    return tuple((key, value) for key, value in metadata or () if key in (_SPEAKS, _RELEASE) and isinstance(value, str))
+
+
+def channel_options(*, swift: bool = False) -> list[tuple[str, int]]:
+    """Return what a caller allows; a peer that is silent for half a minute is gone.
+
+    swift: give up sooner, since another can be asked.
+    """
     return [
         *_TRANSFER,
         ("grpc.keepalive_permit_without_calls", 1),
@@ -125,6 +137,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.max_reconnect_backoff_ms", RECONNECT_SECONDS * 1000),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
+        *(_SWIFT if swift else []),
     ]
 
 
@@ -133,7 +146,7 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None, *, swift:
 
     swift: give up soon on a peer that is silent, since another can be asked.
     """
-    options = channel_options() + (_SWIFT if swift else [])
+    options = channel_options(swift=swift)
     if credentials is None:
         return grpc.insecure_channel(address, options)
     return grpc.secure_channel(address, credentials, options)

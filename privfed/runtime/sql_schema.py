@@ -26,6 +26,7 @@ tenures = sql.Table(  # which SuperLink serves: "federation"; expires: by the da
     sql.Column("session", sql.String(40), nullable=False),  # its connections' name
     sql.Column("owner", sql.Text, nullable=False),
     sql.Column("expires", sql.Float, nullable=False),
+    sql.Column("addresses", sql.Text, nullable=False, server_default=""),  # where the others reach it, as JSON
 )
 runs = sql.Table(
     "runs",

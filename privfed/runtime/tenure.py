@@ -1,9 +1,9 @@
-"""Which of several SuperLinks serves a federation: one at a time, for a term, by a row in PostgreSQL.
+"""Which of several SuperLinks holds a federation: one at a time, for a term, by a row in PostgreSQL.
 
-The row is a lease whose clock is the database's. Each new holder raises the term, and the term fences: every
-transaction of the store sees that it is still the newest (`Tenure.fence`), and the federation's files are in a folder
-named after it, which a successor renames (`take_folder`). So a holder that was frozen and comes back can commit
-nothing, neither a row nor a file, and ends as soon as it looks.
+The row is a lease whose clock is the database's, and it says where its holder is reached by those that pass calls on.
+Each new holder raises the term, and the term fences: every transaction of the store sees that it is still the newest
+(`Tenure.fence`), and the federation's files are in a folder named after it, which a successor renames (`take_folder`).
+So a holder that was frozen and comes back can commit nothing, neither a row nor a file, and ends as soon as it looks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from privfed.errors import PrivfedError
+from privfed.failpoint import around
 from privfed.runtime.database import is_postgres, open_database
 from privfed.runtime.sql_schema import sql, tenures
 
@@ -34,6 +38,18 @@ class TenureError(PrivfedError):
     """A SuperLink that may not serve: says who does."""
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who serves. addresses: where each of its listeners is reached ("fleet", "control", "token-control")."""
+
+    term: int
+    owner: str
+    addresses: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.owner} serves, term {self.term}"
+
+
 def end_at_once(reason: str) -> None:
     """End as kill -9 would: whatever was under way belongs to the successor."""
     log.critical("%s; this one ends, and stands by when it is started again", reason)
@@ -44,6 +60,7 @@ def end_at_once(reason: str) -> None:
 class Tenure:
     """The right to serve, once `await_turn` returned. url: of the PostgreSQL database. owner: told to whoever waits.
 
+    addresses: to be set before the turn is awaited; told to whoever waits, too.
     seconds: how long the right lasts when its holder is silent; it is renewed four times as often.
     lost: called with the reason when another SuperLink has taken over; it does not return.
     """
@@ -52,6 +69,7 @@ class Tenure:
         self, url: str, owner: str = "", seconds: float = SECONDS, lost: Callable[[str], None] = end_at_once
     ) -> None:
         self.owner = owner or socket.gethostname()
+        self.addresses: Mapping[str, str] = {}
         self.term = 0
         self.session = f"privfed-{secrets.token_hex(8)}"
         # Sessions of this holder carry its name, so that a successor can end those a frozen holder left open.
@@ -64,64 +82,82 @@ class Tenure:
             self._engine.dispose()
             raise TenureError("SQLite serves one SuperLink: several share a PostgreSQL database (--database)")
 
-    def await_turn(self) -> int:
-        """Wait until no other SuperLink serves; return the term that begins."""
-        told = ""
-        while True:
+    def await_turn(self, seen: Callable[[Holder | None], None] = lambda holder: None) -> int:
+        """Wait until no other SuperLink serves; return the term that begins.
+
+        seen: called with whoever serves, when that changes. Raises TenureError once this one has resigned.
+        """
+        told: Holder | str = ""
+        while not self._over.is_set():
+            holder: Holder | str | None
             try:
                 holder = self._try()
             except sql.exc.DBAPIError as fault:
                 holder = f"the database fails: {str(fault.orig).splitlines()[0][:200]}"
                 # One that serves is given the time to renew before this one looks again.
                 self._over.wait(self._seconds / 2)
-            if not holder:
-                break
+            if holder is None:
+                seen(None)
+                log.info("term %d of %s begins", self.term, self.owner)
+                self._thread = threading.Thread(target=self._renew, name="privfed-tenure", daemon=True)
+                self._thread.start()
+                return self.term
             if holder != told:
                 log.info("stands by: %s", holder)
+                if isinstance(holder, Holder):  # without the database, the last one known may still serve
+                    seen(holder)
             told = holder
             self._over.wait(min(1.0, self._seconds / 5))
-        log.info("term %d of %s begins", self.term, self.owner)
-        self._thread = threading.Thread(target=self._renew, name="privfed-tenure", daemon=True)
-        self._thread.start()
-        return self.term
+        raise TenureError("this SuperLink does not wait for its turn any more")
 
     def _row(self, connection: sql.Connection, *, locked: bool) -> Any:
         found = sql.select(tenures, (tenures.c.expires - _NOW).label("left")).where(tenures.c.name == NAME)
         return connection.execute(found.with_for_update() if locked else found).first()
 
-    def _try(self) -> str:
-        """Take over when the holder's time is up; return who holds on, or nothing."""
-        with self._engine.begin() as connection:
-            row = self._row(connection, locked=False)
-            if row is None:
-                first = {"name": NAME, "term": 0, "session": "", "owner": "nobody", "expires": 0.0}
-                with contextlib.suppress(sql.exc.IntegrityError), connection.begin_nested():
-                    connection.execute(tenures.insert().values(**first))
-                row = self._row(connection, locked=False)
+    def _look(self) -> Any:
+        with self._engine.connect() as connection:
+            return self._row(connection, locked=False)
+
+    def _lay(self) -> None:
+        """Make the row, unless another one does."""
+        first = {"name": NAME, "term": 0, "session": "", "owner": "nobody", "expires": 0.0}
+        with contextlib.suppress(sql.exc.IntegrityError), around("term-row"), self._engine.begin() as connection:
+            connection.execute(tenures.insert().values(**first))
+
+    def _try(self) -> Holder | None:
+        """Take over when the holder's time is up; return who holds on, if anyone does."""
+        row = self._look()
+        if row is None:
+            self._lay()
+            row = self._look()
         if row.left > 0:
-            return f"{row.owner} serves, term {row.term}"
-        with self._engine.begin() as connection:  # a holder frozen inside a transaction would keep its locks for ever
+            return _holder(row)
+        with around("term-sessions"), self._engine.begin() as connection:
+            # A holder frozen inside a transaction would keep its locks for ever.
             theirs = sql.text(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = :session"
             )
             connection.execute(theirs, {"session": row.session})
-        with self._engine.begin() as connection:
+        with around("term"), self._engine.begin() as connection:
             now = self._row(connection, locked=True)
             if now.term != row.term or now.left > 0:
-                return f"{now.owner} serves, term {now.term}"
+                return _holder(now)
             ours = {"term": now.term + 1, "session": self.session, "owner": self.owner}
+            reached = msgspec.json.encode(dict(self.addresses)).decode()
             connection.execute(
-                tenures.update().where(tenures.c.name == NAME).values(**ours, expires=_NOW + self._seconds)
+                tenures.update()
+                .where(tenures.c.name == NAME)
+                .values(**ours, addresses=reached, expires=_NOW + self._seconds)
             )
         self.term = row.term + 1
-        return ""
+        return None
 
     def _renew(self) -> None:
         mine = (tenures.c.name == NAME) & (tenures.c.term == self.term)
         told = ""
         while not self._over.wait(self._seconds / _RENEWALS):
             try:
-                with self._engine.begin() as connection:
+                with around("term-renewal"), self._engine.begin() as connection:
                     found = connection.execute(tenures.update().where(mine).values(expires=_NOW + self._seconds))
             except sql.exc.DBAPIError as fault:
                 if not told:
@@ -144,9 +180,17 @@ class Tenure:
             raise TenureError(reason)
 
     def resign(self) -> None:
-        """Let another SuperLink serve at once."""
+        """Let another SuperLink serve at once; one that waits for its turn waits no more."""
         self._over.set()
-        mine = (tenures.c.name == NAME) & (tenures.c.term == self.term)
-        with contextlib.suppress(sql.exc.DBAPIError), self._engine.begin() as connection:
+        mine = (tenures.c.name == NAME) & (tenures.c.session == self.session)
+        with contextlib.suppress(sql.exc.DBAPIError), around("term-end"), self._engine.begin() as connection:
             connection.execute(tenures.update().where(mine).values(expires=0.0))
         self._engine.dispose()
+
+
+def _holder(row: Any) -> Holder:
+    try:
+        addresses = msgspec.json.decode(row.addresses or "{}", type=dict[str, str])
+    except msgspec.MsgspecError:
+        addresses = {}
+    return Holder(row.term, row.owner, addresses)

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from privfed.failpoint import around
 from privfed.runtime.disk import sync_folder, write_atomically
 from privfed.runtime.run_folder import ENDED, RunFolder, RunFolderError
 from privfed.runtime.tenure import TenureError
@@ -31,10 +32,11 @@ def take_folder(shared: Path, term: int) -> Path:
         if newest == mine:
             break
         try:
-            if newest is None:
-                mine.mkdir(mode=0o700)
-            else:
-                newest.rename(mine)
+            with around("term-folder"):
+                if newest is None:
+                    mine.mkdir(mode=0o700)
+                else:
+                    newest.rename(mine)
         except FileNotFoundError:  # an earlier holder, late, has just renamed it
             continue
         break
@@ -55,11 +57,12 @@ def _detach(run: RunFolder) -> None:
     for file in [run.ledger_path, *(run.path / "sessions").glob("*")]:
         if file.is_file() and not file.name.startswith("."):
             copy = file.with_name(f".{file.name}.copy")
-            shutil.copy(file, copy)
-            with copy.open("rb") as handle:
-                os.fsync(handle.fileno())
-            copy.replace(file)
-            sync_folder(file.parent)
+            with around("term-copy"):
+                shutil.copy(file, copy)
+                with copy.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                copy.replace(file)
+                sync_folder(file.parent)
 
 
 def publish(path: Path, document: bytes) -> None:

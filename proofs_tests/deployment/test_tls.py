@@ -13,7 +13,7 @@ import pytest
 
 from privfed.runtime.authority import Authority, make_request
 from privfed.runtime.certificate import CertificateError
-from privfed.runtime.credentials import Credentials, accept_answer, peer_of, require_tls_1_3
+from privfed.runtime.credentials import Credentials, accept_answer, certificate_of, require_tls_1_3
 
 require_tls_1_3()
 grpc = pytest.importorskip("grpc")
@@ -43,7 +43,8 @@ class Federation:
 
     def _who(self, request: bytes, context: object) -> bytes:
         try:
-            return peer_of(context, self.link.trust).common_name.encode()  # type: ignore[arg-type]  # of this server
+            shown = certificate_of(context)  # type: ignore[arg-type]  # of this server
+            return self.link.trust.authenticate(shown).common_name.encode()
         except CertificateError as cause:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, str(cause))  # type: ignore[attr-defined]  # of this server
             raise

@@ -1,4 +1,4 @@
-"""Two SuperLinks on one PostgreSQL: either may die, hang, or lose its database, and the runs go on."""
+"""Two SuperLinks on one PostgreSQL serve one federation: either may die, hang, or lose its database, at any moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,13 +55,17 @@ def app_in(folder: Path, text: str) -> Path:
 def through(
     folder: Path, rounds: int, blows: list[Callable[[Pair], None]], text: str = APP
 ) -> tuple[list[float], Path]:
-    """Run a stateful app over two nodes while the SuperLinks suffer; see that nothing shows. Return the recoveries."""
+    """Run a stateful app over two nodes while the SuperLinks suffer; see that nothing shows. Return the recoveries.
+
+    Each node prefers another SuperLink, and the run is submitted to the one that passes calls on.
+    """
     app = app_in(folder / "app", text)
     recoveries = []
-    with Pair(folder, database()) as pair, nodes_of(folder, pair.fleet):
-        with ControlClient(pair.control) as control:
+    with Pair(folder, database()) as pair, nodes_of(folder, pair.fleets):
+        with ControlClient(pair.other.control) as control:
             settings = {"num-rounds": str(rounds)}
             name = control.submit(Submission(open_app(app), settings, seed=3, nodes=2)).name
+        eventually(lambda: pair.other.metric("connections_passed_on") >= 1, 60)
         identity = pair.run(name).config["run-id"]
         for number, blow in enumerate(blows, 1):
             goal = rounds * number // (len(blows) + 2)
@@ -70,7 +74,7 @@ def through(
             reached, began = pair.round(name), time.monotonic()
             eventually(lambda reached=reached: pair.round(name) > reached, RECOVERY_SECONDS)
             recoveries.append(time.monotonic() - began)
-        with ControlClient(pair.control) as control:
+        with ControlClient(pair.controls[1]) as control:
             assert follow(control, name, lambda event, fields: None) == ("completed", "")
             assert [row.name for row in control.runs()] == [name]
         run = pair.run(name)
@@ -85,8 +89,8 @@ def through(
 
 
 @contextmanager
-def nodes_of(folder: Path, address: str) -> Iterator[None]:
-    nodes = [NodeProcess(folder, address, node, 2) for node in (1, 2)]
+def nodes_of(folder: Path, addresses: Sequence[str]) -> Iterator[None]:
+    nodes = [NodeProcess(folder, address, node, len(addresses)) for node, address in enumerate(addresses, 1)]
     try:
         yield
     finally:
@@ -101,8 +105,42 @@ def kill_the_active(pair: Pair) -> None:
 
 
 def kill_the_other(pair: Pair) -> None:
+    """The one that passes calls on; whoever was connected to it goes to the one that serves."""
     pair.other.signal(signal.SIGKILL)
     pair.other.start()
+
+
+def kill_at(moment: str) -> Callable[[Pair], None]:
+    """Return a blow at a failpoint of taking turns: of the holder's, or of its successor's as it takes over."""
+
+    def blow(pair: Pair) -> None:
+        held = "renewal" in moment or "end" in moment
+        victim = pair.active if held else pair.other
+        eventually(pair.other.stands_by, 60)
+        victim.die_at(moment)
+        if "end" in moment:
+            victim.signal(signal.SIGTERM)
+        elif not held:
+            pair.active.signal(signal.SIGKILL)
+        victim.await_death()
+        if not held:
+            pair.other.start()
+        pair.change()
+        pair.other.start()
+        await_one(pair)
+
+    return blow
+
+
+def await_one(pair: Pair) -> None:
+    """Wait until one of both serves, and note which."""
+
+    def serves() -> bool:
+        if pair.other.serves() and not pair.active.serves():
+            pair.change()
+        return pair.active.serves()
+
+    eventually(serves, 60)
 
 
 def freeze_the_active(pair: Pair) -> None:
@@ -125,12 +163,7 @@ def kill_the_database(pair: Pair) -> None:
     time.sleep(0.5)
     server().start()
 
-    def one_serves() -> bool:
-        if pair.other.serves() and not pair.active.serves():
-            pair.change()
-        return pair.active.serves()
-
-    eventually(one_serves, RECOVERY_SECONDS)
+    await_one(pair)
     for member in (pair.active, pair.other):
         if member.process is not None and member.process.poll() == LOST:
             member.start()
@@ -138,7 +171,7 @@ def kill_the_database(pair: Pair) -> None:
 
 @pytest.mark.postgres
 def test_either_may_be_killed_or_frozen_and_its_database_too(tmp_path: Path) -> None:
-    blows = [kill_the_active, freeze_the_active, kill_the_database]
+    blows = [kill_the_other, kill_the_active, freeze_the_active, kill_the_database]
     through(tmp_path, 60, blows)
 
 
@@ -160,6 +193,16 @@ def test_killed_and_frozen_again_and_again(tmp_path: Path) -> None:
     kinds = [kill_the_active, kill_the_active, freeze_the_active, kill_the_other, kill_the_database]
     recoveries, _ = through(tmp_path, 400, [rng.choice(kinds) for _ in range(16)])
     assert len(recoveries) == 16
+
+
+@pytest.mark.postgres
+@pytest.mark.long
+def test_killed_at_every_moment_of_taking_turns(tmp_path: Path) -> None:
+    """With a run going on; `test_tenure_kills` sees what is left of the row and the folder at each."""
+    steps = ("term-sessions", "term", "term-folder", "term-copy", "term-renewal", "term-end")
+    blows = [kill_at(f"{when}-{step}") for step in steps for when in ("before", "after")]
+    recoveries, _ = through(tmp_path, 400, blows, PRIVATE)
+    assert len(recoveries) == 12
 
 
 @pytest.mark.postgres
