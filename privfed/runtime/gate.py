@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import secrets
 from collections import OrderedDict
@@ -51,11 +52,11 @@ def malformed(fault: Exception) -> Denied:
 class Gate:
     """Lets peers of certain roles in. trust None: there are no certificates, and peers are who they say they are.
 
-    term: which this SuperLink holds; those of this authority that stand by may pass on the calls of others to it. None:
-    no call that was passed on is taken, so none is passed on twice.
+    term: the mark of the one this SuperLink holds; others of this authority that know it may pass on calls. None: no
+    call that was passed on is taken, so none is passed on twice.
     """
 
-    def __init__(self, trust: Trust | None, roles: Collection[str], term: int | None = None) -> None:
+    def __init__(self, trust: Trust | None, roles: Collection[str], term: str | None = None) -> None:
         self._trust = trust
         self._term = term
         self._roles = frozenset(roles)
@@ -107,8 +108,9 @@ class Gate:
         if self._term is None:
             text = "this SuperLink does not hold the term, and takes no call that another one passes on"
             raise Denied(text, grpc.StatusCode.UNAVAILABLE)
-        if metadata[TERM] != str(self._term):
-            text = f"the call was passed on to another term than {self._term}, which is this one's"
+        named = metadata[TERM]
+        if not (isinstance(named, str) and hmac.compare_digest(named.encode(), self._term.encode())):
+            text = "the call was passed on to another term than this SuperLink's"
             raise Denied(text, grpc.StatusCode.UNAVAILABLE)
 
     def _judge(self, pem: bytes, trust: Trust) -> Peer:
@@ -231,7 +233,7 @@ def _sending(step: str, answer: bytes, context: Context) -> bytes:
 class TokenGate(Gate):
     """Lets users in by bearer tokens, where nobody shows a certificate."""
 
-    def __init__(self, tokens: Tokens, roles: Collection[str], term: int | None = None) -> None:
+    def __init__(self, tokens: Tokens, roles: Collection[str], term: str | None = None) -> None:
         super().__init__(None, roles, term)
         self._tokens = tokens
 

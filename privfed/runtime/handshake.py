@@ -23,7 +23,7 @@ _SPEAKS = "privfed-protocol"
 _RELEASE = "privfed-release"
 NODE = "privfed-node"
 TERM = "privfed-term"
-"""Of a call that a SuperLink passes on: the term of the one it takes for the holder."""
+"""Of a call that a SuperLink passes on: the mark of the term that the other one holds."""
 CALLER = "privfed-caller-bin"
 """Of such a call: the certificate its caller showed, in PEM."""
 Metadata = tuple[tuple[str, str], ...]

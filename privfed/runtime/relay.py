@@ -1,9 +1,10 @@
 """What a SuperLink that stands by does with calls: it passes them on to the one that serves, frame by frame.
 
 It lets in whom the other would let in, by the same gates, and opens no frame. A caller has a connection of its own on
-the far side, so that limits, flow control and a slow reader are the caller's there too. The call carries the term it
-is meant for and the certificate that its caller proved to have; the far side believes this of a SuperLink of this
-authority alone (`Gate`), and judges that certificate as if it had come by itself. A bearer token is passed on as it is.
+the far side, so that limits, flow control and a slow reader are the caller's there too. The call carries the mark of
+the term it is meant for, which is in the database that both share, and the certificate that its caller proved to have.
+The far side believes this of a SuperLink of this authority alone (`Gate`), and judges that certificate as if it had
+come by itself. A bearer token is passed on as it is.
 
 A call is passed on once: a gate without a term takes none that was, and only a SuperLink that does not pass on has one.
 """
@@ -11,9 +12,10 @@ A call is passed on once: a gate without a term takes none that was, and only a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -32,6 +34,9 @@ log = logging.getLogger("privfed.superlink")
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 Carried = tuple[tuple[str, str | bytes], ...]
 _TOKEN = "authorization"
+_UNTOLD = grpc.StatusCode.INTERNAL, "Internal error from Core"
+"""What gRPC says of a call whose end met a frame on its way there, until it has looked how the call has ended."""
+_UNTOLD_SECONDS = 1.0
 _OVER = "the SuperLink that served serves no more: try again"
 
 
@@ -111,7 +116,7 @@ class Relay:
     def _introduce(self, listener: str, peer: Peer, holder: Holder, context: Context) -> tuple[bytes, Carried]:
         """Return what tells this caller from others, and the metadata that says who calls."""
         told = cast("tuple[tuple[str, str | bytes], ...]", context.invocation_metadata() or ())
-        carried: Carried = (*spoken(told), (TERM, str(holder.term)))
+        carried: Carried = (*spoken(told), (TERM, holder.mark))
         if listener == "token-control":
             return peer.common_name.encode(), (*carried, *(pair for pair in told if pair[0] == _TOKEN))
         if self._credentials is None:
@@ -153,6 +158,7 @@ def _dial(address: str, credentials: Credentials | None) -> grpc.aio.Channel:
 
 async def _converse(call: Call, requests: AsyncIterator[bytes], context: Context, far: str) -> None:
     """Carry frames both ways, one at a time each way, until the far side ends the call. Raises Denied as it did."""
+    end = _End(call)
     asking = asyncio.create_task(_ask(call, requests))
     greeted = False
     try:
@@ -163,8 +169,8 @@ async def _converse(call: Call, requests: AsyncIterator[bytes], context: Context
         async for frame in call:
             with around("relay"):
                 await context.write(frame)
-    except grpc.aio.AioRpcError as fault:
-        raise _refusal(fault, far, greeted=greeted) from None
+    except grpc.aio.AioRpcError:
+        raise _refusal(await end.told(), far, greeted=greeted) from None
     finally:
         asking.cancel()
         call.cancel()
@@ -180,10 +186,45 @@ async def _ask(call: Call, requests: AsyncIterator[bytes]) -> None:
         log.debug("a call that is passed on is over")
 
 
-def _refusal(fault: grpc.aio.AioRpcError, far: str, *, greeted: bool) -> Denied:
+class _End:
+    """How a call ended.
+
+    gRPC calls it an internal error when a frame on its way there met the end, and forgets what the far side said; so
+    this notes that as soon as it is known.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._said: tuple[grpc.StatusCode, str] | None = None
+        self._known = asyncio.Event()
+        call.add_done_callback(self._note)
+
+    def _note(self, call: Any) -> None:
+        said = _at_once(call.code()), _at_once(call.details()) or ""
+        if said != _UNTOLD:
+            self._said = said
+            self._known.set()
+
+    async def told(self) -> tuple[grpc.StatusCode, str]:
+        """Return the status; it may come a moment after the frame has failed."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._known.wait(), _UNTOLD_SECONDS)
+        return self._said or _UNTOLD
+
+
+def _at_once(answer: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns that has nothing to wait for."""
+    try:
+        answer.send(None)
+    except StopIteration as end:
+        return end.value
+    answer.close()
+    return None
+
+
+def _refusal(end: tuple[grpc.StatusCode, str], far: str, *, greeted: bool) -> Denied:
     """Return what the far side said to the caller, or that it cannot be reached."""
-    code, text = fault.code(), fault.details() or ""
-    answered = greeted or code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED)
-    if not answered or code == grpc.StatusCode.CANCELLED:
+    code, text = end
+    unreached = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL) and not greeted
+    if unreached or code == grpc.StatusCode.CANCELLED or end == _UNTOLD:
         return Denied(f"{far} cannot be reached: {text}", grpc.StatusCode.UNAVAILABLE)
     return Denied(text, code)

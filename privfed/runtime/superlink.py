@@ -48,7 +48,7 @@ class SuperLink:
         self.audit = AuditLog(home / "audit.jsonl", own_key(home / "audit.key"))
         self.federation.noted = self.audit.record
         self.federation.insecure_test_randomness = options.insecure_test_randomness
-        term = options.tenure.term if options.tenure is not None else None
+        term = options.tenure.mark if options.tenure is not None else None
         self._gates = {"fleet": Gate(trust, {"node"}, term), "control": Gate(trust, USERS, term)}
         if options.tokens is not None:
             self._gates["token-control"] = TokenGate(options.tokens, USERS, term)

@@ -40,11 +40,15 @@ class TenureError(PrivfedError):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who serves. addresses: where each of its listeners is reached ("fleet", "control", "token-control")."""
+    """Who serves. addresses: where each of its listeners is reached ("fleet", "control", "token-control").
+
+    mark: names the term to who can read the row, and to nobody else.
+    """
 
     term: int
     owner: str
-    addresses: Mapping[str, str] = field(default_factory=dict)
+    mark: str = field(repr=False)
+    addresses: Mapping[str, str]
 
     def __str__(self) -> str:
         return f"{self.owner} serves, term {self.term}"
@@ -81,6 +85,11 @@ class Tenure:
         if not is_postgres(self._engine):
             self._engine.dispose()
             raise TenureError("SQLite serves one SuperLink: several share a PostgreSQL database (--database)")
+
+    @property
+    def mark(self) -> str:
+        """What names this term in calls that another SuperLink passes on."""
+        return f"{self.term}-{self.session}"
 
     def await_turn(self, seen: Callable[[Holder | None], None] = lambda holder: None) -> int:
         """Wait until no other SuperLink serves; return the term that begins.
@@ -193,4 +202,4 @@ def _holder(row: Any) -> Holder:
         addresses = msgspec.json.decode(row.addresses or "{}", type=dict[str, str])
     except msgspec.MsgspecError:
         addresses = {}
-    return Holder(row.term, row.owner, addresses)
+    return Holder(row.term, row.owner, f"{row.term}-{row.session}", addresses)

@@ -82,9 +82,10 @@ class LocalPair:
         return self.listeners[1].addresses
 
     @property
-    def term(self) -> int:
+    def mark(self) -> str:
+        """Of the term, as who shares the database knows it."""
         assert self._options[0].tenure is not None
-        return self._options[0].tenure.term
+        return self._options[0].tenure.mark
 
     def submit(self, app: Path, nodes: int, by: Credentials | None = None, **settings: object) -> str:
         """Submit to the one that passes on."""

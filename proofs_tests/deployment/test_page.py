@@ -176,8 +176,12 @@ def test_the_page_has_two_superlinks_stand_in_for_each_other(machine: Machine) -
         if line.startswith(SERVICES):
             machine.serve(line)
     assert "completed after 3 rounds" in machine.run(run)
+    # The same at the second one alone, which passes it on.
+    alone = run.replace("link.example.org:7811,", "")
+    assert alone.count("--superlink link-2.example.org:7811") == 2
+    assert machine.run(alone).count("completed  round 3") == 2
     machine.services[0].kill()
-    assert machine.run(run).count("completed  round 3") == 2
+    assert machine.run(run).count("completed  round 3") == 3
     machine.wait_for("term 2 of")
 
 

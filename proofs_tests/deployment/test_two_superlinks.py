@@ -201,7 +201,7 @@ def test_killed_at_every_moment_of_taking_turns(tmp_path: Path) -> None:
     """With a run going on; `test_tenure_kills` sees what is left of the row and the folder at each."""
     steps = ("term-sessions", "term", "term-folder", "term-copy", "term-renewal", "term-end")
     blows = [kill_at(f"{when}-{step}") for step in steps for when in ("before", "after")]
-    recoveries, _ = through(tmp_path, 400, blows, PRIVATE)
+    recoveries, _ = through(tmp_path, 84, blows, PRIVATE)
     assert len(recoveries) == 12
 
 
