@@ -15,7 +15,7 @@ POSTGRES = "postgresql+psycopg://"
 # Whoever holds this lock in PostgreSQL writes alone, as whoever holds SQLite's write lock does.
 _WRITER = 0x7072_6976_6665_6401
 _MIGRATOR = _WRITER + 1
-NEWEST = "0002"
+NEWEST = "0003"
 """The newest of the migrations."""
 
 
