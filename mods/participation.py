@@ -51,7 +51,7 @@ def make_protocol(name: str, parameters: Mapping[str, object], protocols: Makers
         raise Refused(f"{', '.join(named)} of {name} are this node's own business")
     if not callable(maker):  # pinned: its client refuses a session under other parameters
         return maker
-    if isinstance(parameters.get("committee"), list) and not policy.corrupt:
+    if not isinstance(parameters.get("committee", 0), int) and not policy.corrupt:
         raise CommitteeNamed(
             "the server names the members of the committee, and they could all be its own: let a beacon draw them "
             "(committee=NUMBER), pin them on the nodes, or count the corrupt ones (Policy(corrupt=...))"

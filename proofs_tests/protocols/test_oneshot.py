@@ -218,6 +218,7 @@ def test_thresholds_as_shares_and_solved() -> None:
         ({"threshold": 1.5}, "threshold"),
         ({"threshold": 2, "committee": (3, 1)}, "committee"),
         ({"threshold": 2, "committee": (0, 1)}, "committee"),
+        ({"threshold": 2, "committee": b"\1\3"}, "committee"),
         ({"threshold": 2, "corrupt": -1}, "corrupt"),
         ({"threshold": 2, "slots": 4}, "slots"),
     ],

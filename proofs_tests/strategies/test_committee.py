@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,23 @@ def test_a_server_that_draws_nothing_gets_nothing(monkeypatch: pytest.MonkeyPatc
     assert trained == {}, "nobody even trains"
 
 
+def renamed(committee: Any, message: Message) -> Message:
+    """Return the message with another committee among the protocol's parameters."""
+    content = RecordDict(dict(message.content))
+    place = SECURE + ".protocol"
+    content[place] = ConfigRecord({**content.config_records[place], "committee": committee})
+    return message.with_content(content)
+
+
 def test_a_committee_that_the_server_names_is_refused_unless_corrupt_members_are_counted() -> None:
     named = SecureStage(OneShot(3, committee=(1, 2, 3, 4, 5)), max_weight=4, max_value=16)
     with pytest.raises(QuorumError, match="POLICY_REFUSED CommitteeNamed"):
         start(Nodes(app_of()), named)
+    for other in (bytes([1, 2, 3, 4, 5]), 2.5, "12345"):  # bytes are a sequence of numbers as well
+        grid = Nodes(app_of())
+        grid.change = partial(renamed, other)
+        with pytest.raises(QuorumError, match="POLICY_REFUSED CommitteeNamed"):
+            start(grid, named)
     everybody = SecureStage(OneShot(8, corrupt=3), max_weight=4, max_value=16)
     start(Nodes(app_of(Policy(corrupt=0.25))), everybody)
     counted = SecureStage(OneShot(5, committee=(1, 2, 3, 4, 5, 6), corrupt=3), max_weight=4, max_value=16)

@@ -59,6 +59,8 @@ class OneShot:
             if self.committee < 2 or isinstance(self.committee, bool):
                 raise ValueError(f"committee must have at least 2 members, got {self.committee}")
         elif self.committee is not None and not isinstance(self.committee, Drawn):
+            if not isinstance(self.committee, tuple | list):  # bytes are numbers too
+                raise ValueError(f"committee must be a number or a tuple of ids, got {self.committee!r}")
             ids = tuple(self.committee)
             object.__setattr__(self, "committee", ids)  # a list is welcome; equal parameters must be equal
             if not all(isinstance(node, int) for node in ids) or any(
