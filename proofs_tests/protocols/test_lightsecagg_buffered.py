@@ -326,6 +326,8 @@ def test_terms_that_cannot_be_safe_are_refused(change: dict[str, object], name: 
         Policy(min_bits=33),
         Policy(min_neighbours=5),
         Policy(min_round=8),
+        Policy(corrupt=0.4),
+        Policy(nodes=(1, 2, 3, 4)),
     ],
 )
 def test_a_node_joins_no_run_below_its_floors(policy: Policy) -> None:

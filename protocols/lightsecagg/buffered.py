@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from privfed.protocols import codec, keys
+from privfed.protocols import codec, graph, keys
 from privfed.protocols.codec import Reader
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
 from privfed.protocols.lightsecagg import messages
@@ -219,6 +219,7 @@ class BufferedNode:
             (terms.bits, self.policy.min_bits, "bits"),
             (len(terms.nodes) - 1, self.policy.min_neighbours, "neighbours"),
             (terms.run, self.policy.min_round, "run"),
+            (terms.privacy, graph.count(len(terms.nodes), self.policy.corrupt), "privacy"),
         )
         for value, floor, name in floors:
             if value < floor:
@@ -228,7 +229,7 @@ class BufferedNode:
     def _check_facts(self) -> None:
         """Refuse terms of another run, ring or model than the node knows of, and vectors it has no room for."""
         terms, policy = self.terms, self.policy
-        for name in ("run", "bits", "dimension"):
+        for name in ("run", "bits", "dimension", "nodes"):
             known, told = getattr(policy, name), getattr(terms, name)
             if known not in (None, told):
                 raise LocalError(f"{name} of the run is {told}, this node's policy has {known}")
