@@ -23,7 +23,7 @@ from privfed.mods.packing import HOW, PACKED
 from privfed.mods.participation import BEACON
 from privfed.plan import CENTRAL, SHARED
 from privfed.protocols.session import Policy
-from privfed.record import ConfigRecord
+from privfed.record import ConfigRecord, RecordDict
 from privfed.ring import SECURE
 from privfed.runtime.audit_log import Value
 from privfed.runtime.policy import NodePolicy
@@ -98,9 +98,15 @@ def _refuse(message: Message, cause: Exception) -> Message:
 
 
 def _outward(policy: NodePolicy) -> Mod:
-    """Let only the names of the policy leave. A name that may not leave stops the reply, and is not cut out of it."""
+    """Let only the names of the policy leave. A name that may not leave stops the reply, and is not cut out of it.
+
+    What is summed under a mask leaves as well, as part of the sum: names in the layout are names that leave.
+    """
 
     def look(message: Message, context: Context, call_next: CallNext) -> Message:
+        foreign = policy.outward.foreign(*_summed(message.content))
+        if foreign:
+            return _refuse(message, OutwardRefused(f"{', '.join(sorted(foreign))} may not leave this node in a sum"))
         reply = call_next(message, context)
         if reply.has_error():
             return reply
@@ -111,6 +117,18 @@ def _outward(policy: NodePolicy) -> Mod:
         return reply
 
     return look
+
+
+def _summed(content: RecordDict) -> tuple[list[str], list[str]]:
+    """Return the names of the records and of the metrics that a secure session sums."""
+    layout, head = content.get(SECURE + ".layout"), content.get(SECURE)
+    if not isinstance(layout, ConfigRecord) or not isinstance(head, ConfigRecord):
+        return [], []
+    names = layout.get("metric-names")
+    metrics = [str(name) for name in names] if isinstance(names, list) else []
+    if "max-weight" in layout:
+        metrics.append(str(head.get("weight-key")))
+    return [str(head.get("arrays-key"))] if layout.get("dimension") else [], metrics
 
 
 class OutwardRefused(PlanRefused):
@@ -181,6 +199,9 @@ def _floors(policy: NodePolicy | None) -> Policy:
         require_active=asked.require_active,
         corrupt=asked.corrupt,
         weight_key=asked.weight_key,
+        min_survivors=asked.min_survivors,
+        max_dimension=asked.max_dimension,
+        grouped=asked.grouped,
     )
 
 

@@ -25,6 +25,7 @@ min-cohort = 10
 min-threshold = 7
 corrupt = 0.33
 weight-key = "num-examples"         # the only metric that updates may be weighed by
+grouped = false                     # true: no session before a beacon gave this node a group
 
 [mods]
 clip = 4.0                          # L2 bound on every update, around whatever the app does
@@ -32,7 +33,7 @@ clip = 4.0                          # L2 bound on every update, around whatever 
 [outward]
 records = ["arrays", "metrics"]     # names of records a reply may hold; ["*"] for any. Where the update is clipped
                                     # or noised, nothing but it may leave as arrays
-metrics = ["num-examples", "loss"]  # names of metrics in them
+metrics = ["num-examples", "loss"]  # names of metrics in them, and of those that a masked sum holds
 
 [limits]
 task-seconds = 3600
@@ -126,11 +127,14 @@ class SecureAggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     min_bits: int = 8
     corrupt: float = 0.0
     weight_key: str | None = None
+    min_survivors: int = 2
+    max_dimension: int = 1 << 28
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt < 1:
             raise ValueError(f"corrupt must be in [0, 1), got {self.corrupt}")
-        for name in ("min_cohort", "min_threshold", "min_neighbours"):
+        for name in ("min_cohort", "min_threshold", "min_neighbours", "min_survivors", "max_dimension"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
 

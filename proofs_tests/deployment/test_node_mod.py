@@ -11,6 +11,7 @@ from privfed.apps import ClientApp
 from privfed.array import Array
 from privfed.cli.node_mod import _floors, node_wrap
 from privfed.context import Context
+from privfed.errors import QuorumError
 from privfed.grid import LocalGrid, MemoryRecorder
 from privfed.message import ErrorCode, Message
 from privfed.mods import distributed_dp, secure_aggregation
@@ -149,6 +150,33 @@ def test_a_node_keeps_the_turns_of_the_plan_too(tmp_path: Path) -> None:
     assert answered == [1, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "weight", "records", "allowed"),
+    [
+        ({}, None, ["arrays"], True),
+        ({}, "num-examples", ["arrays"], True),
+        ({"age": (0.0, 120.0)}, "num-examples", ["arrays"], False),
+        ({}, "age", ["arrays"], False),
+        ({}, "num-examples", ["metrics"], False),
+    ],
+)
+def test_names_that_may_not_leave_leave_in_no_sum_either(
+    metrics: dict[str, tuple[float, float]], weight: str | None, records: list[str], allowed: bool, tmp_path: Path
+) -> None:
+    held = policy(outward={"records": records, "metrics": ["num-examples"]}, secure_aggregation={"required": True})
+    app, recorder = App(**{"num-examples": 3.0, "age": 41.0}), MemoryRecorder()
+    stage = SecureStage(SecAgg(threshold=2), train_metrics=metrics)
+    strategy = FedAvg(stage=stage, weighted_by_key=weight or "num-examples", fraction_evaluate=0.0)
+    grid = LocalGrid(node_wrap(held, tmp_path)(app), 3, recorder=recorder)
+    start = ArrayRecord({"w": Array(np.zeros(4, np.float32))})
+    if allowed:
+        assert len(strategy.start(grid, start, num_rounds=1).rounds) == 1
+        return
+    with pytest.raises(QuorumError, match="OutwardRefused"):
+        strategy.start(grid, start, num_rounds=1)
+    assert app.asked == 0
+
+
 def test_what_must_be_masked_is_refused_in_the_clear(tmp_path: Path) -> None:
     reply, app = ask(policy(secure_aggregation={"required": True}), train(), tmp_path)
     assert (reply.error.reason, app.asked) == ("SecureAggregationRequired", 0)
@@ -219,7 +247,7 @@ def test_a_protocol_that_is_not_listed_is_refused(tmp_path: Path) -> None:
 def test_every_floor_of_the_policy_reaches_the_mask() -> None:
     told: dict[str, object] = {
         "require-active": True, "min-cohort": 3, "min-threshold": 4, "min-neighbours": 5, "min-bits": 9,
-        "corrupt": 0.25, "weight-key": "num-examples",
+        "corrupt": 0.25, "weight-key": "num-examples", "min-survivors": 6, "max-dimension": 7, "grouped": True,
     }  # fmt: skip
     floors = _floors(policy(secure_aggregation=told))
     assert {name: getattr(floors, name.replace("-", "_")) for name in told} == told
