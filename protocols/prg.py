@@ -7,7 +7,7 @@ faster of the two paths. Both give the same bits, and any chunk can be had witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,6 +39,12 @@ def reduce(vector: Words, bits: int) -> None:
 
 def _stream(seed: bytes, chunk: int) -> CipherContext:
     return Cipher(algorithms.AES(seed), modes.GCM(chunk.to_bytes(12, "big"))).encryptor()
+
+
+def draws(seed: bytes) -> Callable[[int], bytes]:
+    """Return the bytes of a seed's stream, each call the next ones: randomness that can be drawn again alike."""
+    stream = _stream(seed, 0)
+    return lambda size: stream.update(bytes(size))
 
 
 def keystream(seed: bytes, size: int) -> bytes:

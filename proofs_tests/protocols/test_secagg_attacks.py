@@ -320,6 +320,15 @@ def test_identical_redelivery_gets_the_stored_bytes_and_another_request_is_refus
     assert np.array_equal(lab.server.result.total, VECTOR.astype(np.uint64) * 5)
 
 
+@pytest.mark.parametrize("protocol", [ACTIVE, PASSIVE])
+def test_a_node_put_back_from_a_backup_seals_no_other_text_under_the_keys_it_has_used(protocol: SecAgg) -> None:
+    lab = Lab(protocol).until("share")
+    backup, request = lab.kept[1], lab.requests[1]
+    first = lab.step(1, request)
+    lab.kept[1] = backup
+    assert lab.step(1, request) == first
+
+
 def test_second_unmask_finds_nothing_to_open() -> None:
     lab = Lab(PASSIVE).until("reveal", gone=(5,))
     lab.step(1, lab.requests[1])

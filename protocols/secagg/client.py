@@ -12,7 +12,7 @@ from privfed.protocols import keys
 from privfed.protocols.codec import Reader, decode, encode_vector, node_list
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
 from privfed.protocols.graph import count
-from privfed.protocols.prg import SEED_BYTES, Words, add_masks, reduce, word
+from privfed.protocols.prg import SEED_BYTES, Words, add_masks, draws, reduce, word
 from privfed.protocols.secagg.messages import (
     ADVERTISE,
     CONFIRM,
@@ -219,7 +219,10 @@ class SecAggClient:
             # Too few of the chosen ones are there: this node shares nothing, so that the server leaves it out.
             return replace(state, seed=seed, view=bytes(request)), head(SHARE, bound) + encode_sealed(sealed)
         sealing = keys.load(seal)
-        shares = split([mask, own], [terms.point(holder) for holder in mine], terms.threshold, self._random)
+        # Drawn from the root, so that a node put back from a backup seals the same shares again and not others under
+        # the keys it has used: a key seals one text.
+        again = draws(keys.derive(state.root, b"share polynomials", view, SEED_BYTES))
+        shares = split([mask, own], [terms.point(holder) for holder in mine], terms.threshold, again)
         for holder, share in zip(mine, shares, strict=True):
             text = encode_share(share.reshape(-1))
             if holder == self._node:
