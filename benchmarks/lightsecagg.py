@@ -27,6 +27,7 @@ import numpy as np
 from privfed.protocols import codec, keys, prg
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, plan
+from privfed.protocols.packed import vector_bytes
 
 CASES = ((30, 10, 9, 21), (100, 50, 30, 70), (100, 33, 33, 67), (200, 66, 60, 140))
 
@@ -90,7 +91,7 @@ def measure(case: tuple[int, int, int, int], dimension: int, bits: int, repeats:
         "decode_checked_ms": best(lambda: decode(0, weights), repeats),
         "decode_limit_ms": code.data_rows * threshold * m * width * limbs / rate,
         "offline_upload_MB": sum(map(len, packed)) * (n - 1) / n / 1e6,
-        "masked_upload_MB": codec.vector_bytes(dimension, bits) / 1e6,
+        "masked_upload_MB": vector_bytes(dimension, bits) / 1e6,
     }
 
 

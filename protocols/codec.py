@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.protocols.errors import DecodeError
+from privfed.protocols.packed import pack, unpack, vector_bytes
 from privfed.protocols.prg import Words, word
 from privfed.protocols.session import Buffer, Session
 
 MAX_NODE = (1 << 63) - 1
 MAX_ACTION = 64
 MAX_DIMENSION = 1 << 36
-_PACK_BLOCK = 1 << 16
 
 T = TypeVar("T")
 
@@ -156,26 +156,13 @@ def read_session(reader: Reader) -> Session:
     return Session(run, number, action, nodes, dimension, bits, binding)
 
 
-def vector_bytes(dimension: int, bits: int) -> int:
-    """Return the size of a packed vector."""
-    return (dimension * bits + 7) // 8
-
-
 def encode_vector(vector: Words, bits: int) -> Buffer:
     """Pack entries below 2^bits. Not copied when an entry fills its word."""
     kind = np.dtype(word(bits)).newbyteorder("<")
     values = np.ascontiguousarray(vector, dtype=kind)
     if bits == kind.itemsize * 8:
         return values.view(np.uint8).data
-    if bits % 8 == 0:
-        return np.ascontiguousarray(values.view(np.uint8).reshape(-1, kind.itemsize)[:, : bits // 8]).reshape(-1).data
-    out = np.empty(vector_bytes(len(values), bits), dtype=np.uint8)
-    for start in range(0, len(values), _PACK_BLOCK):
-        part = values[start : start + _PACK_BLOCK].view(np.uint8).reshape(-1, kind.itemsize)
-        packed = np.packbits(np.unpackbits(part, axis=1, count=bits, bitorder="little"), bitorder="little")
-        at = start * bits // 8
-        out[at : at + len(packed)] = packed
-    return out.data
+    return pack(values, bits).data
 
 
 def decode_vector(data: Buffer, dimension: int, bits: int) -> Words:
@@ -188,15 +175,6 @@ def decode_vector(data: Buffer, dimension: int, bits: int) -> Words:
         )
     if bits == kind.itemsize * 8:
         return raw.view(kind)
-    wide = np.zeros((dimension, kind.itemsize), dtype=np.uint8)
-    if bits % 8 == 0:
-        wide[:, : bits // 8] = raw.reshape(dimension, bits // 8)
-        return wide.reshape(-1).view(kind)
-    for start in range(0, dimension, _PACK_BLOCK):
-        count = min(_PACK_BLOCK, dimension - start)
-        part = np.unpackbits(raw[start * bits // 8 :], count=count * bits, bitorder="little").reshape(count, bits)
-        packed = np.packbits(part, axis=1, bitorder="little")
-        wide[start : start + count, : packed.shape[1]] = packed
     if dimension * bits % 8 and raw[-1] >> (dimension * bits % 8):
         raise DecodeError("unused bits of the last byte are not zero")
-    return wide.reshape(-1).view(kind)
+    return unpack(raw, dimension, bits, word(bits))

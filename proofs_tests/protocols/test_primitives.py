@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from Crypto.Cipher import AES
 from Crypto.Util import Counter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.protocols import keys
@@ -25,9 +25,9 @@ from privfed.protocols.codec import (
     node_list,
     read_session,
     table,
-    vector_bytes,
 )
 from privfed.protocols.errors import DecodeError, LocalError, RangeError, RemoteError
+from privfed.protocols.packed import vector_bytes
 from privfed.protocols.prg import CHUNK, add_masks, expand, keystream, reduce, word
 from privfed.protocols.quantize import FixedPoint, check_sum, from_ring, to_ring
 from privfed.protocols.session import Session
@@ -192,6 +192,17 @@ def test_vector_encoding_is_canonical(bits: int, size: int, random: Any) -> None
             decode_vector(bad, size, bits)
     with pytest.raises(DecodeError):
         decode_vector(data + b"\0", size, bits)
+
+
+@given(st.integers(1, 64), st.sampled_from([1, 16383, 16384, 65535, 65536, 65537, 140_000]), st.integers(0, 7))
+@settings(max_examples=40)
+def test_long_vectors_are_packed_as_short_ones_and_read_wherever_they_lie(bits: int, size: int, offset: int) -> None:
+    values = np.frombuffer(np.random.default_rng(size + bits).bytes(8 * size), dtype="<u8") >> np.uint64(64 - bits)
+    data = memoryview(bytes(offset) + bytes(encode_vector(values.astype(word(bits)), bits)))[offset:]
+    assert np.array_equal(decode_vector(data, size, bits), values)
+    number = sum(int(value) << (place * bits) for place, value in enumerate(values[:16].tolist()))
+    first = vector_bytes(min(size, 16), bits)
+    assert bytes(data[: first - 1]) == number.to_bytes(first, "little")[: first - 1]
 
 
 sessions = st.builds(

@@ -15,6 +15,7 @@ from privfed.protocols.lightsecagg import buffered, messages
 from privfed.protocols.lightsecagg.buffered import BufferTerms, Entry, buffer_statement, listing
 from privfed.protocols.lightsecagg.exact import Words, words
 from privfed.protocols.lightsecagg.messages import Advertisement, T
+from privfed.protocols.packed import vector_bytes
 from privfed.protocols.session import Buffer, Random, os_random
 
 
@@ -117,7 +118,7 @@ class BufferedServer:
         def read(reader: Reader) -> _Contribution:
             entry = Entry.decode(node, reader.take(Entry.SIZE))
             shares = reader.table(terms.sealed_size)
-            raw = reader.take(codec.vector_bytes(terms.dimension, terms.bits))
+            raw = reader.take(vector_bytes(terms.dimension, terms.bits))
             return _Contribution(entry, shares, codec.decode_vector(raw, terms.dimension, terms.bits))
 
         given = self._read(node, message, buffered.CONTRIBUTION, read)
@@ -181,7 +182,7 @@ class BufferedServer:
         if self._sums is None or node not in self._signed:
             raise RemoteError("foreign-node", (node,), "it was not asked to open a buffer")
         length, bits = self._terms.code.share_size(self._terms.dimension), self._terms.bits
-        size = codec.vector_bytes(length, bits)
+        size = vector_bytes(length, bits)
         vector = self._read(node, message, buffered.OPENED, lambda r: codec.decode_vector(r.take(size), length, bits))
         if node in self._sums and not np.array_equal(self._sums[node], vector):
             raise RemoteError("second-reply", (node,), "it opened this buffer before, differently")

@@ -25,6 +25,7 @@ from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
 from privfed.protocols.lightsecagg.messages import Advertisement
 from privfed.protocols.lightsecagg.secret import Secrets
+from privfed.protocols.packed import vector_bytes
 from privfed.protocols.session import Buffer, Identity, Policy, Random, os_random
 
 JOIN, ROSTER, CONTRIBUTION, BUFFER, SIGNED, OPEN, OPENED = range(0x40, 0x47)
@@ -98,7 +99,7 @@ class BufferTerms:
 
     @property
     def sealed_size(self) -> int:
-        return codec.vector_bytes(self.code.share_size(self.dimension), self.bits) + messages.TAG
+        return vector_bytes(self.code.share_size(self.dimension), self.bits) + messages.TAG
 
     def weight(self, current: int, version: int) -> int:
         """Weight of an update of `version` in a buffer opened at version `current`; 0 when it has none."""

@@ -15,6 +15,7 @@ from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
 from privfed.protocols.lightsecagg.messages import Advertisement, Terms
 from privfed.protocols.lightsecagg.secret import Secrets
+from privfed.protocols.packed import vector_bytes
 from privfed.protocols.session import Buffer, Identity, Policy, Random, Source
 
 _STEPS = (messages.ADVERTISE, messages.SHARE, messages.MASK, messages.CONFIRM, messages.REVEAL)
@@ -279,7 +280,7 @@ class _View:
         """Add up the survivors' shares, once, when enough nodes agree on who survived."""
         dimension, bits = self.session.dimension, self.session.bits
         size = self.code.share_size(dimension)
-        sealed_size = codec.vector_bytes(size, bits) + messages.TAG
+        sealed_size = vector_bytes(size, bits) + messages.TAG
         signatures, shares = self._read(messages.REVEAL, lambda r: (r.table(messages.SIGNATURE), r.table(sealed_size)))
         self._check_confirmations(signatures)
         survivors, peers = self.survivors(), self.peers()

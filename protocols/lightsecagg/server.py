@@ -14,6 +14,7 @@ from privfed.protocols.lightsecagg import messages
 from privfed.protocols.lightsecagg.code import Code
 from privfed.protocols.lightsecagg.exact import Words, words
 from privfed.protocols.lightsecagg.messages import Advertisement, Terms
+from privfed.protocols.packed import vector_bytes
 from privfed.protocols.session import Buffer, Random, RingSum
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -118,7 +119,7 @@ class LightSecAggServer:
     def _sealed_size(self) -> int:
         session = self._terms.session
         entries = self._code.share_size(session.dimension)
-        return codec.vector_bytes(entries, session.bits) + messages.TAG
+        return vector_bytes(entries, session.bits) + messages.TAG
 
     def _shared(self, node: int, reader: Reader) -> None:
         rows = reader.table(self._sealed_size())
@@ -139,7 +140,7 @@ class LightSecAggServer:
 
     def _vector(self, reader: Reader, length: int) -> Words:
         bits = self._terms.session.bits
-        raw = reader.take(codec.vector_bytes(length, bits))
+        raw = reader.take(vector_bytes(length, bits))
         reader.end()
         return codec.decode_vector(raw, length, bits)
 

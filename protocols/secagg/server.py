@@ -139,9 +139,8 @@ class SecAggServer:
         elif kind == SHARE:
             self._take_sealed(node, decode(reply, lambda r: read_sealed(self._body(r, kind))))
         elif kind == MASK:
-            session = self._terms.session
             packed = decode(reply, lambda r: self._body(r, kind).rest())
-            vector = decode_vector(packed, session.dimension, session.bits)
+            vector = decode_vector(packed, len(self._total), self._terms.session.bits)
             np.add(self._total, vector, out=self._total)
             self._masked.add(node)
         elif kind == CONFIRM:
