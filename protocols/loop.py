@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from privfed.protocols import keys
 from privfed.protocols.beacon import ATTEMPTS, Beacon, committee_of
 from privfed.protocols.errors import LocalError, TooFewSurvivors
-from privfed.protocols.quantize import FixedPoint, check_sum, from_ring, to_ring
+from privfed.protocols.quantize import LEAST_BOUND, FixedPoint, check_sum, from_ring, to_ring
 from privfed.protocols.session import (
     Client,
     Drawn,
@@ -91,7 +91,7 @@ def secure_sum(
         bound = max(float(np.abs(array.astype(np.float64)).max(initial=0.0)) for array in arrays.values())
         if not np.isfinite(bound):
             raise LocalError("an input has a NaN or an infinite entry")
-        grid = FixedPoint(bound if bound > 0 else 1.0, len(nodes), width)
+        grid = FixedPoint(max(bound, LEAST_BOUND) if bound > 0 else 1.0, len(nodes), width)
         vectors = {node: grid.encode(array.reshape(-1)) for node, array in arrays.items()}
     else:
         raise LocalError("inputs must be arrays of integers or floats")

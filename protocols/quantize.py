@@ -37,6 +37,10 @@ def check_sum(largest: int, clients: int, bits: int) -> None:
         )
 
 
+LEAST_BOUND = 2.0**-900
+"""The step of a grid with a smaller bound would be no normal float64, or its inverse infinite."""
+
+
 @dataclass(frozen=True, slots=True)
 class FixedPoint:
     """A public grid for values of size up to `bound`, so fine that `clients` of them cannot wrap in 2^bits.
@@ -52,6 +56,8 @@ class FixedPoint:
         word(self.bits)
         if not (np.isfinite(self.bound) and self.bound > 0):
             raise ValueError(f"bound must be finite and > 0, got {self.bound}")
+        if self.bound < LEAST_BOUND:
+            raise ValueError(f"bound must be at least 2^-900, got {self.bound}: float64 has no steps so small")
         if self.clients < 1:
             raise ValueError(f"clients must be >= 1, got {self.clients}")
         if ((1 << (self.bits - 1)) - 1) // self.clients < 1:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privfed.protocols import LightSecAgg, SecAgg, SecAggPlus, secure_sum
@@ -123,6 +123,7 @@ def test_integer_sums_are_exact(rows: list[list[int]], kind: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@example([0.0, 5e-324], np.float64)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6), st.sampled_from([np.float32, np.float64]))
 def test_float_sums_are_within_the_stated_error(values: list[float], dtype: type) -> None:
     inputs = {node + 1: np.array([[value]], dtype=dtype) for node, value in enumerate(values)}
