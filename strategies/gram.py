@@ -12,7 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.strategies.guard import Tainted, limit
-from privfed.strategies.matrix import Floats, Matrix, Mixed, centred_block, flat_vector, full_row, run_blocks
+from privfed.strategies.matrix import (
+    Floats,
+    Matrix,
+    Mixed,
+    Room,
+    centred,
+    centred_block,
+    flat_vector,
+    full_row,
+    run_blocks,
+)
 
 Square: TypeAlias = NDArray[np.float64]
 Vector: TypeAlias = NDArray[np.float64]
@@ -20,6 +30,10 @@ Vector: TypeAlias = NDArray[np.float64]
 # A squared distance below this share of the two squared norms has lost the digits the rules need: recentre.
 RESOLVED = 1e-3
 BLOCK = 8192
+COLUMNS = 65536  # a block of a weighted sum: its scratch stays in cache, and a call costs little beside it
+TOGETHER, CENTRED = 32, 8  # rows of a weighted sum added in their own dtype, before float64 takes over
+# Products of up to a million multiplications need no packing in OpenBLAS, which is half the time of a thin one.
+PANEL_ROWS, PANEL_PRODUCTS, PANEL_MOST = 8, 10**6, 128
 SEGMENTS = 4  # sums run in this fixed tree, so that results do not depend on the number of threads
 
 
@@ -115,32 +129,49 @@ def inner_products(matrix: Matrix, origin: int | Floats | None = None) -> Square
     blocks = -(-matrix.size // width)
     share = max(-(-blocks // SEGMENTS), 1) * width
     sums: dict[int, Square] = {}
-    bound = limit(matrix.work) ** 2
 
     def segment(start: int, stop: int) -> None:
         G = np.zeros((n, n))
-        with np.errstate(all="ignore"):  # overflow and NaN are looked for, right below
+        with np.errstate(all="ignore"):  # overflow and NaN are looked for, in every part
             for low in range(start, stop, width):
                 block, _ = centred_block(matrix, low, min(low + width, stop), origin)
-                part = block @ block.T
-                if not (matrix.clean or (np.diagonal(part) <= bound).all()):
-                    raise Tainted
-                G += part
+                _add_products(block, G, check=not matrix.clean)
         sums[start] = G
 
     run_blocks(matrix.size, share, segment)
     total = np.zeros((n, n))
     for start in sorted(sums):
         total += sums.pop(start)
-    total += total.T
-    total *= 0.5
-    return total
+    lower = np.tril(total, -1)
+    lower += lower.T
+    np.fill_diagonal(lower, np.diagonal(total))
+    return lower
+
+
+def _add_products(block: Floats, G: Square, *, check: bool) -> None:
+    """Add the inner products of the rows of a block to G, of which only the lower triangle is right."""
+    n, columns = block.shape
+    bound = limit(block.dtype) ** 2
+    few = n <= PANEL_MOST
+    width = max(64, PANEL_PRODUCTS // (n * PANEL_ROWS) // 64 * 64) if few else columns
+    part = np.zeros((n, n), block.dtype)
+    for start in range(0, columns, width):
+        X = block[:, start : start + width]
+        if few:
+            for row in range(0, n, PANEL_ROWS):
+                stop = row + PANEL_ROWS
+                np.matmul(X[row:], X[row:stop].T, out=part[row:, row:stop])
+        else:
+            np.matmul(X, X.T, out=part)
+        if check and not (np.diagonal(part) <= bound).all():
+            raise Tainted
+        G += part
 
 
 def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None) -> Floats:
     """Return o + sum_i w_i (x_i - o) over the rows with a weight other than zero.
 
-    Rows without weight are not read. Partial sums of eight rows go on in float64.
+    Rows without weight are not read. See `weighted_sum`.
     """
     if isinstance(matrix, Mixed) and matrix.source is not None and abs(weights.sum() - 1.0) < 1e-9:
         # an affine mix of o + W (x - o) is one of x, whichever point it is taken about
@@ -161,34 +192,45 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
     everything = len(chosen) == matrix.count
     rows = matrix if everything else matrix.take(chosen)
     factor = weights[chosen].astype(matrix.work)
+    room = Room()
 
     def add(start: int, stop: int) -> None:
-        block, part = centred_block(rows, start, stop, origin)
-        total = weighted_sum(block, factor)
-        out[start:stop] = total if part is None else total + part
+        part = None if origin is None else origin[start:stop]
+        weighted_sum(rows.block(start, stop), factor, out[start:stop], room, about=part)
 
     if len(chosen):
-        run_blocks(matrix.size, 16384 if rows.direct and origin is None else rows.width(), add)
+        run_blocks(matrix.size, (COLUMNS if origin is None else COLUMNS // 4) if rows.direct else rows.width(), add)
     elif origin is not None:
         out[:] = origin
     return out
 
 
-def weighted_sum(block: Floats, factor: Floats, *, check: bool = False) -> Floats:
-    """Return factor @ block, sums of eight rows at a time added in float64.
+def weighted_sum(
+    block: Floats, factor: Floats, out: Floats, room: Room, *, about: Floats | None = None, check: bool = False
+) -> None:
+    """Write o + factor @ (block - o), o = `about`, zero by default; sums of 32 rows (8 about o) are added in float64.
 
     check: raise Tainted when one of those sums is not finite or huge.
     """
-    total = np.zeros(block.shape[1])
+    rows, columns = block.shape
+    together = TOGETHER if about is None else CENTRED
+    once = about is None and rows <= together
+    total = None if once else room.take("total", (columns,), np.float64)
+    part = out if once else room.take("part", (columns,), block.dtype)
     least = float(factor[factor > 0].min(initial=1.0)) if check else 1.0
     bound = (limit(block.dtype) * least) ** 2
     with np.errstate(all="ignore"):
-        for low in range(0, len(block), 8):
-            part = factor[low : low + 8] @ block[low : low + 8]
+        for low in range(0, rows, together):
+            group = block[low : low + together]
+            if about is not None:
+                group = centred(group, about, room.take("centred", group.shape, block.dtype))
+            np.matmul(factor[low : low + together], group, out=part)  # np.dot would copy the rows first
             if check and not np.dot(part, part) <= bound:
                 raise Tainted
-            total += part
-    return total
+            if total is not None:
+                np.add(total if low else 0.0, part, out=total)
+        if total is not None:
+            out[...] = total if about is None else np.add(total, about, out=total)
 
 
 def _unresolved(G: Square, D: Square) -> list[NDArray[np.intp]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +32,21 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         _threads.reset(token)
+
+
+class Room(threading.local):
+    """Scratch of each thread of one run over blocks, made once: fresh memory for every block costs page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Floats] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Floats:
+        """Return scratch of this shape; what was under the name is lost."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.size < size:
+            held = self._held[name] = np.empty(size, dtype)
+        return held[:size].reshape(shape)
 
 
 def run_blocks(size: int, width: int, task: Callable[[int, int], None]) -> None:
@@ -71,9 +88,9 @@ class Matrix:
         """Say whether a block is a view of the input and costs no copy."""
         return self.array is not None and self.array.dtype == self.work
 
-    def width(self, most: int = 8192) -> int:
+    def width(self, most: int = 8192, budget: int = SCRATCH_BYTES) -> int:
         """Return how many columns a block of all rows may have to stay within the scratch budget."""
-        fit = SCRATCH_BYTES // (max(self.count, 1) * self.work.itemsize)
+        fit = budget // (max(self.count, 1) * self.work.itemsize)
         return max(16, min(most, fit) // 16 * 16)
 
     def block(self, start: int, stop: int) -> Floats:
@@ -141,7 +158,7 @@ class Mixed(Matrix):
         """Say that every block is made."""
         return False
 
-    def width(self, most: int = 8192) -> int:
+    def width(self, most: int = 8192, budget: int = SCRATCH_BYTES) -> int:
         """Return how many columns a block may have: fewer, since the source's share the cache with the mixed ones."""
         return super().width(min(most, 16384))
 
@@ -204,9 +221,18 @@ def centred_block(matrix: Matrix, start: int, stop: int, origin: int | Floats | 
     if origin is None:
         return block, None
     part = matrix.row(origin, start, stop) if isinstance(origin, int) else origin[start:stop]
-    if matrix.work == np.float32 and part.dtype != np.float32:
-        return np.subtract(block, part, dtype=np.float64).astype(np.float32), part.astype(np.float32)
-    return np.subtract(block, part), part
+    return centred(block, part), part.astype(matrix.work, copy=False)
+
+
+def centred(block: Floats, origin: Floats, out: Floats | None = None) -> Floats:
+    """Return block - origin in the block's dtype, the difference taken in the wider of the two."""
+    if block.dtype == np.float32 and origin.dtype != np.float32:
+        made = np.subtract(block, origin, dtype=np.float64)
+        if out is None:
+            return made.astype(np.float32)
+        out[...] = made
+        return out
+    return np.subtract(block, origin, out=out, dtype=block.dtype)
 
 
 def full_row(matrix: Matrix, index: int) -> Floats:

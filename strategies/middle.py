@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram, weighted_sum
+from privfed.strategies.gram import COLUMNS, Gram, Square, Vector, as_gram, center_of, combine, gram, weighted_sum
 from privfed.strategies.guard import Refusal, Screened, guarded, require_majority
-from privfed.strategies.matrix import Floats, Matrix, as_matrix, run_blocks
+from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, run_blocks
 
 CONVERGED = 1e-9
 
@@ -34,12 +34,12 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
 
     def body(rows: Matrix, f: int) -> Floats:
         out = np.empty(rows.size, rows.work)
-        scaled = factor.astype(rows.work)
+        scaled, room = factor.astype(rows.work), Room()
 
         def columns(start: int, stop: int) -> None:
-            out[start:stop] = weighted_sum(rows.block(start, stop), scaled, check=not rows.clean)
+            weighted_sum(rows.block(start, stop), scaled, out[start:stop], room, check=not rows.clean)
 
-        run_blocks(rows.size, 16384 if rows.direct else rows.width(16384), columns)
+        run_blocks(rows.size, COLUMNS if rows.direct else rows.width(COLUMNS), columns)
         return out
 
     return guarded(given, None if isinstance(given, Screened) else 0, body)

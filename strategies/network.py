@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeAlias
@@ -10,13 +9,15 @@ from typing import TypeAlias
 import numpy as np
 
 from privfed.strategies.guard import ends_check, taint_check
-from privfed.strategies.matrix import Floats, Matrix, run_blocks
+from privfed.strategies.matrix import SCRATCH_BYTES, Floats, Matrix, Room, run_blocks
 
 Comparator: TypeAlias = tuple[int, int, bool, bool]  # rows a < b; keep the minimum in a, the maximum in b
 Finish: TypeAlias = Callable[[list[Floats]], Floats]
 
 # Above this many rows the comparators cost more than numpy's vectorised sort of contiguous rows.
-NETWORK_ROWS = 64
+NETWORK_ROWS = 48
+# Columns of a block of the network: fewer, and the calls cost more than the cache saves.
+NETWORK_COLUMNS = 16384
 
 
 @lru_cache(maxsize=128)
@@ -81,22 +82,17 @@ def by_rank(
     n = matrix.count
     small = n <= NETWORK_ROWS
     network = comparators(n, ranks, together) if small else ()
-    width = matrix.width(32768) if small else matrix.width(2048)
-    room = threading.local()
-
-    def scratch(rows: int, columns: int) -> Floats:
-        held: Floats | None = getattr(room, "held", None)
-        if held is None:
-            held = room.held = np.empty((n + 1) * width, matrix.work)
-        return held[: rows * columns].reshape(rows, columns)
+    width = matrix.width(NETWORK_COLUMNS, 2 * SCRATCH_BYTES) if small else matrix.width(2048)
+    room = Room()
 
     def columns(start: int, stop: int) -> None:
         if small:
             block, part = matrix.shifted(start, stop)
             taint_check(matrix, block)
-            out[start:stop] = few(run_network(network, list(block), list(scratch(n + 1, stop - start))))
+            spare = room.take("ranked", (n + 1, stop - start), matrix.work)
+            out[start:stop] = few(run_network(network, list(block), list(spare)))
         else:
-            turned = scratch(stop - start, n)
+            turned = room.take("ranked", (stop - start, n), matrix.work)
             part = matrix.turned(start, stop, turned)
             turned.sort(axis=1)
             ends_check(matrix, turned)

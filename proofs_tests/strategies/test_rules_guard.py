@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from privfed.strategies import rules
-from privfed.strategies.gram import gram
+from privfed.strategies.gram import combine, gram
 from privfed.strategies.matrix import as_matrix
 
 ROBUST = sorted(name for name, law in rules.LAWS.items() if law.robust)
@@ -157,6 +157,41 @@ def test_distances_of_updates_far_smaller_than_the_weights() -> None:
         D = gram(as_matrix(X), center).distance
         assert (np.abs(np.sqrt(D[off]) / np.sqrt(true[off]) - 1) < 1e-4).all()
         assert np.array_equal(D, D.T)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 17, 128, 129])  # products go by panels of eight rows up to 128
+def test_inner_products_are_right_at_the_edges_of_panels(n: int, dtype: type) -> None:
+    X = np.random.default_rng(n).standard_normal((n, 8_192 + 200)).astype(dtype)
+    exact = X.astype(np.float64)
+    G = gram(as_matrix(X))
+    np.testing.assert_allclose(G.origin, exact @ exact.T, atol=1e-2 if dtype == np.float32 else 1e-9)
+    assert (G.origin == G.origin.T).all()
+
+
+@pytest.mark.parametrize("column", [0, 1_151, 1_152, 8_191, 8_192, 8_391])
+@pytest.mark.parametrize("row", [0, 8, 39])
+def test_a_bad_number_is_found_in_every_part_of_a_gram_matrix_and_of_a_sum(row: int, column: int) -> None:
+    X = np.random.default_rng(2).standard_normal((40, 8_192 + 200)).astype(np.float32)
+    X[row, column] = np.nan
+    np.testing.assert_array_equal(rules.multi_krum(X, 8), rules.multi_krum(np.delete(X, row, axis=0), 7, 32))
+    with pytest.raises(rules.Refusal, match=f"row {row} is NaN"):
+        rules.mean(X)
+
+
+@pytest.mark.parametrize("about", [0.0, 1e4])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 65, 100])  # sums of up to 32 rows are added in float64
+def test_a_weighted_sum_keeps_its_digits_at_every_number_of_rows(n: int, about: float) -> None:
+    rng = np.random.default_rng(n)
+    X = (rng.standard_normal((n, 500)) + about).astype(np.float32)
+    weights = rng.uniform(0.5, 2.0, n)
+    share = weights / weights.sum()
+    exact = share @ X.astype(np.float64)
+    bound = 40 * 2.0**-24 * (share @ np.abs(X.astype(np.float64)))
+    assert (np.abs(rules.weighted_mean(X, weights) - exact) <= bound).all()
+    assert (np.abs(rules.weighted_mean(list(X), weights) - exact) <= bound).all()
+    near = combine(as_matrix(X), share, np.full(500, about))
+    assert (np.abs(near - exact) <= 2.0**-23 * np.abs(exact) + 20 * 2.0**-24 * (share @ np.abs(X - about))).all()
 
 
 def test_an_outlier_does_not_spoil_the_distances_of_others() -> None:
