@@ -122,6 +122,11 @@ def gram(matrix: Matrix, center: Floats | None = None) -> Gram:
     return Gram(origin, D, middle, inner if middle == first else recentre(inner, middle))
 
 
+def near_origin(G: Gram) -> bool:
+    """Say that rows lie no farther from the origin than a few times from each other: a mean needs no other centre."""
+    return bool(G.origin[G.medoid, G.medoid] <= 4.0 * np.median(G.distance[G.medoid]))
+
+
 def inner_products(matrix: Matrix, origin: int | Floats | None = None) -> Square:
     """Return (x_i - o) . (x_j - o) for all pairs of rows, accumulated in float64 over blocks of columns."""
     n = matrix.count
@@ -176,7 +181,8 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
     if isinstance(matrix, Mixed) and matrix.source is not None and abs(weights.sum() - 1.0) < 1e-9:
         # an affine mix of o + W (x - o) is one of x, whichever point it is taken about
         through = weights @ matrix.weights if matrix.weights.ndim == 2 else weights * matrix.weights
-        return combine(matrix.source, through, matrix.origin)
+        plain = origin is None and through.min() >= 0 and abs(through.sum() - 1.0) < 1e-9
+        return combine(matrix.source, through, None if plain else matrix.origin)
     chosen = np.flatnonzero(weights)
     out = np.zeros(matrix.size, matrix.work)
     if origin is None and len(chosen) == 1 and weights[chosen[0]] == 1.0:

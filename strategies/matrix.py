@@ -19,6 +19,7 @@ Wrap: TypeAlias = Callable[[Floats], Any]
 
 # 2 MiB of scratch stays inside a core's second-level cache, which is what makes blocks pay.
 SCRATCH_BYTES = 2 << 20
+MIXED_COLUMNS = 2048  # products this thin need no packing in OpenBLAS when rows are few
 _threads: ContextVar[int] = ContextVar("threads", default=1)
 
 
@@ -186,7 +187,12 @@ class Mixed(Matrix):
         assert source is not None
         centred, origin = centred_block(source, start, stop, self.origin)
         factor = weights.astype(self.work)
-        return (centred * factor[:, None] if factor.ndim == 1 else factor @ centred), origin
+        if factor.ndim == 1:
+            return centred * factor[:, None], origin
+        made = np.empty((len(factor), stop - start), self.work)
+        for low in range(0, stop - start, MIXED_COLUMNS):
+            np.matmul(factor, centred[:, low : low + MIXED_COLUMNS], out=made[:, low : low + MIXED_COLUMNS])
+        return made, origin
 
     def row(self, index: int, start: int, stop: int) -> Floats:
         """Return columns start..stop of one mixed row."""

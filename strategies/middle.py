@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from privfed.strategies.gram import COLUMNS, Gram, Square, Vector, as_gram, center_of, combine, gram, weighted_sum
+from privfed.strategies.gram import (
+    COLUMNS,
+    Gram,
+    Square,
+    Vector,
+    as_gram,
+    center_of,
+    combine,
+    gram,
+    near_origin,
+    weighted_sum,
+)
 from privfed.strategies.guard import Refusal, Screened, guarded, require_majority
 from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, run_blocks
 
@@ -118,7 +129,7 @@ def geometric_median(X: Any, f: int | None = None, *, center: Any = None) -> Any
     def body(rows: Matrix, f: int) -> Floats:
         require_majority("geometric_median", rows.count, f)
         G = gram(rows, center_of(rows, center))
-        return combine(rows, geometric_median_weights(G), G.medoid)
+        return combine(rows, geometric_median_weights(G), None if center is None and near_origin(G) else G.medoid)
 
     return guarded(X, f, body)
 

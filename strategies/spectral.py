@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram
+from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram, near_origin
 from privfed.strategies.guard import Refusal, guarded, index_set, require, require_majority
 from privfed.strategies.matrix import Floats, Matrix
 
@@ -90,7 +90,7 @@ def caf(X: Any, f: int, *, center: Any = None) -> Any:
     def body(rows: Matrix, f: int) -> Floats:
         require_majority("caf", rows.count, f)
         G = gram(rows, center_of(rows, center))
-        return combine(rows, caf_weights(G, f), G.medoid)
+        return combine(rows, caf_weights(G, f), None if center is None and near_origin(G) else G.medoid)
 
     return guarded(X, f, body)
 

@@ -194,6 +194,16 @@ def test_a_weighted_sum_keeps_its_digits_at_every_number_of_rows(n: int, about: 
     assert (np.abs(near - exact) <= 2.0**-23 * np.abs(exact) + 20 * 2.0**-24 * (share @ np.abs(X - about))).all()
 
 
+@pytest.mark.parametrize("about", [0.0, 3e4])
+@pytest.mark.parametrize("mixing", [False, True])
+def test_a_geometric_median_near_and_far_from_the_origin_keeps_its_digits(about: float, mixing: bool) -> None:
+    X = (np.random.default_rng(4).standard_normal((20, 400)) + about).astype(np.float32)
+    X[3] += 1e3
+    rows, exact = (rules.lazy_mixing(Y, 4) if mixing else Y for Y in (X, X.astype(np.float64)))
+    found, right = rules.geometric_median(rows), rules.geometric_median(exact)
+    assert np.abs(found - right).max() <= 2.0**-23 * np.abs(right).max() + 2e-5
+
+
 def test_an_outlier_does_not_spoil_the_distances_of_others() -> None:
     rng = np.random.default_rng(0)
     X = rng.standard_normal((10, 5000)).astype(np.float32)
