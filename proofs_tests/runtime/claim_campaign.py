@@ -11,6 +11,7 @@ memory the commits cost no time, and the claims are the same.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ RUN = 7
 NODES = 64
 BATCH = 8 * NODES
 """Tasks that are in the queue at a time, some for each node."""
-_IDLE_SECONDS = 0.001
+_IDLE_SECONDS = 0.005
 _NUMBER = np.dtype("<u4")
 
 
@@ -89,8 +90,8 @@ def _is_over(descriptor: int) -> bool:
         return False
 
 
-def claim(folder: Path, database: str | None, claims: int, workers: int) -> Claims:
-    """Push so many tasks, let the workers claim them, and count."""
+def claim(folder: Path, database: str | None, claims: int, workers: int, seconds: float = math.inf) -> Claims:
+    """Push so many tasks, or as many as there is time for, let the workers claim them, and count."""
     store = SqlStore(folder, database)
     store.create_run(RUN, range(1, NODES + 1))
     store.set_run_state(RUN, "running")
@@ -101,11 +102,13 @@ def claim(folder: Path, database: str | None, claims: int, workers: int) -> Clai
         subprocess.Popen([*me, str(folder), database or "", str(note)], stdin=subprocess.PIPE) for note in notes
     ]
     try:
-        for first in range(0, claims, BATCH):
-            numbers = range(first, min(claims, first + BATCH))
+        pushed = 0
+        while pushed < claims and time.monotonic() < begun + seconds:
+            numbers = range(pushed, min(claims, pushed + BATCH))
             _settle(store, [instruction(number) for number in numbers], answered, processes)
-            if first // 50_000 != (first + BATCH) // 50_000:
-                sys.stderr.write(f"{first + BATCH} of {claims} in {time.monotonic() - begun:.0f} s\n")
+            pushed = numbers.stop
+            if numbers.start // 10_000 != pushed // 10_000:
+                sys.stderr.write(f"{pushed} of {claims} in {time.monotonic() - begun:.0f} s\n")
     finally:
         for process in processes:
             assert process.stdin is not None
@@ -114,13 +117,13 @@ def claim(folder: Path, database: str | None, claims: int, workers: int) -> Clai
     assert codes == [0] * workers, codes
     store.close()
     found = [np.fromfile(note, _NUMBER) for note in notes]
-    times = np.bincount(np.concatenate(found), minlength=claims)
+    times, answered = np.bincount(np.concatenate(found), minlength=pushed), answered[:pushed]
     return Claims(
-        pushed=claims,
+        pushed=pushed,
         claimed=int(times.sum()),
         answered=int(answered.sum()),
         missing=int((times == 0).sum() + (answered == 0).sum()),
-        twice=int((times > 1).sum() + (answered > 1).sum()) + max(0, len(times) - claims),
+        twice=int((times > 1).sum() + (answered > 1).sum()) + max(0, len(times) - pushed),
         by=tuple(len(one) for one in found),
         seconds=time.monotonic() - begun,
     )
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--claims", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Stop after so long [when all are claimed]")
     parser.add_argument("--folder", type=Path, help="Make the files there [default: the system's temporary folder]")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
@@ -158,7 +162,7 @@ def main() -> None:
             from proofs_tests.runtime.postgres import server
 
             url = server().database()
-        found = claim(Path(folder), url, asked.claims, asked.workers)
+        found = claim(Path(folder), url, asked.claims, asked.workers, 60 * asked.minutes)
     sys.stdout.write(f"{asked.database}: {found.summary()}\n")
     sys.exit(bool(found.twice or found.missing))
 
