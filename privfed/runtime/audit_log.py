@@ -108,7 +108,7 @@ class AuditLog:
             os.close(self._file)
             raise AuditError(f"{path} is open in another process") from None
         try:
-            found = verify_log(path, key=self.key) if path.stat().st_size else Verified(0, _ZERO, self.key)
+            found = verify_log(path, key=self.key, swift=True) if path.stat().st_size else Verified(0, _ZERO, self.key)
             self._number, self._head = found.lines, found.head
             if found.cut:
                 os.ftruncate(self._file, path.stat().st_size - found.cut)
@@ -196,16 +196,18 @@ def read_lines(path: Path) -> Iterator[bytes]:
             yield raw
 
 
-def verify_log(path: Path, *, key: str | None = None, checkpoint: bytes | None = None) -> Verified:
+def verify_log(path: Path, *, key: str | None = None, checkpoint: bytes | None = None, swift: bool = False) -> Verified:
     """Check every line of a log. Raises AuditError naming the first line that is wrong.
 
     key: the public key (hex) its lines must be signed with; None takes the one the first line names, which shows
     damage but not a log forged as a whole. checkpoint: a statement the log must contain, against a cut tail.
+    swift: check the last signature alone, which covers what all lines before it say.
     """
     stated = _read_checkpoint(checkpoint) if checkpoint is not None else None
     if key is None and stated is not None:
         key = stated.key
     number, head, cut, signer = 0, _ZERO, 0, _public(key) if key is not None else None
+    last: Line | None = None
     at_checkpoint = _ZERO
     for raw in read_lines(path):
         if not raw.endswith(b"\n"):
@@ -219,22 +221,31 @@ def verify_log(path: Path, *, key: str | None = None, checkpoint: bytes | None =
             signer = _public(key)
         if (line.number, line.previous, _hashed(line)) != (number, head, line.hash):
             raise AuditError(f"{path}: line {number} does not follow from the lines before it")
-        try:
-            signature = bytes.fromhex(line.signature)
-            if signature.hex() != line.signature:  # one signature has one spelling
-                raise ValueError("not lower-case hex")
-            signer.verify(signature, _LINE + bytes.fromhex(line.hash))
-        except (InvalidSignature, ValueError):
-            raise AuditError(f"{path}: line {number} is not signed by {key}") from None
+        if not swift:
+            _check_signature(line, signer, path)
+        last = line
         number, head = number + 1, line.hash
         if stated is not None and line.number == stated.number:
             at_checkpoint = line.hash
+    if swift and last is not None and signer is not None:
+        _check_signature(last, signer, path)
     if stated is not None and (at_checkpoint != stated.hash or key != stated.key):
         raise AuditError(
             f"{path} lacks line {stated.number} of the checkpoint of {stated.time}: "
             "its tail was cut, or it is another log"
         )
     return Verified(number, head, key or "", cut)
+
+
+def _check_signature(line: Line, signer: Ed25519PublicKey, path: Path) -> None:
+    try:
+        signature = bytes.fromhex(line.signature)
+        if signature.hex() != line.signature:  # one signature has one spelling
+            raise ValueError("not lower-case hex")
+        signer.verify(signature, _LINE + bytes.fromhex(line.hash))
+    except (InvalidSignature, ValueError):
+        key = signer.public_bytes_raw().hex()
+        raise AuditError(f"{path}: line {line.number} is not signed by {key}") from None
 
 
 def _decode(raw: bytes, path: Path, number: int) -> Line:

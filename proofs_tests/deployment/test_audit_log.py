@@ -68,6 +68,32 @@ def test_any_flipped_byte_shows(tmp_path_factory: pytest.TempPathFactory, data: 
         path.unlink()
 
 
+def test_one_that_is_opened_again_is_checked_but_for_the_signatures_that_the_last_one_covers(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    written(path)
+    raw = path.read_bytes()
+    *early, last = raw.splitlines(keepends=True)
+    covered, start = set[int](), 0
+    for line in early:
+        first = start + line.index(b'"signature":"') + len(b'"signature":"')
+        covered |= set(range(first, first + 128))
+        start += len(line)
+    assert len(covered) == 128 * len(early) and last
+    for at in range(0, len(raw) - 1, 7):  # without its newline the last line is one that was not finished
+        path.write_bytes(raw[:at] + bytes((raw[at] ^ 1,)) + raw[at + 1 :])
+        if at in covered:
+            AuditLog(path, KEY).close()
+        else:
+            with pytest.raises(AuditError):
+                AuditLog(path, KEY)
+        if at % 49 == 0:
+            with pytest.raises(AuditError):
+                verify_log(path)
+    path.write_bytes(raw)
+    with pytest.raises(AuditError, match="not signed by"):
+        AuditLog(path, bytes(32))
+
+
 def test_lines_taken_out_put_in_or_moved_show(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     written(path)
