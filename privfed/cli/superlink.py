@@ -112,6 +112,11 @@ def superlink(
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
+    _serve_in_turn(options, shared, lease_seconds, isolation)
+
+
+def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds: float, isolation: str) -> None:
+    """Serve until told to end, alone or beside others that share the runs."""
     if shared is not None:
         options = dataclasses.replace(options, tenure=_tenure(options, lease_seconds))
     try:
