@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from privfed.privacy import argument
 from privfed.privacy.events import Event, event_from_json
 from privfed.privacy.filters import Budget, BudgetExceeded, Meter
 
@@ -110,20 +111,15 @@ def _entry(fields: dict[str, Any], number: int, previous: str) -> Entry:
     if fields.get("previous") != previous or fields.get("sequence") != number - 1:
         raise LedgerCorrupt(f"line {number}: does not follow line {number - 1}; lines were removed or reordered")
     try:
-        return Entry(
-            fields["sequence"],
-            fields["run"],
-            fields["round"],
-            fields["attempt"],
-            fields["transcript"],
-            fields["period"],
-            event_from_json(json.dumps(fields["event"])),
-            fields["count"],
-            float(fields["spent"]),
-            fields["hash"],
-        )
+        event = event_from_json(json.dumps(fields["event"]))
+        key = fields["run"], fields["round"], fields["attempt"], fields["transcript"]
+        _check(*key, fields["count"], fields["period"])
+        spent = argument.number("spent", float(fields["spent"]), 0)
+        return Entry(fields["sequence"], *key, fields["period"], event, fields["count"], spent, fields["hash"])
     except (KeyError, TypeError, ValueError) as cause:
-        raise LedgerCorrupt(f"line {number}: lacks a field or has an unknown event") from cause
+        raise LedgerCorrupt(
+            f"line {number}: lacks a field, or one has no value that a charge writes: {cause}"
+        ) from cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,14 +274,21 @@ class Ledger:
         if not lines:
             raise LedgerCorrupt("line 1: missing; a ledger starts with its header")
         header = _unseal(lines[0], 1)
-        ledger = cls(Terms.parse(header), place, handle)
+        terms = Terms.parse(header)
+        try:
+            ledger = cls(terms, place, handle)
+        except (TypeError, ValueError) as cause:
+            raise LedgerCorrupt(f"line 1: has terms that no ledger is kept in: {cause}") from cause
         if header["hash"] != ledger.head:
             raise LedgerCorrupt("line 1: the header has fields this version does not know")
         for number, line in enumerate(lines[1:], start=2):
             entry = _entry(_unseal(line, number), number, ledger.head)
             if entry.key in ledger._by_key:
                 raise LedgerCorrupt(f"line {number}: charges again what an earlier line charged")
-            ledger._meter.add(entry.event, entry.count)
+            try:
+                ledger._meter.add(entry.event, entry.count)
+            except ValueError as cause:
+                raise LedgerCorrupt(f"line {number}: charges what these terms cannot account for: {cause}") from cause
             ledger._keep(entry)
         ledger.torn = length < len(data)
         return ledger, length, len(data)
@@ -337,7 +340,7 @@ class Ledger:
         label for reports by month or policy. Raises BudgetExceeded before anything is written, ValueError if
         the same key was charged for something else, LedgerError if the ledger is closed or read-only.
         """
-        _check(run, round, attempt, transcript, count)
+        _check(run, round, attempt, transcript, count, period)
         known = self._by_key.get((run, round, attempt, transcript))
         if known is not None:
             if (known.event, known.count) != (event, count):
@@ -353,22 +356,18 @@ class Ledger:
             raise BudgetExceeded(self.terms.owner, self._spent, after, self.limit, self.measure)
         draft = Entry(len(self._entries) + 1, run, round, attempt, transcript, period, event, count, after, "")
         line, digest = _seal(draft.fields(self.head))
-        self._append(line)
         entry = replace(draft, hash=digest)
-        self._meter.add(event, count)
-        self._keep(entry)
-        return entry
-
-    def _append(self, line: bytes) -> None:
-        if self._handle is None:
-            return
         try:
-            _write_all(self._handle, line)
-            os.fsync(self._handle)
-        except OSError:
-            # What reached the disk is unknown: reading the file again is the only way to know.
+            if self._handle is not None:
+                _write_all(self._handle, line)
+                os.fsync(self._handle)
+            self._meter.add(event, count)
+            self._keep(entry)
+        except BaseException:
+            # Failed or interrupted: what reached the disk is unknown, and reading it again is the only way to know.
             self.close()
             raise
+        return entry
 
     def spent_where(self, chosen: Callable[[Entry], bool]) -> float:
         """Return what the chosen entries cost by themselves: one run, one period (as composed today)."""
@@ -400,17 +399,16 @@ class Ledger:
         self.close()
 
 
-def _check(run: str, round: int, attempt: int, transcript: str, count: int) -> None:
-    if not run:
-        raise ValueError("run: must not be empty; it tells the charges of one run from another's")
-    for name, value in (("round", round), ("attempt", attempt)):
-        if value < 0:
-            raise ValueError(f"{name}: must not be negative, not {value}")
-    if count < 1:
-        raise ValueError(f"count: must be at least 1, not {count}")
+def _check(run: str, round: int, attempt: int, transcript: str, count: int, period: str) -> None:
+    if not isinstance(run, str) or not run:
+        raise ValueError(f"run: must be a text that tells the charges of one run from another's, not {run!r}")
+    for name, value, least in (("round", round, 0), ("attempt", attempt, 0), ("count", count, 1)):
+        argument.whole(name, value, least)
+    if not isinstance(period, str):
+        raise ValueError(f"period: must be a text, not {period!r}")
     try:
         size = len(bytes.fromhex(transcript))
-    except ValueError:
+    except (TypeError, ValueError):
         size = 0
     if size < 16 or transcript != transcript.lower():
         raise ValueError("transcript: must be a hash of at least 16 bytes in lower-case hex")

@@ -252,6 +252,56 @@ def test_after_a_failed_sync_nothing_more_is_charged(tmp_path: Path, monkeypatch
         assert charge(again, 0) == again.entries[0]
 
 
+def test_after_an_interrupted_charge_only_the_file_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the line is synced: the ledger closes, since a second line in its place would spoil the chain."""
+    book = Ledger.create(tmp_path / "l", TERMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", lambda handle: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            charge(book, 0)
+    with pytest.raises(LedgerError):
+        charge(book, 1)
+    with Ledger.open(tmp_path / "l") as again:
+        assert charge(again, 0) == again.entries[0]
+        assert charge(again, 1).sequence == 2
+    assert len(Ledger.read(tmp_path / "l").entries) == 2
+
+
+HOSTILE: list[tuple[int, dict[str, object]]] = [
+    (1, {"relation": "any"}),
+    (1, {"observer": 3}),
+    (1, {"unit": ""}),
+    (1, {"budget": {"delta": 2, "epsilon": 1.0, "filter": "zcdp", "order": None}}),
+    (1, {"budget": None}),
+    (2, {"count": -1}),
+    (2, {"count": "many"}),
+    (2, {"round": None}),
+    (2, {"run": {}}),
+    (2, {"transcript": 5}),
+    (2, {"spent": -3.0}),
+    (2, {"spent": "nan"}),
+    (2, {"spent": []}),
+    (2, {"event": []}),
+    (2, {"event": {"event": "RandomizedResponse", "noise": 0.5, "categories": 2}}),
+]
+
+
+@pytest.mark.parametrize(("number", "fields"), HOSTILE)
+def test_well_hashed_nonsense_is_named_by_its_line(tmp_path: Path, number: int, fields: dict[str, object]) -> None:
+    filled(tmp_path / "l", 1)
+    lines = [json.loads(line) for line in (tmp_path / "l").read_bytes().splitlines()]
+    lines[number - 1].update(fields)
+    written, previous = b"", None
+    for line in lines:
+        del line["hash"]
+        sealed, digest = module._seal(line if previous is None else {**line, "previous": previous})
+        written, previous = written + sealed, digest
+    (tmp_path / "l").write_bytes(written)
+    for look in (Ledger.open, Ledger.read):
+        with pytest.raises(LedgerCorrupt, match=f"^line {number}: "):
+            look(tmp_path / "l")
+
+
 def test_every_torn_file_opens_without_losing_an_acknowledged_charge(tmp_path: Path) -> None:
     """Cut after any byte of the last line (and some before): whole lines count, and charging goes on from there."""
     filled(tmp_path / "l", 3)
@@ -343,6 +393,14 @@ def test_the_stored_amount_governs(tmp_path: Path) -> None:
     ("arguments", "name"),
     [
         ({"run": ""}, "run"),
+        ({"run": 7}, "run"),
+        ({"attempt": "first"}, "attempt"),
+        ({"attempt": 1.0}, "attempt"),
+        ({"count": True}, "count"),
+        ({"count": 1.5}, "count"),
+        ({"period": None}, "period"),
+        ({"transcript": None}, "transcript"),
+        ({"transcript": b"0" * 64}, "transcript"),
         ({"round": -1}, "round"),
         ({"attempt": -1}, "attempt"),
         ({"count": 0}, "count"),
@@ -371,9 +429,11 @@ def test_killing_the_writer_never_loses_an_acknowledged_charge(tmp_path: Path) -
         )
         assert writer.stdout is not None
         assert writer.stdout.read(1) == b"r"
-        time.sleep(moments.uniform(0.0, 0.06))
+        waited = moments.randrange(1, 12)  # charges, not time: a busy machine must not make this an idle test
+        assert len(writer.stdout.read(waited)) == waited
+        time.sleep(moments.uniform(0.0, 0.01))
         writer.kill()
-        acknowledged = len(writer.stdout.read())
+        acknowledged = waited + len(writer.stdout.read())
         writer.stdout.close()
         writer.wait()
         with Ledger.open(path) as book:
