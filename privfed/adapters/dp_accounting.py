@@ -19,7 +19,9 @@ def to_dp_event(event: ev.Event) -> Any:
     """Return dp-accounting's event; ValueError where it has none with this meaning.
 
     Matrix mechanisms become the Gaussian they are worth. dp-accounting 0.6 ignores the count of randomised response
-    in compositions: expand it there, or ask privfed.
+    in compositions, and its RDP accountant takes a sum to change by C under replace_one, where it changes by 2C: what
+    it reports there for Gaussian noise, all of it or sampled without replacement, is too little. Ask its PLD
+    accountant, or privfed.
     """
     dp = _library()
     if isinstance(event, ev.Gaussian):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 
 from privfed.adapters.dp_accounting import from_dp_event, to_dp_event
 from privfed.privacy import events as ev
+from privfed.privacy.accountant import Accountant
 
 SHARED = [
     ev.Gaussian(1.5),
@@ -29,3 +33,13 @@ def test_round_trip(event: ev.Event) -> None:
 def test_no_counterpart_is_refused(event: ev.Event) -> None:
     with pytest.raises(ValueError, match=r"^event:"):
         to_dp_event(event)
+
+
+def test_what_a_multiplier_means_under_replacement() -> None:
+    """Both libraries take noise relative to C; dp-accounting's RDP accountant forgets that a replacement moves 2C."""
+    relation = dp_accounting.NeighboringRelation.REPLACE_ONE
+    event = to_dp_event(ev.Gaussian(2.0))
+    ours = Accountant(relation="replace_one").step(ev.Gaussian(2.0), 3).epsilon(1e-6)
+    theirs = PLDAccountant(relation).compose(event, 3).get_epsilon(1e-6)
+    assert theirs == pytest.approx(ours.upper, rel=1e-6)
+    assert RdpAccountant(neighboring_relation=relation).compose(event, 3).get_epsilon(1e-6) < 0.5 * ours.lower
