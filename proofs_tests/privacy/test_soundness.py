@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ def check(seed: int) -> None:
     spot = near * rng.uniform(0.0, 1.0)
     spots = [near, spot, -0.3 * spot] if truth.everywhere else [near]
     if rng.random() < 0.2 and not truth.everywhere:
-        truth, spots = Truth(cases, extra, spot), [spot]
+        with contextlib.suppress(oracle.Unresolved):  # far from the saddle moments may last too long: near it is asked
+            truth, spots = Truth(cases, extra, spot), [spot]
     for at in spots:
         back, exact = accountant.delta(at), truth.delta(at)
         assert exact <= back.upper, (what, at, exact, back)
