@@ -36,13 +36,17 @@ class CertificateError(PrivfedError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a connection. node_id: of a node, else None. serial: of the certificate."""
+    """Who is at the other end of a connection. node_id: of a node, else None. serial: of the certificate.
+
+    through: serial of the SuperLink's certificate that passed the call on, if one did.
+    """
 
     role: str
     name: str
     node_id: int | None = None
     serial: int = 0
     expires: datetime.datetime | None = None
+    through: int = 0
 
     @property
     def common_name(self) -> str:

@@ -29,13 +29,13 @@ _RETRY_SECONDS = 1.0
 class Session:
     """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has.
 
-    serial: of its certificate.
+    serials: of its certificate, and of the SuperLink's that passes it on, if one does.
     """
 
     node_id: int
     name: str
     slots: int
-    serial: int = 0
+    serials: tuple[int, ...] = ()
     queue: asyncio.Queue[Down | None] = field(default_factory=asyncio.Queue)
     out: set[str] = field(default_factory=set)
 

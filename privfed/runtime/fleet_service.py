@@ -128,7 +128,7 @@ class FleetService:
             await self._await_approval(peer, context)
         finally:
             self._waiting -= 1
-        session = Session(node, peer.name, hello.slots, peer.serial)
+        session = Session(node, peer.name, hello.slots, (peer.serial, peer.through))
         session.queue.put_nowait(self._welcome(node))
         try:
             await self.dispatcher.join(session, hello.holding)
@@ -150,8 +150,13 @@ class FleetService:
                 with around("offer"):
                     await context.write(pack(Waiting(reason=reason)))
             await news.wait()
-            if self._credentials is not None and self._credentials.trust.roster.is_revoked(peer.serial):
-                raise Denied(f"the certificate of {peer.common_name} is revoked", grpc.StatusCode.UNAUTHENTICATED)
+            for whose, serial in ((peer.common_name, peer.serial), ("the SuperLink that passes it on", peer.through)):
+                if self._is_revoked((serial,)):
+                    raise Denied(f"the certificate of {whose} is revoked", grpc.StatusCode.UNAUTHENTICATED)
+
+    def _is_revoked(self, serials: tuple[int, ...]) -> bool:
+        roster = self._credentials.trust.roster if self._credentials is not None else None
+        return roster is not None and any(roster.is_revoked(serial) for serial in serials)
 
     def reconsider(self) -> None:
         """Look again at the nodes that wait for approval."""
@@ -166,8 +171,7 @@ class FleetService:
         """Tell every node that there is a newer roster, and hang up on those it revokes."""
         self.reconsider()
         for session in list(self.dispatcher.sessions.values()):
-            revoked = self._credentials is not None and self._credentials.trust.roster.is_revoked(session.serial)
-            session.queue.put_nowait(None if revoked else self._welcome(session.node_id))
+            session.queue.put_nowait(None if self._is_revoked(session.serials) else self._welcome(session.node_id))
 
     async def _roster(self, peer: Peer, request: bytes, context: Context) -> None:
         self._served(peer)

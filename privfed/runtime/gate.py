@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hmac
 import logging
 import secrets
@@ -99,7 +100,7 @@ class Gate:
             raise Denied(text, grpc.StatusCode.UNAUTHENTICATED)
         caller = self._judge(shown, trust)
         bind_contextvars(through=by.common_name)
-        return caller
+        return dataclasses.replace(caller, through=by.serial)
 
     def _check_term(self, metadata: dict[str, str | bytes]) -> None:
         """Raise Denied for a call that was passed on to another term than this one."""

@@ -250,6 +250,22 @@ def test_its_health_is_that_calls_are_served(guarded: Guarded) -> None:
         assert b"privfed_calls_passed_on_total" in answered.read()
 
 
+def test_a_superlink_that_is_revoked_is_cut_off_and_passes_nothing_on(guarded: Guarded) -> None:
+    """The last test of this pair: sessions it had passed on end, too."""
+    pair = guarded.pair
+    statuses: list[str] = []
+    client = FleetClient(pair.passing["fleet"], guarded.node, None, FleetOptions(on_status=statuses.append))
+    eventually(lambda: 1 in pair.link.dispatcher.sessions, 20)
+    (session,) = pair.link.dispatcher.sessions.values()
+    guarded.members.authority.revoke("link-second")
+    with ControlClient(pair.serving["control"], guarded.olga) as control:
+        control.hand_roster(guarded.members.authority.roster_document)
+    eventually(lambda: session not in pair.link.dispatcher.sessions.values(), 20)
+    eventually(lambda: any("the certificate of link-second is revoked" in text for text in statuses), 20)
+    assert 1 not in pair.link.dispatcher.sessions
+    client.close()
+
+
 def test_large_arrays_pass_both_ways_and_the_model_is_the_same(tmp_path: Path) -> None:
     """12 MB a round to and from each of two nodes, in acknowledged chunks, each byte once."""
     app = app_in(tmp_path / "app", LARGE)
