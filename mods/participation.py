@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from privfed.mods.refusal import CommitteeNamed, NotGrouped, Refused
-from privfed.protocols.beacon import committee_of, group_of
+from privfed.mods.refusal import CommitteeNamed, NotGrouped, Refused, WeakSession
+from privfed.protocols.beacon import committee_of, group_corrupt, group_of
 from privfed.protocols.session import Policy, Protocol
 
 BEACON = "Beacon"
@@ -28,6 +28,8 @@ def place_of(parameters: Mapping[str, object]) -> str:
 def as_drawn(policy: Policy, parameters: Mapping[str, object], kept: Callable[[str], bytes]) -> Policy:
     """Return the policy with what beacons of this run gave the node: its group as the only cohort, the committee.
 
+    The share of corrupt nodes is then that of the group, which has more than its part of them now and then.
+
     parameters: of the session. kept: what the node has of the beacons of a kind.
     """
     group, committee = group_of(kept(GROUP)), committee_of(kept(COMMITTEE))
@@ -35,6 +37,13 @@ def as_drawn(policy: Policy, parameters: Mapping[str, object], kept: Callable[[s
         raise NotGrouped("no beacon has drawn groups in this run")
     if group is not None:
         policy = replace(policy, nodes=group)
+        if policy.corrupt:
+            bad, size = group_corrupt(kept(GROUP), policy.corrupt), len(group)
+            if bad > size - 2:
+                raise WeakSession(
+                    f"{bad} of the {size} nodes of this node's group may be corrupt: larger groups are needed"
+                )
+            policy = replace(policy, corrupt=max(policy.corrupt, bad / size))
     return policy if committee is None else replace(policy, committee=committee)
 
 

@@ -141,6 +141,15 @@ def group_of(kept: bytes) -> tuple[int, ...] | None:
     return state.group if state.phase == SETTLED else None
 
 
+def group_corrupt(kept: bytes, corrupt: float) -> int:
+    """Return how many members of its settled group a node has to take for corrupt: a share of all who were drawn from.
+
+    A group that was drawn holds more of them than its share, now and then: `corrupt_members` of it, but for 2^-40.
+    """
+    state = Kept.decode(kept)
+    return corrupt_members(state.nodes, len(state.group), count(state.nodes, corrupt))
+
+
 def committee_of(kept: bytes) -> Drawn | None:
     """Return the settled committee in what a node kept of its beacons, or None."""
     state = Kept.decode(kept)

@@ -6,6 +6,7 @@ precondition holds for G: G > 2 f, Krum G >= 2 f + 3. Each rule checks that for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from privfed.errors import PlanRefused, RunFailed
 from privfed.protocols.beacon import anonymity
 from privfed.protocols.errors import ProtocolError
-from privfed.protocols.session import Protocol
+from privfed.protocols.session import Protocol, Session
 from privfed.record import MetricRecord
 from privfed.ring import Decoded, Layout
 from privfed.strategies.exchange import Exchange
@@ -39,8 +40,10 @@ class GroupedStage(SecureStage):
     have `group_size` nodes or, to leave none over, some more; one that ends with too few survivors is left out.
 
     corrupt: share of the nodes that may collude with the server; `anonymity` among a round's metrics is how many honest
-    nodes, at least and but for a chance of 2^-40, each released sum hides a node among. redraw: groups of their own for
-    every round; refused, as no plan gives each group's sum noise of its own. The other arguments are SecureStage's.
+    nodes, at least and but for a chance of 2^-40, each released sum hides a node among; 0 where a group may hold more
+    corrupt ones than the protocol's parameters withstand, so that they could open more than its sum.
+    redraw: groups of their own for every round; refused, as no plan gives each group's sum noise of its own. The other
+    arguments are SecureStage's.
     """
 
     offers: ClassVar[frozenset[type[View]]] = frozenset({GroupMeans, Sum})
@@ -195,10 +198,19 @@ class GroupedStage(SecureStage):
         return found
 
     def _anonymity(self, drives: dict[int, JournaledDrive], survivors: list[int]) -> int:
-        """Return the least anonymity of the groups whose sum was opened: those who dropped out hide nobody."""
+        """Return the least anonymity of the groups whose sum was opened: those who dropped out hide nobody.
+
+        Nobody is hidden where so many corrupt members could open more than the sum.
+        """
         nodes = sum(len(group) for group in self.groups)
         least = []
-        for index, left in zip(drives, survivors, strict=True):
+        for (index, drive), left in zip(drives.items(), survivors, strict=True):
             size = len(self.groups[index])
-            least.append(max(0, left - (size - anonymity(nodes, size, self.corrupt))))
+            corrupt = size - anonymity(nodes, size, self.corrupt)
+            least.append(max(0, left - corrupt) if self._withstands(drive.session) >= corrupt else 0)
         return min(least)
+
+    def _withstands(self, session: Session) -> int:
+        """Return how many corrupt nodes the protocol's parameters are safe with; none where it does not say."""
+        withstands: Callable[[Session], int] = getattr(self.protocol, "withstands", lambda session: 0)
+        return withstands(session)

@@ -55,6 +55,11 @@ class SessionDrive:
         return self._session.binding + self._session.round.to_bytes(8, "big")
 
     @property
+    def session(self) -> Session:
+        """What all parties agree on."""
+        return self._session
+
+    @property
     def takes_input(self) -> bool:
         """Whether the open stage may be the one at which nodes train."""
         return self._input in (None, self.server.stage)

@@ -15,9 +15,9 @@ from privfed.context import Context
 from privfed.errors import PlanRefused, QuorumError
 from privfed.grid import LocalGrid
 from privfed.message import Message
-from privfed.protocols import SecAgg
+from privfed.protocols import LightSecAgg, OneShot, SecAgg, SecAggPlus
 from privfed.protocols.beacon import ATTEMPTS, anonymity
-from privfed.protocols.session import Policy
+from privfed.protocols.session import Policy, Session
 from privfed.record import ArrayRecord, MetricRecord, RecordDict
 from privfed.ring import SECURE
 from privfed.strategies import FedAvg, GroupedStage, SecureStage
@@ -153,7 +153,7 @@ def test_nobody_waits_for_a_member_that_is_not_there() -> None:
 
 
 def test_the_anonymity_counts_those_who_are_left() -> None:
-    grid, stage = Nodes(app_of(), 60), GroupedStage(SecAgg(threshold=2), 30, max_weight=4, corrupt=0.1)
+    grid, stage = Nodes(app_of(), 60), GroupedStage(SecAgg(threshold=7), 30, max_weight=4, corrupt=0.1)
     result = FedAvg(**NONE, stage=stage).start(grid, MODEL, 1)
     whole = anonymity(60, 30, 0.1)
     assert 0 < whole == 24, "all six corrupt nodes may be in one group"
@@ -161,6 +161,41 @@ def test_the_anonymity_counts_those_who_are_left() -> None:
     grid.mute = lambda name, stage, node: (name, stage, node) == ("SecAgg", 2, 7)
     result = FedAvg(**NONE, stage=stage).start(grid, result.arrays, 1)
     assert result.rounds[0]["train-replies"]["anonymity"] == whole - 1
+    weak = GroupedStage(SecAgg(threshold=6), 30, max_weight=4, corrupt=0.1)
+    result = FedAvg(**NONE, stage=weak).start(grid, result.arrays, 1)
+    assert result.rounds[0]["train-replies"]["anonymity"] == 0, "the six together open what they like"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "most"),
+    [
+        (SecAgg(threshold=7), 6),
+        (SecAgg(threshold=9, mode="active", corrupt=0.1), 5),
+        (SecAggPlus(neighbours=6, threshold=4), 3),
+        (LightSecAgg(threshold=9), 5),
+        (LightSecAgg(threshold=9, privacy=3), 3),
+        (OneShot(9), 5),
+        (OneShot(12), 10),
+        (OneShot(4, committee=(1, 2, 3, 4, 5)), 2),
+    ],
+    ids=repr,
+)
+def test_how_many_corrupt_nodes_parameters_withstand(protocol: Any, most: int) -> None:
+    """The policies of nodes say the same."""
+    nodes = tuple(range(1, 13))
+    assert protocol.withstands(Session(1, 1, "train", nodes, 4, 32)) == most
+
+
+def test_a_group_may_hold_more_than_its_share_of_the_corrupt_nodes() -> None:
+    """Six of 60 are corrupt, and may all be in one group of 30: three, its share, are too few to count with."""
+    policy = Policy(corrupt=0.1)
+    grid = Nodes(app_of(policy=policy), 60)
+    with pytest.raises(QuorumError, match="RemoteError"):
+        FedAvg(**NONE, stage=GroupedStage(SecAgg(threshold=6), 30, max_weight=4)).start(grid, MODEL, 1)
+    FedAvg(**NONE, stage=GroupedStage(SecAgg(threshold=7), 30, max_weight=4)).start(grid, MODEL, 1)
+    small = Nodes(app_of(policy=policy), 60)
+    with pytest.raises(QuorumError, match="WeakSession"):
+        FedAvg(**NONE, stage=GroupedStage(SecAgg(threshold=6), 6, max_weight=4)).start(small, MODEL, 1)
 
 
 def test_groups_anew_every_round_are_refused() -> None:

@@ -81,6 +81,10 @@ class LightSecAgg:
             )
         return threshold, privacy
 
+    def withstands(self, session: Session) -> int:
+        """Return how many nodes of a session may collude with its server and learn no more than the sum."""
+        return self.resolve(len(session.nodes))[1]
+
     def server(self, session: Session, *, random: Random = os_random) -> LightSecAggServer:
         """Start a session. Raises LocalError when the session or the parameters cannot work."""
         if any(a >= b for a, b in pairwise((0, *session.nodes))):

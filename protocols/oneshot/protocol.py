@@ -111,6 +111,17 @@ class OneShot:
             raise LocalError(f"committee={self.committee} is a number: run its beacon first, see OneShot.with_drawn")
         return agree(session, self.threshold, self.committee, self.corrupt, self.slots, self.bounded)
 
+    def withstands(self, session: Session) -> int:
+        """Return how many nodes of a session may collude with its server and learn no more than the sum.
+
+        All of them may be on a committee that was not drawn, however many its parameters count.
+        """
+        agreement = self.agree(session)
+        members = len(agreement.committee)
+        if isinstance(self.committee, Drawn):
+            return agreement.invitation.corrupt
+        return max(0, min(2 * agreement.threshold - members - 1, members - 2))
+
     def server(self, session: Session, *, random: Random = os_random) -> OneShotServer:
         """Start a session on the server, which draws nothing. LocalError when the parameters do not fit."""
         return OneShotServer(self.agree(session))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -67,6 +68,13 @@ def least_threshold(terms: Terms, corrupt: int) -> int:
     else:
         holding, among = terms.degree, corrupt_quantile(len(nodes), corrupt, terms.degree)
     return (holding + among) // 2 + 1 if terms.active else among + 1
+
+
+def most_corrupt(terms: Terms) -> int:
+    """Return how many nodes of the cohort may collude with the server and learn no more than the sum."""
+    counts = range(len(terms.session.nodes))
+    safe = bisect_right(counts, terms.threshold, key=lambda corrupt: least_threshold(terms, corrupt))
+    return max(0, safe - 1)
 
 
 def _log_choose(n: int, k: int) -> float:

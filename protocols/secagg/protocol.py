@@ -9,7 +9,7 @@ from privfed.protocols.errors import DecodeError, LocalError
 from privfed.protocols.graph import corrupt_quantile, count, full_graph_thresholds, solve_full_graph, solve_parameters
 from privfed.protocols.secagg.client import SecAggClient
 from privfed.protocols.secagg.messages import Terms
-from privfed.protocols.secagg.neighbourhood import chosen_graph_connected
+from privfed.protocols.secagg.neighbourhood import chosen_graph_connected, most_corrupt
 from privfed.protocols.secagg.server import SecAggServer
 from privfed.protocols.session import Identity, Policy, Random, Session, os_random
 from privfed.protocols.shamir import MAX_THRESHOLD, P
@@ -62,6 +62,10 @@ class SecAgg:
                 f"active mode needs 2 * threshold > n + corrupt nodes: {2 * threshold} > {n} + {count(n, self.corrupt)}"
             )
         return _limited(Terms(session, 0, threshold, active))
+
+    def withstands(self, session: Session) -> int:
+        """Return how many nodes of a session may collude with its server and learn no more than the sum."""
+        return most_corrupt(self.terms(session))
 
     def differs(self, terms: Terms) -> str:
         """Return what in a session's terms is not as these parameters fix it, "" when nothing.
@@ -131,6 +135,10 @@ class SecAggPlus:
         if active:
             self._check_active(n, degree, threshold)
         return _limited(Terms(session, degree, threshold, active))
+
+    def withstands(self, session: Session) -> int:
+        """Return how many nodes of a session may collude with its server and learn no more than the sum."""
+        return most_corrupt(self.terms(session))
 
     def differs(self, terms: Terms) -> str:
         """Return what in a session's terms is not as these parameters fix it, "" when nothing.
