@@ -21,6 +21,7 @@ from privfed.runtime.database import open_database
 from privfed.runtime.federation import open_app
 from privfed.runtime.tenure import LOST, Tenure, TenureError
 from privfed.runtime.term_folder import take_folder
+from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, probing
 from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
 from proofs_tests.deployment.pair import Pair
 from proofs_tests.deployment.small_node import fresh
@@ -212,6 +213,24 @@ def test_killed_at_every_moment_of_taking_turns(tmp_path: Path, private: bool) -
     assert len(recoveries) == len(blows)
     if private:
         assert_charged(path, 84)
+
+
+@pytest.mark.postgres
+def test_a_hostile_network_gets_no_further_through_the_one_that_passes_on(tmp_path: Path) -> None:
+    """Both stay well and small while the one that stands by gets frames, bytes, and what looks like our calls."""
+    rng, seen = random.Random(7), Seen()
+    with Pair(tmp_path, database()) as pair:
+        pids = [member.process.pid for member in (pair.active, pair.other) if member.process is not None]
+        with probing(pair.other.control, seen, pids):
+            sent = 0
+            while sent < 4_000:
+                sent += calls(rng, "Fleet", pair.other.fleet) + calls(rng, "Control", pair.other.control)
+                sent += noise(rng, pair.other.fleet) + bytes_at(rng, pair.other.control)
+        assert seen.failed == 0 and seen.probes, seen.summary()
+        assert seen.growth_kib <= 64 << 10, seen.summary()
+        assert pair.other.metric("calls_passed_on_total") > len(seen.probes) + 20, "some of it was passed on"
+        for member in (pair.active, pair.other):
+            assert "Traceback" not in member.output and "a request failed" not in member.output, member.output
 
 
 @pytest.mark.postgres
