@@ -130,7 +130,7 @@ def growths(folder: Path, count: int) -> dict[str, int]:
         "silent, nodes' listener": ("fleet", None, silent),
         "no certificate, nodes' listener": ("fleet", bare, fleet),
         "a user, nodes' listener": ("fleet", user, fleet),
-        "a node that is not approved, nodes' listener": ("fleet", node, fleet),
+        "one node as often, nodes' listener": ("fleet", node, fleet),
         "a node, users' listener": ("control", node, control),
         "no token, tokens' listener": ("token-control", bare, control),
         "no keys at all, nodes' listener": ("fleet", None, fleet),
