@@ -1,4 +1,4 @@
-"""`privfed superexec`: runs the processes of apps for a node or a server on this machine."""
+"""`privfed superexec`: runs the processes of apps for a node or a SuperLink on this machine."""
 
 from __future__ import annotations
 
@@ -23,24 +23,34 @@ RETRY_SECONDS = 0.25
 
 
 @click.command()
-@click.option("--connect", required=True, metavar="unix:PATH", help="The socket that the node or server waits at.")
+@click.option("--connect", required=True, metavar="unix:PATH", help="The socket at which it is awaited.")
 @click.option(
     "--token-file",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Proves that this superexec is the operator's; the node writes it beside the socket.",
+    help="Proves that this superexec is the operator's; written beside the socket.",
 )
-@click.option("--app-network", type=click.Choice(["off", "auto", "on"]), default="auto", show_default=True)
+@click.option(
+    "--app-network",
+    type=click.Choice(["off", "auto", "on"]),
+    default="auto",
+    show_default=True,
+    help="The most network that apps get, whatever is asked for: none, none where the system can do that, or all.",
+)
 @click.option("--memory-mib", type=click.IntRange(min=64), help="Most memory of one app process [no limit].")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
 def superexec(
     connect: str, token_file: Path, app_network: str, memory_mib: int | None, log_format: str, debug: bool
 ) -> None:
-    """Start and end the processes of apps for a node that runs with --isolation external.
+    """Start and end the processes of apps for a SuperNode or a SuperLink with --isolation external.
 
-    Run it as another user than the node, so that apps cannot read what the node keeps. It connects again when the node
-    restarts; SIGTERM ends it and every app.
+    \b
+    privfed superexec --connect unix:DATA/exec.sock --token-file DATA/exec.token      a node's ClientApps
+    privfed superexec --connect unix:HOME/exec.sock --token-file HOME/exec.token      a SuperLink's ServerApps
+
+    Run it as another user than they, of a group that both are in (their --exec-group), so that apps cannot read what
+    they keep. It connects again when they restart; SIGTERM ends it and every app.
     """
     from privfed.cli.journal import configure
     from privfed.runtime.confinement import Limits

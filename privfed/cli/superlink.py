@@ -17,6 +17,7 @@ import click
 
 from privfed import failpoint
 from privfed.cli.display import LOG_FORMAT
+from privfed.cli.launching import Launching
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -52,7 +53,15 @@ if TYPE_CHECKING:
     "--advertise", metavar="HOST", help="Where the other SuperLinks reach this one [default: where it listens]."
 )
 @click.option("--lease-seconds", type=click.FloatRange(min=1), default=5.0, show_default=True, help="See --shared.")
-@click.option("--isolation", type=click.Choice(["inline", "subprocess"]), default="subprocess", show_default=True)
+@click.option(
+    "--isolation",
+    type=click.Choice(["inline", "subprocess", "external"]),
+    default="subprocess",
+    show_default=True,
+    help="Where ServerApps run: in this process, in a confined child, or by a `privfed superexec`.",
+)
+@click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [HOME/exec.sock].")
+@click.option("--exec-group", metavar="NAME|ID", help="Group that the user of the superexec shares with this one.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
 def superlink(
@@ -71,6 +80,8 @@ def superlink(
     advertise: str | None,
     lease_seconds: float,
     isolation: str,
+    exec_socket: Path | None,
+    exec_group: str | None,
     log_format: str,
     debug: bool,
 ) -> None:
@@ -94,6 +105,12 @@ def superlink(
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
     if advertise is not None and shared is None:
         raise AppError("--advertise is told to the SuperLinks that share a folder with this one: it goes with --shared")
+    launched = Launching.chosen(isolation, exec_socket, exec_group)
+    if shared is not None and launched.group is not None:
+        raise AppError(
+            "--exec-group: a SuperLink that takes over cannot read what another user's apps have written; "
+            "with --shared, run the superexec as the SuperLink's user, and leave --exec-group out"
+        )
     configure(log_format, debug=debug)
     place = home or default_home() / "superlink"
     options = SuperLinkOptions(
@@ -120,7 +137,7 @@ def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds
     if shared is not None:
         options = dataclasses.replace(options, tenure=_tenure(options, lease_seconds))
     try:
-        asyncio.run(_serve(options, shared, isolation))
+        asyncio.run(_serve(options, shared, launched))
     finally:
         if options.tenure is not None:
             options.tenure.resign()
@@ -157,19 +174,16 @@ def _tokens(oidc: Path | None) -> Tokens | None:
     return Tokens(oidc) if oidc is not None else None
 
 
-def _launcher(isolation: str, home: Path, state: Path, keys: Path | None) -> Launcher:
+def _launcher(launched: Launching, home: Path, state: Path, keys: Path | None) -> Launcher:
     """Return what runs server apps; those in processes see neither keys nor the store, nor what other runs have."""
     from privfed.runtime.confinement import Limits
-    from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
 
-    if isolation == "inline":
-        return InlineLauncher()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     hidden = tuple(str(folder.resolve()) for folder in [home, state, *([keys] if keys is not None else [])])
-    return ProcessLauncher(home / "processes", Limits(hidden=hidden))
+    return launched.launcher(home, "processes", Limits(hidden=hidden))
 
 
-async def _serve(options: SuperLinkOptions, shared: Path | None, isolation: str) -> None:
+async def _serve(options: SuperLinkOptions, shared: Path | None, launched: Launching) -> None:
     from privfed.runtime.listeners import Listeners
     from privfed.runtime.superlink import SuperLink
 
@@ -184,7 +198,7 @@ async def _serve(options: SuperLinkOptions, shared: Path | None, isolation: str)
             return
         options = dataclasses.replace(options, state=state)
     keys = options.credentials.folder if options.credentials is not None else None
-    launcher = _launcher(isolation, options.home, options.state or options.home, keys)
+    launcher = _launcher(launched, options.home, options.state or options.home, keys)
     # In a thread: it opens the database, and whoever calls meanwhile is told to try again.
     link = await loop.run_in_executor(None, SuperLink, options, launcher, listeners)
     await link.start()

@@ -14,6 +14,7 @@ import click
 
 from privfed import __version__, failpoint
 from privfed.cli.display import LOG_FORMAT
+from privfed.cli.launching import Launching
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Where apps run: in this process, in a confined child, or by a `privfed superexec`.",
 )
 @click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [DATA/exec.sock].")
-@click.option("--exec-group", help="Group that the user of the superexec shares with this one.")
+@click.option("--exec-group", metavar="NAME|ID", help="Group that the user of the superexec shares with this one.")
 @click.option(
     "--app-network",
     type=click.Choice(["off", "auto", "on"]),
@@ -122,7 +123,7 @@ def _serve(asked: _Asked) -> None:
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     limits = _limits(policy, asked.app_network, data, asked.keys, asked.app_writable)
     store = NodeStore(data / "state")
-    launcher = _launcher(asked.isolation, data, asked.exec_socket, asked.exec_group, limits)
+    launcher = _launcher(asked, limits)
     audit = _audit(data, asked.keys)
     longest = policy.limits.task_seconds if policy is not None else asked.task_seconds
     options = NodeOptions(
@@ -239,35 +240,13 @@ def _limits(
     )
 
 
-def _launcher(isolation: str, data: Path, socket: Path | None, group: str | None, limits: Limits) -> Launcher:
-    from privfed.runtime.launcher import InlineLauncher, ProcessLauncher
-
-    if (socket is not None or group is not None) and isolation != "external":
-        raise AppError("--exec-socket and --exec-group go with --isolation external")
-    if isolation == "inline":
-        click.echo("warning: --isolation inline: apps run in the node's process and can do all it can", err=True)
-        return InlineLauncher()
-    if isolation == "external":
-        from privfed.runtime.superexec import ExecHost
-
-        host = ExecHost(socket or data / "exec.sock", limits, _group(group))
-        click.echo(
-            f"waiting for: privfed superexec --connect unix:{host.path} --token-file {host.token_file}", err=True
-        )
-        return ProcessLauncher(data / "work", limits, host.spawn, host.prepare, host.close)
+def _launcher(asked: _Asked, limits: Limits) -> Launcher:
     from privfed.runtime.confinement import probe
 
-    logging.getLogger("privfed.node").info("apps: %s", probe(limits))
-    return ProcessLauncher(data / "work", limits)
-
-
-def _group(name: str | None) -> int | None:
-    import grp
-
-    try:
-        return grp.getgrnam(name).gr_gid if name is not None else None
-    except KeyError:
-        raise AppError(f"--exec-group: there is no group {name!r} on this system") from None
+    launched = Launching.chosen(asked.isolation, asked.exec_socket, asked.exec_group)
+    if asked.isolation == "subprocess":
+        logging.getLogger("privfed.node").info("apps: %s", probe(limits))
+    return launched.launcher(asked.data, "work", limits)
 
 
 def _identity(credentials: Credentials | None) -> Callable[[int], Identity | None]:

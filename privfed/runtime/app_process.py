@@ -25,6 +25,10 @@ class LaunchLost(PrivfedError):
     """Whoever starts processes went away before it said what became of one: ask again."""
 
 
+class NobodyLaunches(PrivfedError):
+    """Whoever starts processes is not there yet: wait for it."""
+
+
 class AppProcess(Protocol):
     """A process that runs `privfed.runtime.worker`, and the channel to it."""
 

@@ -17,6 +17,7 @@ from privfed.errors import PrivfedError, RunFailed, RunStopped
 from privfed.failpoint import around
 from privfed.grid import Grid
 from privfed.message import SERVER_NODE_ID
+from privfed.runtime.app_process import LaunchLost, NobodyLaunches
 from privfed.runtime.channel import ChannelError
 from privfed.runtime.disk import write_atomically
 from privfed.runtime.federation_link import FederationLink
@@ -156,8 +157,12 @@ class FederationRun:
         restarts, reached = 0, -1
         while True:
             try:
+                self._patiently(lambda: self._await(self._launcher.waits_for))
                 self._serve()
                 return
+            except (LaunchLost, NobodyLaunches) as fault:
+                log.warning("run %s: its ServerApp was not started: %s", self.folder.name, fault)
+                self.folder.release()
             except RunFailed as fault:
                 died = isinstance(fault.__context__, ChannelError)
                 restarts = restarts + 1 if self.commit == reached else 0
@@ -173,22 +178,41 @@ class FederationRun:
     def _await_nodes(self) -> list[int]:
         """Return the nodes the run begins with: those that are here once there are enough."""
         least = int(self.config["nodes"])
+        here: list[int] = []
+
+        def missing() -> str:
+            here[:] = sorted(self._available())
+            return "" if len(here) >= least else f"nodes: {len(here)} of {least} are connected"
+
+        self._await(missing)
+        return here
+
+    def _await(self, missing: Callable[[], str]) -> None:
+        """Wait until nothing is missing, and say what is. Raises RunStopped when asked to stop meanwhile."""
         told = ""
         with self._change:
             while True:
                 if self._closing:
                     raise Interrupted
                 if self._stopping or (self.folder.path / "stop").exists():
-                    raise RunStopped("stopped before it began, as asked")
-                here = sorted(self._available())
-                if len(here) >= least:
-                    return here
-                reason = f"waits for nodes: {len(here)} of {least} are connected"
+                    done = self.folder.recorded_status.round
+                    raise RunStopped(f"stopped {f'after round {done}' if done else 'before it began'}, as asked")
+                reason = missing()
+                if not reason:
+                    break
                 if reason != told:
-                    status = self.folder.recorded_status
-                    status.reason = told = reason
-                    self.folder.set_status(status)
+                    told = reason
+                    log.info("run %s waits for %s", self.folder.name, reason)
+                    self._note(f"waits for {reason}")
                 self._change.wait(_PATIENCE)
+        if told:
+            self._note("")
+
+    def _note(self, reason: str) -> None:
+        """Write down what the run waits for."""
+        status = self.folder.recorded_status
+        status.reason = reason
+        self.folder.set_status(status)
 
     def _register(self) -> None:
         """Put a new run into the store; of one that was there, whatever is still out is withdrawn."""
@@ -254,6 +278,10 @@ class FederationRun:
             self._launcher.serve(self._app, grid, context, self.folder.path / "server_app.txt")
         except (RunFailed, RunStopped, GivenUp):
             raise
+        except (LaunchLost, NobodyLaunches):
+            if self._closing:
+                raise Interrupted from None
+            raise
         except Exception as fault:
             if self._closing:
                 raise Interrupted from None
@@ -266,6 +294,8 @@ class FederationRun:
             return ""
         if self._patiently.trouble:
             return f"waits for its storage: {self._patiently.trouble}"
+        if missing := self._launcher.waits_for():
+            return f"waits for {missing}"
         asked = self._link.waits_for(self.run_id)
         if not asked:
             return self.folder.recorded_status.reason

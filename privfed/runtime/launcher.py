@@ -65,8 +65,13 @@ class Launcher(Protocol):
     def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
         """Run the server app to its end and return its result, the context then holds its state.
 
-        Raises RunFailed with the reason; RunStopped when the run was asked to stop.
+        Raises RunFailed with the reason; RunStopped when the run was asked to stop; LaunchLost or NobodyLaunches
+        when it was not started.
         """
+        ...
+
+    def waits_for(self) -> str:
+        """Say what must be there before an app can be started, and is not; nothing when all is."""
         ...
 
     def close(self) -> None:
@@ -84,6 +89,9 @@ class InlineLauncher:
     def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
         del log
         return AppFolder.open(app_dir).load_server()(grid, context)
+
+    def waits_for(self) -> str:
+        return ""
 
     def close(self) -> None: ...
 
@@ -110,7 +118,7 @@ class ProcessLauncher:
     """Runs apps in processes of their own.
 
     homes: a folder for their own folders. spawn: starts one; None: as a child of this process. prepare: called with
-    each app's folder before its process starts. closing: called last.
+    each app's folder before its process starts. closing: called last. waiting: says what `spawn` would wait for.
     """
 
     def __init__(
@@ -120,6 +128,7 @@ class ProcessLauncher:
         spawn: Spawn | None = None,
         prepare: Callable[[Path], None] = lambda folder: None,
         closing: Callable[[], None] = lambda: None,
+        waiting: Callable[[], str] = lambda: "",
     ) -> None:
         self._homes = homes
         homes.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,6 +137,7 @@ class ProcessLauncher:
         self._spawn = spawn if spawn is not None else spawn_local(limits or Limits())
         self._prepare = prepare
         self._closing = closing
+        self._waiting = waiting
         self._open: set[AppProcess] = set()
         self._closed = False
         self._lock = threading.Lock()
@@ -182,6 +192,9 @@ class ProcessLauncher:
             running.kill()
             raise
         return running
+
+    def waits_for(self) -> str:
+        return self._waiting()
 
     def _forget(self, process: AppProcess) -> None:
         with self._lock:

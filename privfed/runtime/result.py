@@ -110,6 +110,8 @@ class Results:
                 digest = state.digest()
         except FileNotFoundError:
             return None
+        except PermissionError:  # another user's app made it a moment ago
+            raise ResultError(f"{name} of run {home.name} is not shared by its superexec yet: ask again") from None
         with self._lock:
             self._known[key] = digest
             while len(self._known) > _KNOWN:

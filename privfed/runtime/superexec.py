@@ -4,7 +4,9 @@ The node listens on a Unix socket (mode 0600) beside a file with a token. `privf
 can read the file, and then starts a worker for each request. What it hands back is the worker's own socket, passed as
 a descriptor, so nothing that an app is sent or answers goes through it. It may run as another user, of a group that the
 node is in too: that user then owns the apps' processes and can read nothing of the node's but the apps. The group is
-given the socket (0660), the token (0640), the apps' code to read, and each process's own folder.
+given the socket (0660), the token (0640), the apps' code to read, each process's own folder, and the folder of a run to
+whose server app it belongs: sticky, so that an app can add files of its own there and take away nobody else's. What it
+adds, the superexec lets the group read, within `SHARE_SECONDS`.
 
 A request or an answer is one datagram of JSON on a connection of kind SOCK_SEQPACKET:
     -> {"token", "version"}      <- {"ok"}
@@ -25,6 +27,7 @@ import queue
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -34,7 +37,7 @@ from typing import Any
 
 from privfed.errors import PrivfedError
 from privfed.failpoint import around
-from privfed.runtime.app_process import LaunchLost, Place, end_process, start_process, tell_fate
+from privfed.runtime.app_process import LaunchLost, NobodyLaunches, Place, end_process, start_process, tell_fate
 from privfed.runtime.channel import Channel
 from privfed.runtime.confinement import Limits
 
@@ -45,6 +48,8 @@ MAX_GREETINGS = 64
 """Connections that may be greeting at a time; more are closed at once."""
 LAUNCH_SECONDS = 60.0
 EXIT_SECONDS = 2.0
+SHARE_SECONDS = 1.0
+SHARED = 0o1770
 logger = logging.getLogger("privfed.exec")
 
 
@@ -54,6 +59,10 @@ class ExecError(PrivfedError):
 
 class ExecGone(ExecError, LaunchLost):
     """The superexec went away while it was to start a process."""
+
+
+class ExecAbsent(ExecError, NobodyLaunches):
+    """No superexec is connected."""
 
 
 def _say(connection: socket.socket, told: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
@@ -83,6 +92,26 @@ def _share(path: Path, group: int, mode: int) -> None:
     path.chmod(mode)
 
 
+def _is_shared(folder: Path) -> bool:
+    """Return whether an ExecHost gave a folder to its group to add files to."""
+    return folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == SHARED
+
+
+def _let_read(folder: Path) -> None:
+    """Let the group of a folder read the files of this user in it; of files that are anybody else's nothing changes."""
+    group = folder.stat().st_gid
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # a link, or gone
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = os.fstat(file)
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & stat.S_IRGRP:
+                    os.fchown(file, -1, group)
+                    os.fchmod(file, 0o640)
+            finally:
+                os.close(file)
+
+
 @dataclass(eq=False)
 class _Remote:
     """A worker that the superexec started."""
@@ -103,7 +132,7 @@ class _Remote:
 
 
 class ExecHost:
-    """The node's side: a socket for one superexec at a time, and a Spawn that asks it.
+    """The side of a node or a server: a socket for one superexec at a time, and a Spawn that asks it.
 
     path: the socket; the token is in a file beside it. group: id of the group that a superexec of another user shares
     with the node. A superexec that restarts connects again.
@@ -232,6 +261,12 @@ class ExecHost:
         for one in descriptors:
             os.close(one)
 
+    def waits_for(self) -> str:
+        """Say that no superexec is there, and where it is awaited; nothing when one is."""
+        with self._lock:
+            there = self._ready or self._closed
+        return "" if there else f"a superexec: none is connected to {self.path}"
+
     def prepare(self, app: Path) -> None:
         """Let the group read an app's code."""
         if self._group is not None:
@@ -246,11 +281,15 @@ class ExecHost:
         if self._group is not None:
             _share(home, self._group, 0o770)
             _share(home.parent, self._group, 0o710)
+            for folder in place.writable:
+                _share(folder, self._group, SHARED)
+                _share(folder.parent, self._group, 0o710)
         answer: queue.SimpleQueue[Channel | str | ExecGone] = queue.SimpleQueue()
         number = next(self._numbers)
         with self._there:
-            if not self._there.wait_for(lambda: self._ready, LAUNCH_SECONDS):
-                raise ExecError(f"no superexec connected to {self.path} within {LAUNCH_SECONDS:g} s")
+            self._there.wait_for(lambda: self._ready or self._closed, LAUNCH_SECONDS)
+            if not self._ready:
+                raise ExecAbsent(f"no superexec connected to {self.path} within {LAUNCH_SECONDS:g} s")
             self._waiting[number] = answer
         limits = self._limits.showing(place.shown, place.writable).to_head()
         request = {"op": "launch", "id": number, "home": str(home), "limits": limits}
@@ -283,8 +322,9 @@ class ExecHost:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._lock:
+        with self._there:
             self._closed = True
+            self._there.notify_all()
             connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
@@ -352,10 +392,17 @@ class SuperExec:
         with stream, around("launched"):
             _say(self._connection, {"op": "launched", "id": number, "process": process.pid}, (stream.fileno(),))
         logger.info("started process %d in %s", process.pid, request["home"])
-        threading.Thread(target=self._reap, args=(number, process, Path(request["home"])), daemon=True).start()
+        given = number, process, Path(request["home"]), [one for one in map(Path, limits.writable) if _is_shared(one)]
+        threading.Thread(target=self._reap, args=given, daemon=True).start()
 
-    def _reap(self, number: int, process: subprocess.Popen[bytes], home: Path) -> None:
-        code = process.wait()
+    def _reap(self, number: int, process: subprocess.Popen[bytes], home: Path, shared: list[Path]) -> None:
+        code = None
+        while code is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(SHARE_SECONDS if shared else None)
+            for folder in shared:
+                with contextlib.suppress(OSError):
+                    _let_read(folder)
         for path in home.glob("*"):  # the node may not be able to remove what this user made
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         with self._lock:

@@ -192,7 +192,7 @@ def test_a_node_waits_for_its_superexec_and_says_when_there_is_none(
     worker = launcher.client(app, tmp_path / "log.txt")
     started = time.monotonic()
     reply = worker.execute(ask(), Context(node_id=1))
-    assert (reply.error.code, reply.error.reason) == (1, "ExecError")
+    assert (reply.error.code, reply.error.reason) == (1, "ExecAbsent")
     assert time.monotonic() - started < 5
     assert "no superexec connected" in caplog.text
     launcher.close()
