@@ -13,13 +13,22 @@ FIRST_WAIT, LONGEST_WAIT = 0.01, 1.0
 
 
 def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> Sequence[int]:
-    """Return the ids of the connected nodes once there are `needed`. Raises RunFailed after `timeout` seconds."""
+    """Return the ids of the connected nodes once there are `needed`. Raises RunFailed after `timeout` seconds.
+
+    The wait is reported, so that whoever looks at the run sees what it waits for.
+    """
     deadline = time.monotonic() + timeout
-    pause = FIRST_WAIT
+    pause, told = FIRST_WAIT, -1
     while True:
         nodes = grid.get_node_ids()
         if len(nodes) >= needed:
+            if told >= 0:
+                grid.recorder.report("waited", what="nodes", have=len(nodes), need=needed)
             return nodes
+        if len(nodes) != told:
+            told = len(nodes)
+            what = "nodes (min_available_nodes)"
+            grid.recorder.report("waiting", what=what, have=told, need=needed, seconds=round(timeout, 3))
         left = deadline - time.monotonic()
         if left <= 0:
             raise RunFailed(

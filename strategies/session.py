@@ -177,6 +177,8 @@ def run_stage(exchange: Exchange, drives: Mapping[int, SessionDrive], size: int,
     timeout = max(drive.patience(stage_timeout) for drive in sessions)
     window = max(MIN_WINDOW, min(MAX_WINDOW, MESSAGE_BUDGET // (8 * size + 1)))
     down, up = _traffic(sessions)
+    facts = {"round": exchange.round, "kind": exchange.kind, "stage": stage}
+    exchange.grid.recorder.report("asking", **facts, timeout=round(timeout, 3))
     requests = (message for drive in sessions for message in drive.open(timeout))
     for node, message in stream_replies(exchange.grid, requests, timeout=timeout, window=window):
         drives[node].take(node, message)
@@ -184,9 +186,7 @@ def run_stage(exchange: Exchange, drives: Mapping[int, SessionDrive], size: int,
     total_down, total_up = _traffic(sessions)
     exchange.grid.recorder.report(
         "stage",
-        round=exchange.round,
-        kind=exchange.kind,
-        stage=stage,
+        **facts,
         sessions=len(sessions),
         asked=asked,
         answered=answered,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Launching:
-    """isolation: inline, subprocess or external. socket, group: of external alone; None is the default, and no group."""
+    """isolation: inline, subprocess or external. socket, group: of external; None is the default, and no group."""
 
     isolation: str
     socket: Path | None = None

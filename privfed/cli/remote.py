@@ -114,7 +114,7 @@ def follow(control: ControlClient, name: str, listener: Listener, offset: int = 
                     listener(str(event["event"]), {key: value for key, value in event.items() if key != "event"})
                 if piece.state in ENDED:
                     return piece.state, piece.reason
-                if piece.reason != told and (piece.state == "pending" or "not connected" in piece.reason):
+                if piece.reason != told and worth_telling(piece.state, piece.reason):
                     told = piece.reason
                     print(f"{piece.state}: {told}", file=sys.stderr)
         except Refused:
@@ -127,6 +127,12 @@ def follow(control: ControlClient, name: str, listener: Listener, offset: int = 
                 told = str(fault)
                 print(f"{told}; trying again", file=sys.stderr)
         time.sleep(_PAUSE)
+
+
+def worth_telling(state: str, reason: str) -> bool:
+    """Return whether one who follows a run is told what it waits for: not for replies that are on their way."""
+    usual = reason.startswith("waits for replies") and "not connected" not in reason
+    return state == "pending" or (reason.startswith("waits for") and not usual)
 
 
 def show_runs(superlink: str, keys: Path | None, limit: int, form: str) -> None:

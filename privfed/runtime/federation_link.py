@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from privfed.message import Message
 from privfed.runtime.link import Link
 from privfed.runtime.store import Holder, Lease, Store
 
 BATCH = 32
+
+
+@dataclass(slots=True)
+class Awaited:
+    """What a run has asked and not been answered: message id -> node. asked: messages since nothing was out.
+
+    kind, group: of the last of them: its type, and its round as a rule.
+    """
+
+    out: dict[str, int] = field(default_factory=dict)
+    asked: int = 0
+    kind: str = ""
+    group: str = ""
+
+    def add(self, messages: Sequence[Message]) -> None:
+        """Note what is asked."""
+        self.asked = len(messages) + (self.asked if self.out else 0)
+        for message in messages:
+            data = message.metadata
+            self.out[data.message_id] = data.dst_node_id
+            self.kind, self.group = data.message_type, data.group_id
 
 
 class FederationLink(Link):
@@ -23,16 +45,14 @@ class FederationLink(Link):
         super().__init__(store, lease_seconds=math.inf)
         self.on_work: Callable[[Iterable[int]], None] = lambda nodes: None
         self.on_end: Callable[[int], None] = lambda run_id: None
-        self._asked: dict[int, dict[str, int]] = {}
+        self._asked: dict[int, Awaited] = {}
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
         """Queue instructions and wake whoever hands them out."""
         given = list(messages)
         ids = super().push(run_id, given)
         with self._lock:
-            self._asked.setdefault(run_id, {}).update(
-                (message.metadata.message_id, message.metadata.dst_node_id) for message in given
-            )
+            self._asked.setdefault(run_id, Awaited()).add(given)
         self.on_work(message.metadata.dst_node_id for message in given)
         return ids
 
@@ -40,9 +60,9 @@ class FederationLink(Link):
         """Return replies; what was asked is then answered."""
         replies = super().pull(run_id, message_ids)
         with self._lock:
-            asked = self._asked.get(run_id, {})
-            for reply in replies:
-                asked.pop(reply.metadata.reply_to_message_id, None)
+            awaited = self._asked.get(run_id)
+            for reply in replies if awaited is not None else ():
+                awaited.out.pop(reply.metadata.reply_to_message_id, None)
         return replies
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
@@ -50,8 +70,9 @@ class FederationLink(Link):
         given = list(message_ids)
         super().forget(run_id, given)
         with self._lock:
-            for message_id in given:
-                self._asked.get(run_id, {}).pop(message_id, None)
+            awaited = self._asked.get(run_id)
+            for message_id in given if awaited is not None else ():
+                awaited.out.pop(message_id, None)
 
     def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
         """Move a run to another state."""
@@ -60,10 +81,11 @@ class FederationLink(Link):
             with self._lock:
                 self._asked.pop(run_id, None)
 
-    def waits_for(self, run_id: int) -> list[int]:
-        """Return the nodes a run waits for, ascending."""
+    def waits_for(self, run_id: int) -> Awaited:
+        """Return what a run waits for."""
         with self._lock:
-            return sorted(set(self._asked.get(run_id, {}).values()))
+            found = self._asked.get(run_id, Awaited())
+            return replace(found, out=dict(found.out))
 
     def lease_for(self, nodes: Collection[int]) -> Sequence[Lease]:
         """Take tasks for these nodes, at most one each and a few at a time."""

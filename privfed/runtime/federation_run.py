@@ -66,6 +66,7 @@ class FederationRun:
         self._closing = False
         self._stopping = False
         self._told = False
+        self._asking = ""
         self._recorder: PatientRecorder | None = None
         self._ended = threading.Event()
         self._patiently = Patience(folder.name, self._ended)
@@ -113,6 +114,8 @@ class FederationRun:
 
     def _show(self, event: str, fields: Mapping[str, object]) -> None:
         """Append an event for those who follow the run."""
+        if event in ("asking", "stage", "round-start", "replies"):
+            self._asking = f"{fields.get('kind')}, stage {fields.get('stage')}" if event == "asking" else ""
         if event in SHOWN:
             line = msgspec.json.encode({"event": event, **fields}, enc_hook=_plain)
             with around("event"), self._events, (self.folder.path / "events.jsonl").open("ab") as file:
@@ -203,16 +206,10 @@ class FederationRun:
                 if reason != told:
                     told = reason
                     log.info("run %s waits for %s", self.folder.name, reason)
-                    self._note(f"waits for {reason}")
+                    self.folder.note_wait(f"waits for {reason}")
                 self._change.wait(_PATIENCE)
         if told:
-            self._note("")
-
-    def _note(self, reason: str) -> None:
-        """Write down what the run waits for."""
-        status = self.folder.recorded_status
-        status.reason = reason
-        self.folder.set_status(status)
+            self.folder.note_wait("")
 
     def _register(self) -> None:
         """Put a new run into the store; of one that was there, whatever is still out is withdrawn."""
@@ -296,15 +293,18 @@ class FederationRun:
             return f"waits for its storage: {self._patiently.trouble}"
         if missing := self._launcher.waits_for():
             return f"waits for {missing}"
-        asked = self._link.waits_for(self.run_id)
-        if not asked:
+        awaited = self._link.waits_for(self.run_id)
+        if not awaited.out:
             return self.folder.recorded_status.reason
-        gone = [node for node in asked if not connected(node)]
-        text = f"waits for replies of {len(asked)} nodes"
+        nodes = sorted(set(awaited.out.values()))
+        gone = [node for node in nodes if not connected(node)]
+        text = f"waits for replies of {len(nodes)} nodes"
         if gone:
             names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
             text += f", {len(gone)} of them not connected ({names})"
-        return text
+        came, what = awaited.asked - len(awaited.out), self._asking or awaited.kind
+        where = f" of round {awaited.group}" if awaited.group.isdecimal() else ""
+        return f"{text}: {came} of {awaited.asked} to {what}{where} have come"
 
 
 def _plain(value: object) -> object:

@@ -94,6 +94,7 @@ class RunFolder:
     insecure_test_randomness: int | None = None
     journals: bool = True
     _log_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _status_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _snapshot: Snapshot | None = field(default=None, repr=False)
     _held: int | None = field(default=None, repr=False)
 
@@ -226,10 +227,20 @@ class RunFolder:
             line = msgspec.json.encode({"time": time.time(), "event": event, **_jsonable(fields)})
             with self._log_lock, (self.path / "operations.jsonl").open("ab") as file:
                 file.write(line + b"\n")
+        if event in ("waiting", "waited"):
+            self.note_wait(wait_in_words(fields) if event == "waiting" else "")
         if event == "sampling":
             write_atomically(self.path / "sampling.json", msgspec.json.encode(_jsonable(fields)))
         if self.listener is not None:
             self.listener(event, fields)
+
+    def note_wait(self, reason: str) -> None:
+        """Write down what the run waits for, or with nothing that it goes on."""
+        with self._status_lock:
+            status = self.recorded_status
+            if status.reason != reason:
+                status.reason = reason
+                self.set_status(status)
 
     @property
     def operations(self) -> list[dict[str, Any]]:
@@ -253,9 +264,10 @@ class RunFolder:
         with around("round"):
             self._checkpoints().write(checkpoint, self._snapshot() if self._snapshot is not None else {})
         self._write_metrics(checkpoint.metrics)
-        status = self._read("status.json", Status)
-        status.round = checkpoint.round
-        self.set_status(status)
+        with self._status_lock:
+            status = self._read("status.json", Status)
+            status.round = checkpoint.round
+            self.set_status(status)
         self.check_stop()
 
     def check_stop(self) -> None:
@@ -298,6 +310,11 @@ def list_runs() -> list[RunFolder]:
 def _folders() -> list[Path]:
     folder = home() / "runs"
     return sorted(path.parent for path in folder.glob("*/format")) if folder.is_dir() else []
+
+
+def wait_in_words(fields: Mapping[str, object]) -> str:
+    """Say what a "waiting" event of a strategy waits for."""
+    return f"waits for {fields.get('what')}: has {fields.get('have')}, needs {fields.get('need')}"
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from privfed.runtime.store import NodeState, StoreError
 from privfed.runtime.transport import MemoryTransport
 
 NodeConfig = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
+MOMENT = 1.0
+"""Seconds a run waits before its folder says for what."""
 Main = ServerApp | Callable[[Grid, Context], object]
 
 
@@ -153,6 +155,25 @@ def _node_configs(num_nodes: int, extra: NodeConfig | None) -> Callable[[int], U
     return configure
 
 
+class WatchedGrid(LinkGrid):
+    """Writes into the run's folder which replies it waits for, when that takes longer than a moment."""
+
+    def wait(self, message_ids: Iterable[str], timeout: float | None) -> bool:
+        ids = message_ids if isinstance(message_ids, dict | set | frozenset) else set(message_ids)
+        moment = MOMENT if timeout is None else min(MOMENT, timeout)
+        if super().wait(ids, moment):
+            return True
+        if moment == timeout:
+            return False
+        folder = self.recorder
+        assert isinstance(folder, RunFolder)
+        folder.note_wait(f"waits for replies of nodes: {len(ids)} are out")
+        try:
+            return super().wait(ids, None if timeout is None else timeout - moment)
+        finally:
+            folder.note_wait("")
+
+
 class _Run:
     """One run over a Link of its own."""
 
@@ -193,7 +214,9 @@ class _Run:
         return self._result(state, result)
 
     def _serve(self, server_app: Main, engine: ThreadEngine) -> object:
-        grid = LinkGrid(self.link, self.run_id, self.recorder, self.assignment.seed, self.assignment.shared)
+        settings = self.recorder, self.assignment.seed, self.assignment.shared
+        kind = LinkGrid if self.folder is None else WatchedGrid
+        grid = kind(self.link, self.run_id, *settings)
         try:
             result = server_app(grid, self.context)
         except (RunFailed, RunStopped):
