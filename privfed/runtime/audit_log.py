@@ -11,6 +11,7 @@ clients do not belong here, and nothing longer than a line of text fits.
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import os
@@ -133,7 +134,7 @@ class AuditLog:
             try:
                 with around("audit-line"):
                     if os.write(self._file, raw) != len(raw):
-                        raise OSError("the disk is full")
+                        raise OSError(errno.ENOSPC, "the disk is full")
                     os.fsync(self._file)
             except OSError:
                 os.ftruncate(self._file, start)  # what was not acknowledged must not stand half
@@ -169,10 +170,14 @@ def own_key(path: Path) -> bytes:
         if len(key) != 32:
             raise AuditError(f"{path} must hold 32 bytes: it was cut short, move it and its log away") from None
         return key
-    with os.fdopen(handle, "wb") as file:
-        file.write(key := secrets.token_bytes(32))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(key := secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()
+        raise
     return key
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from privfed.errors import PrivfedError
 from privfed.mapped import read_file
+from privfed.runtime.disk import append
 
 
 class BlobError(PrivfedError):
@@ -64,8 +65,7 @@ class BlobFolder(Mapping[bytes, memoryview]):
             if offset != have or have > total:
                 raise BlobError(f"a chunk at byte {offset}, but {have} bytes have arrived")
             self._make_room(digest, total - have)
-            with self._file(digest).open("ab") as file:
-                file.write(data)
+            append(self._file(digest), data)
             self._arrived[digest] = have + len(data)
             if have + len(data) == total:
                 part = self._file(digest)

@@ -110,13 +110,11 @@ class ControlService:
             raise Denied("the archive does not have the hash it was announced with", grpc.StatusCode.DATA_LOSS)
         asked = Asked(bytes(archive), head.settings, head.seed, head.nodes, head.keep, peer.common_name)
 
-        def submit() -> RunFolder:
-            folder = self._federation.submit(asked)
+        def note(folder: RunFolder) -> None:
             facts = {"run": folder.name, "app": folder.config["name"][:200], "archive": head.digest.hex()}
             self._audit.record("run-submitted", **facts, nodes=folder.config["nodes"], by=peer.common_name)
-            return folder
 
-        return await self._done(submit)
+        return await self._done(lambda: self._federation.submit(asked, note))
 
     async def _done(self, work: Callable[[], RunFolder]) -> bytes:
         try:

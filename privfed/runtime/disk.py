@@ -1,7 +1,8 @@
-"""Writing files so that a crash, or a reader, sees the old content or the new, never a part."""
+"""Writing files so that a crash, a full disk or a reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable
@@ -9,6 +10,33 @@ from pathlib import Path
 
 from privfed.failpoint import around
 from privfed.mapped import pieces
+
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not get larger (ulimit -f)",
+    errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk fails",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+}
+
+
+def disk_fault(fault: BaseException) -> str:
+    """Say why the disk does not take something, if that is what the fault is about; else nothing."""
+    return _REFUSALS.get(fault.errno or 0, "") if isinstance(fault, OSError) else ""
+
+
+def append(path: Path, data: bytes | memoryview) -> None:
+    """Add to the end of a file all of it or, when the disk refuses, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end, left = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -79,8 +80,11 @@ class Federation:
     def _available(self) -> set[int]:
         return self._approved() & self.connected()
 
-    def submit(self, asked: Asked) -> RunFolder:
-        """Check an app, start a run of it, and return its folder. Raises PrivfedError naming what is wrong."""
+    def submit(self, asked: Asked, noted: Callable[[RunFolder], None] = lambda folder: None) -> RunFolder:
+        """Check an app, start a run of it, and return its folder. Raises PrivfedError naming what is wrong.
+
+        noted: called before the run starts; when it raises, there is no run.
+        """
         self._sweep()
         if len(self._active) >= MAX_WAITING:
             raise FederationError(f"{MAX_WAITING} runs are open already: stop one, or wait")
@@ -105,8 +109,14 @@ class Federation:
         if not place.exists():
             write_atomically(place, asked.archive)
         name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
-        folder = RunFolder.create(self.home / "runs" / name, config, keep=keep)
-        write_atomically(folder.path / "keep", asked.keep.encode())
+        path = self.home / "runs" / name
+        try:
+            folder = RunFolder.create(path, config, keep=keep)
+            write_atomically(path / "keep", asked.keep.encode())
+            noted(folder)
+        except BaseException:  # what is refused must not begin when the SuperLink is started again
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         self._start(folder)
         return folder
 

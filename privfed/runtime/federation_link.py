@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from privfed.message import Message
 from privfed.runtime.link import Link
+from privfed.runtime.patience import storage_fault
 from privfed.runtime.store import Holder, Lease, Store
 
 BATCH = 32
@@ -46,6 +48,7 @@ class FederationLink(Link):
         self.on_work: Callable[[Iterable[int]], None] = lambda nodes: None
         self.on_end: Callable[[int], None] = lambda run_id: None
         self._asked: dict[int, Awaited] = {}
+        self._troubles: dict[str, str] = {}
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
         """Queue instructions and wake whoever hands them out."""
@@ -61,8 +64,9 @@ class FederationLink(Link):
         replies = super().pull(run_id, message_ids)
         with self._lock:
             awaited = self._asked.get(run_id)
-            for reply in replies if awaited is not None else ():
-                awaited.out.pop(reply.metadata.reply_to_message_id, None)
+            if awaited is not None:
+                for reply in replies:
+                    awaited.out.pop(reply.metadata.reply_to_message_id, None)
         return replies
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
@@ -71,8 +75,9 @@ class FederationLink(Link):
         super().forget(run_id, given)
         with self._lock:
             awaited = self._asked.get(run_id)
-            for message_id in given if awaited is not None else ():
-                awaited.out.pop(message_id, None)
+            if awaited is not None:
+                for message_id in given:
+                    awaited.out.pop(message_id, None)
 
     def set_run_state(self, run_id: int, state: str, reason: str = "") -> None:
         """Move a run to another state."""
@@ -87,11 +92,27 @@ class FederationLink(Link):
             found = self._asked.get(run_id, Awaited())
             return replace(found, out=dict(found.out))
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the storage that tasks and replies go through, in words; nothing while it works."""
+        return next(iter(list(self._troubles.values())), "")
+
+    @contextlib.contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """Note when the storage refuses something, and when it takes it again."""
+        try:
+            yield
+        except Exception as fault:
+            if text := storage_fault(fault):
+                self._troubles[what] = text
+            raise
+        self._troubles.pop(what, None)
+
     def lease_for(self, nodes: Collection[int]) -> Sequence[Lease]:
         """Take tasks for these nodes, at most one each and a few at a time."""
         found: list[Lease] = []
         left = set(nodes)
-        with self._lock:
+        with self._noting("lease"), self._lock:
             self._expire()
             while left and len(found) < BATCH:
                 try:
@@ -125,7 +146,7 @@ class FederationLink(Link):
 
     def count(self, token: str, run_id: int, reply: Message) -> bool:
         """Take the reply to a leased task; True when it counts, now or earlier."""
-        with self._lock:
+        with self._noting("count"), self._lock:
             self._expire()
             if self.store.complete(token, reply, None) is not None:
                 self._arrival(run_id).notify_all()

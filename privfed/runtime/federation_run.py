@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -19,11 +20,11 @@ from privfed.grid import Grid
 from privfed.message import SERVER_NODE_ID
 from privfed.runtime.app_process import LaunchLost, NobodyLaunches
 from privfed.runtime.channel import ChannelError
-from privfed.runtime.disk import write_atomically
+from privfed.runtime.disk import append, write_atomically
 from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.launcher import Launcher
 from privfed.runtime.link import LinkGrid
-from privfed.runtime.patience import GivenUp, Patience, PatientGrid, PatientRecorder
+from privfed.runtime.patience import GivenUp, Patience, PatientGrid, PatientRecorder, storage_fault
 from privfed.runtime.run_folder import ENDED, RunFolder, Snapshot
 from privfed.runtime.store import NodeState, StoreError
 
@@ -71,6 +72,7 @@ class FederationRun:
         self._ended = threading.Event()
         self._patiently = Patience(folder.name, self._ended)
         folder.listener = self._show
+        folder.patiently = self._patiently
         self._events = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"privfed-run-{folder.name}", daemon=True)
 
@@ -118,8 +120,11 @@ class FederationRun:
             self._asking = f"{fields.get('kind')}, stage {fields.get('stage')}" if event == "asking" else ""
         if event in SHOWN:
             line = msgspec.json.encode({"event": event, **fields}, enc_hook=_plain)
-            with around("event"), self._events, (self.folder.path / "events.jsonl").open("ab") as file:
-                file.write(line + b"\n")
+            self._patiently(lambda: self._append_event(line + b"\n"))
+
+    def _append_event(self, line: bytes) -> None:
+        with around("event"), self._events:
+            append(self.folder.path / "events.jsonl", line)
 
     def _work(self) -> None:
         with bound_contextvars(run=self.folder.name):
@@ -160,8 +165,7 @@ class FederationRun:
         restarts, reached = 0, -1
         while True:
             try:
-                self._patiently(lambda: self._await(self._launcher.waits_for))
-                self._serve()
+                self._patiently(self._serve_once)
                 return
             except (LaunchLost, NobodyLaunches) as fault:
                 log.warning("run %s: its ServerApp was not started: %s", self.folder.name, fault)
@@ -175,7 +179,7 @@ class FederationRun:
                 if not died or restarts >= MAX_RESTARTS:
                     raise
                 log.warning("run %s: %s; it goes on from round %d", self.folder.name, fault.reason, reached)
-                self.folder.log(f"restarted: {fault.reason}")
+                self._patiently(functools.partial(self.folder.log, f"restarted: {fault.reason}"))
                 self.folder.release()
 
     def _await_nodes(self) -> list[int]:
@@ -222,6 +226,16 @@ class FederationRun:
             return
         if info.state == "running":
             self._link.set_run_state(self.run_id, "stopped", "the SuperLink was restarted")
+
+    def _serve_once(self) -> None:
+        """Serve the app, once it can be started; a disk that refuses its process is waited for, too."""
+        self._await(self._launcher.waits_for)
+        try:
+            self._serve()
+        except Exception as fault:
+            if storage_fault(fault):
+                self.folder.release()  # the next attempt goes on from the last committed round
+            raise
 
     def _serve(self) -> None:
         """Serve the app from the last committed round on."""
@@ -282,6 +296,8 @@ class FederationRun:
         except Exception as fault:
             if self._closing:
                 raise Interrupted from None
+            if storage_fault(fault):
+                raise
             what = "" if isinstance(fault, PrivfedError) else f"{type(fault).__name__}: "
             raise RunFailed(f"the ServerApp failed: {what}{fault}") from fault
 
@@ -289,8 +305,8 @@ class FederationRun:
         """Say what the run waits for now."""
         if self.folder.recorded_status.state in ENDED:
             return ""
-        if self._patiently.trouble:
-            return f"waits for its storage: {self._patiently.trouble}"
+        if trouble := self._patiently.trouble or self._link.trouble:
+            return f"waits for its storage: {trouble}"
         if missing := self._launcher.waits_for():
             return f"waits for {missing}"
         awaited = self._link.waits_for(self.run_id)

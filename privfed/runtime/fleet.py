@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import grpc
 
-from privfed.context import UserConfigValue
 from privfed.errors import WireError
 from privfed.failpoint import around
 from privfed.message import Message
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import CertificateError
 from privfed.runtime.credentials import Credentials
+from privfed.runtime.disk import disk_fault
 from privfed.runtime.frame import (
     CHUNK,
     Answer,
@@ -56,6 +56,8 @@ from privfed.runtime.frame import (
 from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, NetworkError, Refused, agree, explain, greeting
 from privfed.runtime.line import Line
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
+from privfed.runtime.task import RunGrant as RunGrant
+from privfed.runtime.task import Task as Task
 from privfed.runtime.transfer import fetch, send
 
 MAX_PAUSE = 15.0
@@ -63,39 +65,6 @@ MAX_SWIFT_PAUSE = 2.0
 """Where there is another SuperLink to try."""
 R = TypeVar("R")
 F = TypeVar("F", bound=Frame)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One instruction to this node. expires_at: seconds since the epoch, after which no reply counts.
-
-    began: the last committed round when each attempt of the run began, in order; a run is attempted again after its
-    server app died. commit: the last committed round when the task was handed out. State that the node kept since an
-    attempt began that it had not seen belongs to a round that is done again: the node goes on from the state before.
-    """
-
-    token: str
-    message: Message
-    expires_at: float
-    began: tuple[int, ...] = (0,)
-    commit: int = 0
-
-    @property
-    def attempt(self) -> int:
-        """How often the run was started."""
-        return len(self.began)
-
-
-@dataclass(frozen=True, slots=True)
-class RunGrant:
-    """A run this node takes part in. bundle: SHA-256 (hex) of the app's archive. nodes: all nodes of the run."""
-
-    run_id: int
-    name: str
-    bundle: str
-    run_config: Mapping[str, UserConfigValue]
-    seed: int | None
-    nodes: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -188,7 +157,7 @@ class FleetClient:
         """
         sealed, outside = parcel(reply)
         answer = pack(Answer(token=token, parcel=sealed))
-        reached, tries = -1, 0
+        reached, tries, pause = -1, 0, _FIRST_PAUSE
         while tries < _TRIES:
             verdict = self._call("Answer", answer, Verdict)
             if not verdict.missing:
@@ -197,9 +166,13 @@ class FleetClient:
             arrived = sum(len(buffer) for buffer in outside.values()) - sum(
                 len(outside[one.digest]) - one.size for one in verdict.missing if one.digest in outside
             )
-            tries = 0 if arrived > reached else tries + 1  # a link that is cut again and again still gets there
-            reached = max(reached, arrived)
-            self._upload(verdict.missing, outside)
+            if arrived > reached:
+                reached, tries, pause = arrived, 0, _FIRST_PAUSE
+            if self._upload(verdict.missing, outside):
+                tries += 1
+            else:  # not taken, for want of a connection or of room: that passes, and each try may bring it further
+                self._closing.wait(pause)
+                pause = min(MAX_PAUSE, 2 * pause)
         raise NetworkError(f"{self.address} does not take the reply: what is uploaded does not have its hash there")
 
     def run(self, run_id: int) -> RunGrant:
@@ -400,7 +373,8 @@ class FleetClient:
 
         self._patiently(transfer)
 
-    def _upload(self, missing: Sequence[Progress], outside: Mapping[bytes, Buffer]) -> None:
+    def _upload(self, missing: Sequence[Progress], outside: Mapping[bytes, Buffer]) -> bool:
+        """Send what is missing; return whether all of it was taken. Raises NetworkError when it is refused."""
         if any(one.digest not in outside for one in missing):
             raise NetworkError(f"{self.address} asks for something that is not in the reply")
         acknowledged = self._version >= ACKNOWLEDGED
@@ -421,7 +395,9 @@ class FleetClient:
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:
                 raise NetworkError(fault.details()) from None
-            self._closing.wait(_FIRST_PAUSE)  # the next answer says where to go on
+            self._tell(f"an upload is taken up again: {explain(fault, self.address)}")
+            return False  # the next answer says where to go on
+        return True
 
     def _patiently(self, attempt: Callable[[], R]) -> R:
         """Do something over the network until it succeeds, is refused, or the client closes."""
@@ -432,6 +408,10 @@ class FleetClient:
                 return attempt()
             except BlobError as fault:
                 self._tell(f"a transfer is taken up again: {fault}")
+            except OSError as fault:
+                if not disk_fault(fault):
+                    raise
+                self._tell(f"a transfer waits for this node's disk: {disk_fault(fault)}")
             except grpc.RpcError as fault:
                 told = explain(fault, self.address)
                 if isinstance(told, Refused) or fault.code() in _FINAL:

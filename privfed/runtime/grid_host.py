@@ -59,7 +59,8 @@ class GridHost:
     def serve(self) -> object:
         """Answer calls until the app ends; return its result.
 
-        Raises RunFailed with the reason, RunStopped as the app did; ChannelError when its process dies.
+        Raises RunFailed with the reason, RunStopped as the app did; OSError when the disk refused what it keeps;
+        ChannelError when its process dies.
         """
         pool = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="privfed-grid")
         try:
@@ -82,6 +83,8 @@ class GridHost:
         text = str(head.get("text", ""))
         if head.get("kind") == "stopped":
             raise RunStopped(text)
+        if head.get("kind") == "disk" and type(head.get("errno")) is int:
+            raise OSError(head["errno"], text)  # its ledger or a journal: the run waits, and is taken up again
         if head.get("kind") == "raised":
             raise RunFailed(f"the ServerApp raised {head.get('name')}: {text}")
         raise RunFailed(text)

@@ -27,6 +27,7 @@ from privfed.runtime.app_process import AppProcess, LaunchLost, Place, Spawn, sp
 from privfed.runtime.capsule import pack_context, take_state
 from privfed.runtime.channel import Channel, ChannelClosed, ChannelError, Packet
 from privfed.runtime.confinement import Limits
+from privfed.runtime.disk import disk_fault
 from privfed.runtime.grid_host import GridHost
 
 ISOLATIONS = ("inline", "subprocess", "external")
@@ -46,7 +47,8 @@ class Worker(Protocol):
     def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
         """Run the app; on success the context holds its new state. Seconds of `timeout` end an app's process.
 
-        Raises nothing for what an app does: its failure, its death and its delay are errors in the reply.
+        Raises nothing for what an app does: its failure, its death and its delay are errors in the reply. Raises
+        OSError when the disk refuses what its process needs.
         """
         ...
 
@@ -287,6 +289,8 @@ class _ProcessWorker:
             return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "TimeoutError")
         except (PrivfedError, OSError) as fault:
             if self._running is None:
+                if disk_fault(fault):
+                    raise
                 logger.error("the app's process was not started: %s", fault)
                 if isinstance(fault, ChannelClosed | LaunchLost):
                     return None

@@ -78,7 +78,8 @@ class BlobDatabase:
                 reach(f"before-{step}")
             self.database.execute("COMMIT")
         except BaseException:
-            self.database.execute("ROLLBACK")
+            if self.database.in_transaction:  # SQLite ends some by itself, when the disk is full for one
+                self.database.execute("ROLLBACK")
             self._dropped.clear()
             raise
         if step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -15,31 +14,20 @@ from privfed.errors import RunStopped
 from privfed.grid import Checkpoint, Grid, Recorder
 from privfed.message import Message
 from privfed.runtime.array_store import ArrayStoreError
+from privfed.runtime.disk import disk_fault
 
 log = logging.getLogger("privfed.superlink")
 T = TypeVar("T")
 FIRST_PAUSE, MAX_PAUSE = 0.25, 5.0
-_NAMES = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk is read-only",
-    errno.EIO: "the disk fails",
-    errno.EMFILE: "too many files are open",
-    errno.ENFILE: "too many files are open",
-}
 
 
 def storage_fault(fault: BaseException) -> str:
     """Say what is wrong with the storage, if that is what the fault is about; else nothing."""
     if isinstance(fault, ArrayStoreError):
         return str(fault.strerror)
-    if isinstance(fault, OSError) and fault.errno in _NAMES:
-        return _NAMES[fault.errno]
-    if isinstance(fault, OSError) and fault.args == ("the disk is full",):  # the audit log, of a line cut short
-        return _NAMES[errno.ENOSPC]
     if isinstance(fault, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
         return f"the database fails: {str(fault.orig).splitlines()[0][:200]}"
-    return ""
+    return disk_fault(fault)
 
 
 class GivenUp(Exception):
@@ -102,7 +90,7 @@ class PatientRecorder:
         self.last = checkpoint.round
 
     def report(self, event: str, **fields: object) -> None:
-        self._patience(lambda: self._recorder.report(event, **fields))
+        self._recorder.report(event, **fields)  # it waits for each of its files by itself
 
 
 class PatientGrid(Grid):

@@ -39,7 +39,7 @@ from privfed.errors import RunStopped
 from privfed.failpoint import around
 from privfed.grid import Checkpoint
 from privfed.runtime.checkpoint_file import CheckpointFolder, Keep, RunFolderError, find_metric, load_checkpoint
-from privfed.runtime.disk import write_atomically
+from privfed.runtime.disk import append, write_atomically
 from privfed.runtime.store import NodeState
 
 FORMAT = "1"
@@ -86,13 +86,17 @@ class Status(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass
 class RunFolder:
-    """A run on disk; the Recorder of its grid. journals: whether secure sessions are to outlive this process."""
+    """A run on disk; the Recorder of its grid. journals: whether secure sessions are to outlive this process.
+
+    patiently: does one thing that is to be reported, again while the disk refuses, where the run is to wait for it.
+    """
 
     path: Path
     keep: Keep = field(default_factory=Keep)
     listener: Listener | None = None
     insecure_test_randomness: int | None = None
     journals: bool = True
+    patiently: Callable[[Callable[[], None]], None] = field(default=lambda work: work(), repr=False)
     _log_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _status_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _snapshot: Snapshot | None = field(default=None, repr=False)
@@ -217,20 +221,21 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Append a line with the time to the log."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        with self._log_lock, (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{stamp} {line}\n")
+        with self._log_lock:
+            append(self.path / "log.txt", f"{stamp} {line}\n".encode())
 
     def report(self, event: str, **fields: object) -> None:
         text = " ".join(f"{name}={_plain(value)}" for name, value in fields.items())
-        self.log(f"{event} {text}".rstrip())
+        self.patiently(lambda: self.log(f"{event} {text}".rstrip()))
         if event in OPERATIONS:
             line = msgspec.json.encode({"time": time.time(), "event": event, **_jsonable(fields)})
-            with self._log_lock, (self.path / "operations.jsonl").open("ab") as file:
-                file.write(line + b"\n")
+            self.patiently(lambda: append(self.path / "operations.jsonl", line + b"\n"))
         if event in ("waiting", "waited"):
-            self.note_wait(wait_in_words(fields) if event == "waiting" else "")
+            reason = wait_in_words(fields) if event == "waiting" else ""
+            self.patiently(lambda: self.note_wait(reason))
         if event == "sampling":
-            write_atomically(self.path / "sampling.json", msgspec.json.encode(_jsonable(fields)))
+            document = msgspec.json.encode(_jsonable(fields))
+            self.patiently(lambda: write_atomically(self.path / "sampling.json", document))
         if self.listener is not None:
             self.listener(event, fields)
 

@@ -119,6 +119,7 @@ class SuperLink:
         return {
             "nodes_connected": len(self.dispatcher.sessions),
             "nodes_approved": len(self.register.approved()),
+            "storage_refuses": float(bool(self.link.trouble)),
             "runs_open": self.federation.open_runs(),
             "answers_total": self.fleet.answers,
             "bytes_received_total": self.fleet.bytes_up,
@@ -135,7 +136,10 @@ class SuperLink:
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)
         self._store.close()
-        self.audit.record("superlink-ended")
+        try:
+            self.audit.record("superlink-ended")
+        except OSError as fault:
+            log.warning("the audit log does not say that it ended: %s", fault)
         self.audit.close()
         if self.options.tenure is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.options.tenure.resign)

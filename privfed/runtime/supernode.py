@@ -28,6 +28,7 @@ from privfed.failpoint import around
 from privfed.message import Error, ErrorCode, Message
 from privfed.protocols.session import Identity
 from privfed.runtime.bundle import Bundle, BundleError, open_bundle
+from privfed.runtime.disk import disk_fault
 from privfed.runtime.engine import Assignment, execute
 from privfed.runtime.fleet import RunGrant, Task
 from privfed.runtime.handshake import NetworkError
@@ -94,6 +95,7 @@ class SuperNode:
         self.stopping = threading.Event()
         self.aborting = threading.Event()
         self._lanes: dict[int, _Lane] = {}
+        self._over: list[int] = []
 
     def run(self) -> None:
         """Serve until `stop` is called, then let tasks finish. Raises Refused when the SuperLink never serves it."""
@@ -105,9 +107,9 @@ class SuperNode:
                 self._receive()
                 for run_id in self.fleet.ended():
                     self._end(run_id)
-                if time.monotonic() > swept:
+                if self._over or time.monotonic() > swept:
                     swept = time.monotonic() + _SWEEP_SECONDS
-                    self._sweep()
+                    self._tidy()
         finally:
             self._drain()
 
@@ -131,11 +133,18 @@ class SuperNode:
         logger.info("run %d ended", run_id)
         if run_id in self._lanes:
             self._lanes[run_id].end()
-        self.store.end(run_id, time.time())
+        self._over.append(run_id)
 
-    def _sweep(self) -> None:
-        for run_id in self.store.evict(time.time() - self.options.keep_seconds):
-            logger.info("forgot what was kept of run %d", run_id)
+    def _tidy(self) -> None:
+        """Note which runs are over, and forget what was kept of old ones; while the disk refuses, later."""
+        try:
+            while self._over:
+                self.store.end(self._over[-1], time.time())
+                self._over.pop()
+            for run_id in self.store.evict(time.time() - self.options.keep_seconds):
+                logger.info("forgot what was kept of run %d", run_id)
+        except (OSError, sqlite3.OperationalError) as fault:
+            logger.debug("the end of runs is noted later: %s", fault)
 
     def _drain(self) -> None:
         lanes = list(self._lanes.values())
@@ -149,6 +158,7 @@ class SuperNode:
         self.fleet.close()
         for lane in lanes:
             lane.join(5.0)
+        self._tidy()
 
 
 class _Lane(threading.Thread):
@@ -230,13 +240,11 @@ class _Lane(threading.Thread):
         node, message = self._node, task.message
         try:
             self._check(message)
-            kept = self._on_disk(lambda: node.store.begin(message, task.token, task.began, task.commit))
-            if isinstance(kept, Message):
-                return kept
-            reply, after = self._run_app(task, kept)
+            reply, after = self._on_disk(lambda: self._begin(task))
             if node.aborting.is_set():
                 return None
-            self._on_disk(lambda: node.store.commit(message, task.token, reply, after))
+            if not isinstance(after, Answered):
+                self._on_disk(lambda: node.store.commit(message, task.token, reply, after))
         except Exception as fault:
             if node.aborting.is_set() or (node.stopping.is_set() and isinstance(fault, NetworkError)):
                 return None
@@ -244,6 +252,11 @@ class _Lane(threading.Thread):
             node.fleet.reply(task.token, _refusal(message, fault))
             return None
         return reply
+
+    def _begin(self, task: Task) -> tuple[Message, Kept | Answered | None]:
+        """Answer a task from the store, or by the app. What a full disk cut off is begun anew: none of it has left."""
+        kept = self._node.store.begin(task.message, task.token, task.began, task.commit)
+        return (kept, Answered()) if isinstance(kept, Message) else self._run_app(task, kept)
 
     def _check(self, message: Message) -> None:
         node_id = self._node.fleet.node_id
@@ -257,10 +270,10 @@ class _Lane(threading.Thread):
             try:
                 return step()
             except (OSError, sqlite3.OperationalError) as fault:
-                if self._node.aborting.is_set():
+                if self._node.aborting.is_set() or isinstance(fault, ConnectionError | TimeoutError):
                     raise
                 if not told:
-                    logger.error("run %d waits for the disk: %s", self._run_id, fault)
+                    logger.error("run %d waits for the disk: %s", self._run_id, disk_fault(fault) or fault)
                     told = True
             self._node.aborting.wait(_PAUSE_SECONDS)
 
@@ -286,7 +299,7 @@ class _Lane(threading.Thread):
         try:
             grant, worker = self._ready()
         except (PrivfedError, OSError) as fault:
-            if isinstance(fault, NetworkError):
+            if isinstance(fault, NetworkError) or disk_fault(fault):
                 raise
             logger.error("run %d: its app does not run here: %s", self._run_id, fault)
             return _refusal(message, fault), None
@@ -306,11 +319,24 @@ class _Lane(threading.Thread):
             mods.update(inner.mod_states)
             return answer
 
-        app = options.wrap(call) if options.wrap is not None else call
+        wrapped = options.wrap(call) if options.wrap is not None else call
+        refused: list[OSError] = []
+
+        def app(asked: Message, context: Context) -> Message:
+            """Run what the node puts around the app; a disk that refuses its ledger is no failure of the app."""
+            try:
+                return wrapped(asked, context)
+            except OSError as fault:
+                if disk_fault(fault):
+                    refused.append(fault)
+                raise
+
         lease = Lease(task.token, message, NodeState(began.app, kept.mods), task.expires_at)
         given = dict(grant.run_config), grant.seed, options.identity, grant.bundle, tuple(grant.nodes)
         assignment = Assignment(self._configure(grant), *given)
         reply, after = execute(app, lease, assignment, self._log)
+        if refused:
+            raise refused[0]
         if after is None:
             return reply, None
         state, own = NodeState(after.app, before if reply.has_error() else mods), dict(after.mods)
@@ -353,6 +379,10 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+class Answered:
+    """In place of what is kept with an answer: it is kept already."""
 
 
 class WrongNode(PrivfedError):

@@ -145,11 +145,13 @@ def _serve_server(channel: Channel, inbox: queue.SimpleQueue[Packet], start: Pac
     from privfed.errors import RunFailed, RunStopped
     from privfed.runtime.app_folder import AppFolder
     from privfed.runtime.capsule import read_context
+    from privfed.runtime.disk import disk_fault
     from privfed.runtime.remote_grid import Caller, RemoteGrid, as_plain
 
     context: Context = read_context(start)
     caller = Caller(channel)
     threading.Thread(target=caller.dispatch, args=(inbox,), name="privfed-answers", daemon=True).start()
+    head: dict[str, Any]
     try:
         app = AppFolder.open(Path(start.head["app"])).load_server()
         grid = RemoteGrid(caller, context, start.head)
@@ -161,6 +163,9 @@ def _serve_server(channel: Channel, inbox: queue.SimpleQueue[Packet], start: Pac
         head = {"op": "failed", "kind": "stopped" if isinstance(fault, RunStopped) else "failed", "text": text}
     except KeyboardInterrupt:
         head = {"op": "failed", "kind": "stopped", "text": "interrupted"}
+    except OSError as fault:
+        kind = "disk" if disk_fault(fault) else "raised"
+        head = {"op": "failed", "kind": kind, "name": _failure(fault), "text": str(fault)[:2000], "errno": fault.errno}
     except BaseException as fault:  # noqa: BLE001 - SystemExit is a failure of the app, too
         # A server app belongs to whoever started the run: its text is for them.
         head = {"op": "failed", "kind": "raised", "name": _failure(fault), "text": str(fault)[:2000]}
