@@ -133,6 +133,7 @@ def _serve(asked: _Asked) -> None:
         approve=_approve(policy, credentials, audit),
         task_seconds=min(asked.task_seconds, longest),
         drain_seconds=asked.drain_seconds,
+        remind=_reminder(credentials),
     )
     connection = FleetOptions(
         slots=asked.slots,
@@ -151,6 +152,19 @@ def _serve(asked: _Asked) -> None:
     finally:
         store.close()
         audit.close()
+
+
+def _reminder(credentials: Credentials | None) -> Callable[[], None]:
+    """Return what warns, once each, of certificates that expire within a month."""
+    told: set[str] = set()
+
+    def remind() -> None:
+        for warning in map(str, credentials.warnings() if credentials is not None else ()):
+            if warning not in told:
+                told.add(warning)
+                logging.getLogger("privfed.node").warning("%s", warning)
+
+    return remind
 
 
 def _stop_on_signals(stop: Callable[[], None]) -> None:
@@ -177,10 +191,7 @@ def _credentials(keys: Path | None, insecure: bool, node_id: int | None) -> Cred
         raise AppError("--node-id goes with --insecure: the certificate says who the node is")
     from privfed.runtime.credentials import Credentials
 
-    credentials = Credentials.load(keys)
-    for warning in credentials.warnings():
-        click.echo(f"warning: {warning}", err=True)
-    return credentials
+    return Credentials.load(keys)
 
 
 def _policy(path: Path | None, insecure: bool) -> NodePolicy | None:

@@ -160,6 +160,12 @@ class Credentials:
             raise CertificateError(f"{folder / 'certificate.pem'} is revoked")
         return cls(folder, peer, Trust(authority, roster), certificate, _stamp=_stamp(folder))
 
+    def check(self) -> None:
+        """Raise CertificateError when the certificates in force are not valid now, naming the date."""
+        authority = self.trust.authority
+        for name, one in (("ca.pem", authority), ("certificate.pem", self.certificate)):
+            cert.check_issued(one, authority, utc_now(), str(self.folder / name))
+
     def warnings(self, now: datetime.datetime | None = None) -> list[Expiry]:
         """Return what expires within 30 days."""
         soon = (now or utc_now()) + datetime.timedelta(days=WARNING_DAYS)

@@ -6,6 +6,7 @@ Everything here runs in the event loop, but for what touches the store, which ru
 from __future__ import annotations
 
 import asyncio
+import datetime
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -29,7 +30,7 @@ _RETRY_SECONDS = 1.0
 class Session:
     """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has.
 
-    serials: of its certificate, and of the SuperLink's that passes it on, if one does.
+    serials: of its certificate, and of the SuperLink's that passes it on, if one does. expires: of the former.
     """
 
     node_id: int
@@ -38,6 +39,7 @@ class Session:
     serials: tuple[int, ...] = ()
     queue: asyncio.Queue[Down | None] = field(default_factory=asyncio.Queue)
     out: set[str] = field(default_factory=set)
+    expires: datetime.datetime | None = None
 
 
 class Outbox:

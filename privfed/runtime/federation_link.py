@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,12 @@ from privfed.runtime.patience import storage_fault
 from privfed.runtime.store import Holder, Lease, Store
 
 BATCH = 32
+
+
+def steady_clock() -> Callable[[], float]:
+    """Return a clock that begins with the system's time, and goes on evenly when somebody sets that."""
+    began, start = time.time(), time.monotonic()
+    return lambda: began + time.monotonic() - start
 
 
 @dataclass(slots=True)
@@ -44,7 +51,7 @@ class FederationLink(Link):
     """
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store, lease_seconds=math.inf)
+        super().__init__(store, clock=steady_clock(), lease_seconds=math.inf)
         self.on_work: Callable[[Iterable[int]], None] = lambda nodes: None
         self.on_end: Callable[[int], None] = lambda run_id: None
         self._asked: dict[int, Awaited] = {}
@@ -52,7 +59,8 @@ class FederationLink(Link):
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
         """Queue instructions and wake whoever hands them out."""
-        given = list(messages)
+        # By this clock alone, whatever that of the app's process says.
+        given = [message.with_metadata(created_at=self._clock()) for message in messages]
         ids = super().push(run_id, given)
         with self._lock:
             self._asked.setdefault(run_id, Awaited()).add(given)

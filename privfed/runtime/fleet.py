@@ -53,7 +53,7 @@ from privfed.runtime.frame import (
     unpack_down,
     wanted,
 )
-from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, NetworkError, Refused, agree, explain, greeting
+from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, STORAGE, NetworkError, Refused, agree, explain, greeting
 from privfed.runtime.line import Line
 from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.task import RunGrant as RunGrant
@@ -250,7 +250,16 @@ class FleetClient:
             pause = _FIRST_PAUSE if served else min(longest, 2 * pause)
             early = self._line.rest(pause, self._closing, watching=not early)
             if not self._closing.is_set():
-                self._line.turn()
+                self._redial()
+
+    def _redial(self) -> None:
+        """Turn to the next address, or to new certificates; say what is wrong with the ones there are."""
+        try:
+            self._line.turn()
+            if self._credentials is not None:
+                self._credentials.check()
+        except CertificateError as fault:
+            self._tell(f"waits for a certificate: {fault}")
 
     def _open(self) -> Iterator[bytes]:
         """Open the session and introduce the node; yield what the SuperLink pushes."""
@@ -416,6 +425,11 @@ class FleetClient:
                 told = explain(fault, self.address)
                 if isinstance(told, Refused) or fault.code() in _FINAL:
                     raise told from None
+                if fault.code() == grpc.StatusCode.UNAUTHENTICATED:  # a certificate that has expired meanwhile
+                    self._tell(str(told))
+                    self._hangup()
+                elif (fault.details() or "").startswith(STORAGE):
+                    self._tell(str(told))
             except ValueError:  # gRPC says so when its channel was closed meanwhile
                 if not self._closing.is_set() and channel is self._line.channel:
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from privfed.errors import WireError
 from privfed.failpoint import around
 from privfed.mapped import let_go
 from privfed.message import SERVER_NODE_ID, Message
+from privfed.runtime.authority import utc_now
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import Peer
 from privfed.runtime.credentials import Credentials
@@ -44,6 +46,7 @@ from privfed.runtime.gate import Context, Denied, Gate, malformed
 from privfed.runtime.node_register import NodeRegister
 from privfed.runtime.store import Holder
 
+log = logging.getLogger("privfed.superlink")
 SERVICE = "privfed.Fleet"
 HELLO_SECONDS = 10.0
 STALL_SECONDS = 60.0
@@ -128,7 +131,7 @@ class FleetService:
             await self._await_approval(peer, context)
         finally:
             self._waiting -= 1
-        session = Session(node, peer.name, hello.slots, (peer.serial, peer.through))
+        session = Session(node, peer.name, hello.slots, (peer.serial, peer.through), expires=peer.expires)
         session.queue.put_nowait(self._welcome(node))
         try:
             await self.dispatcher.join(session, hello.holding)
@@ -172,6 +175,13 @@ class FleetService:
         self.reconsider()
         for session in list(self.dispatcher.sessions.values()):
             session.queue.put_nowait(None if self._is_revoked(session.serials) else self._welcome(session.node_id))
+
+    def part_with_expired(self) -> None:
+        """Hang up on nodes whose certificate has expired since they connected."""
+        for session in list(self.dispatcher.sessions.values()):
+            if session.expires is not None and session.expires < utc_now():
+                log.warning("node %d: its certificate expired on %s", session.node_id, f"{session.expires:%Y-%m-%d}")
+                session.queue.put_nowait(None)
 
     async def _roster(self, peer: Peer, request: bytes, context: Context) -> None:
         self._served(peer)

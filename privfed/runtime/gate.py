@@ -20,7 +20,7 @@ from privfed.failpoint import reach
 from privfed.runtime.authority import utc_now
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Trust, certificate_of
-from privfed.runtime.handshake import CALLER, NODE, TERM, Refused, agree, greeting
+from privfed.runtime.handshake import CALLER, NODE, STORAGE, TERM, Refused, agree, greeting
 from privfed.runtime.oidc import TokenRefused, Tokens, bearer
 from privfed.runtime.patience import storage_fault
 from privfed.runtime.roster import Roster
@@ -208,7 +208,7 @@ class Gate:
         except Exception as fault:
             text = storage_fault(fault)
             if text:  # a named state: the peer keeps what it has, and tries again
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"the SuperLink waits for its storage: {text}")
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"{STORAGE}: {text}")
             mark = secrets.token_hex(4)
             log.exception("a request failed; the peer was told the reference %s", mark)
             await context.abort(grpc.StatusCode.INTERNAL, f"the SuperLink failed; its log has the cause under {mark}")

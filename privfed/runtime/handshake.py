@@ -37,6 +37,8 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 SWIFT_SECONDS = 4
 """Of silence, after which a peer that can be replaced is asked whether it lives; and to wait for what it says."""
 IDLE_SECONDS = 120
+STORAGE = "the SuperLink waits for its storage"
+"""How a refusal begins that passes when a disk or a database is well again."""
 RECONNECT_SECONDS = 2
 """The longest pause, but for a fifth, between two attempts to reach a peer that cannot be reached."""
 
@@ -49,12 +51,15 @@ _TRANSFER: list[tuple[str, int]] = [
     ("grpc.http2.lookahead_bytes", CHUNK),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    # gRPC waits this long for the answer to a ping, a minute by default, whatever the option above says.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
 ]
 
 
 _SWIFT: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", SWIFT_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", SWIFT_SECONDS * 1000),
+    ("grpc.http2.ping_timeout_ms", SWIFT_SECONDS * 1000),
     ("grpc.min_reconnect_backoff_ms", SWIFT_SECONDS * 1000),  # the time a connection is given to come about
 ]
 
@@ -170,6 +175,8 @@ def explain(fault: grpc.RpcError, address: str) -> NetworkError:
     code, details = fault.code(), fault.details() or ""
     if code in PERMANENT:
         return Refused(details)
+    if details.startswith(STORAGE):
+        return NetworkError(f"{address}: {details}")
     if code == grpc.StatusCode.UNAVAILABLE:
         return NetworkError(f"{address} cannot be reached: {details}")
     return NetworkError(details or f"{address}: {code.name}")

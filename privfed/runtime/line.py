@@ -23,12 +23,14 @@ class Line:
     def __init__(self, addresses: str, credentials: Credentials | BearerToken | None) -> None:
         self._addresses = read_addresses(addresses)
         self._credentials = credentials
-        self._turn = 0
+        self._turn = self._shown = 0
         self._dial()
 
     def _dial(self) -> None:
         self.address = self._addresses[self._turn % len(self._addresses)]
         credentials = self._credentials.channel_credentials() if self._credentials else None
+        if isinstance(self._credentials, Credentials):
+            self._shown = self._credentials.peer.serial
         self.channel = connect(self.address, credentials, swift=self.has_others)
 
     @property
@@ -37,12 +39,19 @@ class Line:
         return len(self._addresses) > 1
 
     def turn(self) -> None:
-        """Go to the next address; calls under way are cut. Where there is none, stay."""
-        if self.has_others:
+        """Go to the next address, or dial again when there are new certificates; calls under way are cut. Else stay."""
+        if self.has_others or self._renewed():
             before = self.channel
             self._turn += 1
             self._dial()
             before.close()
+
+    def _renewed(self) -> bool:
+        """Return whether the files hold other certificates than were dialled with. Raises CertificateError."""
+        if not isinstance(self._credentials, Credentials):
+            return False
+        self._credentials.reload()
+        return self._credentials.peer.serial != self._shown
 
     def rest(self, seconds: float, over: threading.Event, *, watching: bool) -> bool:
         """Wait half to one and a half times so long; watching: no longer than until the peer can be reached.

@@ -16,7 +16,7 @@ from privfed.runtime.federation_link import FederationLink
 from privfed.runtime.fleet_service import FleetService
 from privfed.runtime.gate import Gate, TokenGate
 from privfed.runtime.launcher import Launcher
-from privfed.runtime.listeners import Listeners, SuperLinkError, SuperLinkOptions
+from privfed.runtime.listeners import RELOAD_SECONDS, Listeners, SuperLinkError, SuperLinkOptions
 from privfed.runtime.node_register import NodeRegister
 from privfed.runtime.sqlstore import SqlStore
 from privfed.runtime.term_folder import publish
@@ -73,7 +73,7 @@ class SuperLink:
         )
         decide = self._take_roster, self.fleet.reconsider, self.audit
         control = ControlService(self.federation, self.register, self.dispatcher, *decide)
-        self._offering = asyncio.create_task(self.dispatcher.run())
+        self._tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._part_with_expired())]
         self.listeners.roster_changed = self._roster_changed
         # Before anybody is served: a node would be told that a run that is not there has ended.
         count = self.federation.take_up()
@@ -86,6 +86,11 @@ class SuperLink:
         await self.listeners.tell_health("")
         self.audit.record("superlink-started", name=self.name, runs=count, insecure=options.credentials is None)
         log.info("serving %s; %d runs go on", self.addresses, count)
+
+    async def _part_with_expired(self) -> None:
+        while True:
+            self.fleet.part_with_expired()
+            await asyncio.sleep(RELOAD_SECONDS)
 
     def _take_roster(self, document: bytes) -> int:
         """Keep a newer signed roster; return its version. Raises PrivfedError."""
@@ -130,8 +135,9 @@ class SuperLink:
 
     async def stop(self) -> None:
         """End in good order: runs are let go of and go on after a restart."""
-        self._offering.cancel()
-        await asyncio.gather(self._offering, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.listeners.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)

@@ -66,7 +66,7 @@ class NodeOptions:
     identity: the node's signing key and roster. wrap: puts the node's own mods around an app. approve: raises for an
     app the node does not run. task_seconds: the longest a task may take. drain_seconds: how long a stopping node lets
     tasks finish. idle_seconds: after which a run's worker is ended. keep_seconds: how long the state of a run that
-    ended is kept, in case the run is resumed.
+    ended is kept, in case the run is resumed. remind: called now and then, to say what must be done before long.
     """
 
     node_config: UserConfig = field(default_factory=dict)
@@ -77,6 +77,7 @@ class NodeOptions:
     drain_seconds: float = 30.0
     idle_seconds: float = 600.0
     keep_seconds: float = 7 * 86_400.0
+    remind: Callable[[], None] = lambda: None
 
 
 class SuperNode:
@@ -110,6 +111,7 @@ class SuperNode:
                 if self._over or time.monotonic() > swept:
                     swept = time.monotonic() + _SWEEP_SECONDS
                     self._tidy()
+                    self.options.remind()
         finally:
             self._drain()
 
@@ -345,9 +347,8 @@ class _Lane(threading.Thread):
         return reply, Kept(state, own)
 
     def _seconds(self, task: Task) -> float:
-        left = task.expires_at - time.time()
-        # A clock that is wrong must not fail every task: then the node's own limit holds.
-        return min(self._node.options.task_seconds, left) if left > 0 else self._node.options.task_seconds
+        # Not by when the task expires: that is told by the SuperLink's clock, and this machine's may be hours away.
+        return min(self._node.options.task_seconds, max(1.0, task.message.metadata.ttl))
 
     def _ready(self) -> tuple[RunGrant, Worker]:
         """Return the run's facts and a worker for it. Raises what keeps the app from being run."""

@@ -70,8 +70,19 @@ def request(service: str, method: str, stream: int, more: Sequence[tuple[str, st
     """Return the frame that opens a gRPC call; headers as plain literals."""
     told = [(":method", "POST"), (":scheme", "http"), (":path", f"/privfed.{service}/{method}"), (":authority", "x")]
     told += [("te", "trailers"), ("content-type", "application/grpc"), *more]
-    block = b"".join(bytes((0, len(name))) + name.encode() + bytes((len(v),)) + v.encode() for name, v in told)
+    block = b"".join(b"\0" + _text(name) + _text(value) for name, value in told)
     return h2(HEADERS, END_HEADERS, stream, block)
+
+
+def _text(text: str) -> bytes:
+    """Return a literal of HPACK: its length, in seven bits or then in pieces of seven, and its bytes."""
+    raw = text.encode()
+    if len(raw) < 127:
+        return bytes((len(raw),)) + raw
+    left, head = len(raw) - 127, b"\x7f"
+    while left >= 128:
+        head, left = head + bytes((left % 128 + 128,)), left // 128
+    return head + bytes((left,)) + raw
 
 
 def message(payload: bytes, size: int | None = None, compressed: int = 0) -> bytes:
@@ -119,16 +130,21 @@ def mutated(rng: random.Random) -> bytes:
     return bytes(raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.5 else raw + rng.randbytes(rng.randrange(3)))
 
 
-def calls(rng: random.Random, service: str, address: str) -> int:
-    """Send messages to every method, a connection full; return how many frames that were."""
-    wire, sent = Wire(address), 0
+def calls(
+    rng: random.Random,
+    service: str,
+    address: str,
+    tls: ssl.SSLContext | None = None,
+    more: Callable[[random.Random], list[tuple[str, str]]] = lambda rng: [],
+) -> int:
+    """Send messages to every method, a connection full; return how many frames that were. more: further headers."""
+    wire, sent = Wire(address, tls), 0
     wire.send(PREFACE + h2(SETTINGS, 0, 0) + h2(SETTINGS, ACK, 0))
     for place in range(STREAMS):
         stream = 2 * place + 1
         told = [("privfed-protocol", rng.choice(["1-1", "1-1", "1-1", "7-9", "x", ""])), ("privfed-node", "1")]
-        parts = [
-            request(service, rng.choice(METHODS[service]), stream, told[: rng.randrange(3)] if place % 5 else told)
-        ]
+        told = told[: rng.randrange(3)] if place % 5 else told
+        parts = [request(service, rng.choice(METHODS[service]), stream, [*told, *more(rng)])]
         for _ in range(rng.randrange(1, 4)):
             body = mutated(rng)
             odd = rng.random()
@@ -148,9 +164,9 @@ def calls(rng: random.Random, service: str, address: str) -> int:
     return sent
 
 
-def noise(rng: random.Random, address: str) -> int:
+def noise(rng: random.Random, address: str, tls: ssl.SSLContext | None = None) -> int:
     """Send HTTP/2 frames of any kind until the other side has enough; return how many."""
-    wire, sent = Wire(address), 0
+    wire, sent = Wire(address, tls), 0
     wire.send(PREFACE + (h2(SETTINGS, 0, 0) if rng.random() < 0.7 else b""))
     for _ in range(100):
         payload = rng.randbytes(rng.randrange(64))
@@ -162,9 +178,9 @@ def noise(rng: random.Random, address: str) -> int:
     return sent
 
 
-def bytes_at(rng: random.Random, address: str) -> int:
+def bytes_at(rng: random.Random, address: str, tls: ssl.SSLContext | None = None) -> int:
     """Send random bytes, and what looks like HTTP/1 or TLS; return how many writes."""
-    wire, sent = Wire(address), 0
+    wire, sent = Wire(address, tls), 0
     begin = rng.choice([b"", b"GET /metrics HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n"])
     for _ in range(20):
         sent += 1

@@ -1,0 +1,193 @@
+"""A peer that means harm at the listener for bearer tokens: hostile tokens, and hostile frames under good ones.
+
+    python -m proofs_tests.deployment.hostile_token --frames 100000 --seed 1
+
+A SuperLink in a process of its own under mutual TLS, with a listener for tokens; a user with a good token asks it again
+and again meanwhile. A *frame* is one HTTP/2 frame, one gRPC message, one call with a hostile token, or one write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import random
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from joserfc import jws, jwt
+from joserfc.jwk import OctKey
+
+from privfed.runtime.control import ControlClient
+from privfed.runtime.credentials import BearerToken
+from proofs_tests.deployment.hostile_crowd import context, make_keys
+from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, resident_kib
+from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.test_oidc import KEY, OTHER, claims, token
+
+ODD: Sequence[Any] = (
+    float("nan"), float("inf"), -1e308, 10**400, -1, True, None, "1", "", "\ud800", [], {}, [[]], [{"a": []}],
+)  # fmt: skip
+"""Values no claim should have."""
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _headed(rng: random.Random) -> str:
+    """Return a token whose header asks for something else than it is."""
+    header: dict[str, Any] = {"alg": "ES256", "kid": "one"}
+    name, value = rng.choice(
+        [
+            ("alg", "none"), ("alg", "HS256"), ("alg", rng.choice(ODD)), ("kid", rng.choice(ODD)), ("b64", False),
+            ("crit", ["b64", "exp"]), ("crit", rng.choice(ODD)), ("jwk", KEY.as_dict(private=False)), ("zip", "DEF"),
+            ("x5u", "http://127.0.0.1:1/"), ("jku", "http://127.0.0.1:1/"), ("typ", rng.choice(ODD)),
+            ("enc", "A128GCM"),
+        ]
+    )  # fmt: skip
+    header[name] = value
+    text = json.dumps(header).encode("utf-8", errors="replace")
+    return f"{_b64(text)}.{_b64(json.dumps(claims()).encode())}.{_b64(rng.randbytes(64))}"
+
+
+def _deep(rng: random.Random) -> str:
+    """Return a token whose header, or whose signed claims, are nested deeply."""
+    nested = b"[" * rng.randrange(500, 8_000)
+    if rng.random() < 0.5:
+        return f"{_b64(nested)}.{_b64(b'{}')}.{_b64(b'x' * 64)}"
+    return jws.serialize_compact({"alg": "ES256", "kid": "one"}, nested[:6_000], KEY, algorithms=["ES256"])
+
+
+def _claimed(rng: random.Random) -> str:
+    """Return a token that the provider signed, with claims that make no sense."""
+    changed = {rng.choice(["iss", "aud", "iat", "exp", "nbf", "preferred_username", "groups"]): rng.choice(ODD)}
+    payload = json.dumps({**claims(), **changed}).encode("utf-8", errors="replace")
+    return jws.serialize_compact({"alg": "ES256", "kid": "one"}, payload, KEY, algorithms=["ES256"])
+
+
+def _mutated(rng: random.Random) -> str:
+    raw = bytearray(token().encode())
+    for _ in range(rng.randrange(1, 4)):
+        raw[rng.randrange(len(raw))] = rng.choice(b"ABCxyz012-_.=+/ ")
+    return raw[: rng.randrange(len(raw) + 1) if rng.random() < 0.5 else len(raw)].decode()
+
+
+def _confused(rng: random.Random) -> str:
+    """Return a token signed with the public key as if it were a shared secret, or with another key."""
+    if rng.random() < 0.5:
+        return token(key=OTHER)
+    secret = OctKey.import_key(json.dumps(KEY.as_dict(private=False)))
+    return jwt.encode({"alg": "HS256", "kid": "one"}, claims(), secret, algorithms=["HS256"])
+
+
+KINDS: Sequence[Callable[[random.Random], str]] = (
+    _headed,
+    _deep,
+    _claimed,
+    _mutated,
+    _confused,
+    lambda rng: "".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(200))),
+    lambda rng: "." * rng.randrange(9),
+    lambda rng: "a" * rng.randrange(11_000, 15_000),
+)
+
+
+def hostile_token(rng: random.Random) -> str:
+    """Return a token that must let nobody in, or let its bearer in as what the policy says."""
+    return rng.choice(KINDS)(rng)
+
+
+def authorisation(rng: random.Random) -> list[tuple[str, str]]:
+    """Return headers: with a hostile token, none, two, or another scheme."""
+    odd = rng.random()
+    text = token(groups=["staff"]) if odd < 0.3 else hostile_token(rng)
+    scheme = rng.choice(["Bearer ", "bearer ", "BEARER  ", "Basic ", "", "Bearer"]) if odd > 0.8 else "Bearer "
+    found = [("authorization", scheme + text)]
+    return found * 2 if odd > 0.97 else [] if odd > 0.94 else found
+
+
+def attack(address: str, tls: ssl.SSLContext, frames: int, seed: int, seen: Seen) -> None:
+    """Send so many frames of all kinds to the listener."""
+    rng = random.Random(seed)
+    ways: Sequence[tuple[str, float, Callable[[], int]]] = (
+        ("gRPC messages under tokens", 0.6, lambda: calls(rng, "Control", address, tls, authorisation)),
+        ("HTTP/2 frames", 0.2, lambda: noise(rng, address, tls)),
+        ("writes of random bytes under TLS", 0.1, lambda: bytes_at(rng, address, tls)),
+        ("writes of random bytes before TLS", 0.1, lambda: bytes_at(rng, address)),
+    )
+    while sum(seen.frames.values()) < frames:
+        name, _, way = min(ways, key=lambda one: seen.frames[one[0]] / one[1])
+        seen.frames[name] += way()
+
+
+@contextlib.contextmanager
+def asking(address: str, user: BearerToken, seen: Seen, pid: int) -> Iterator[None]:
+    """Ask as a user with a good token again and again, and look at the SuperLink's memory."""
+    over = threading.Event()
+    with ControlClient(address, user) as control:
+        for _ in range(20):
+            control.runs()
+        before = resident_kib(pid)
+
+        def ask() -> None:
+            while not over.wait(0.1):
+                began = time.monotonic()
+                try:
+                    control.runs()
+                except Exception:  # noqa: BLE001 - counted
+                    seen.failed += 1
+                seen.probes.append(time.monotonic() - began)
+                seen.growth_kib = max(seen.growth_kib, resident_kib(pid) - before)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, str, int]:
+    """Attack a listener for tokens; return what came of it, the SuperLink's log, and how many runs and nodes it has."""
+    keys, seen = make_keys(folder / "keys"), Seen()
+    held = folder / "user"
+    held.mkdir()
+    (held / "ca.pem").write_bytes((keys / "authority" / "ca.pem").read_bytes())
+    (held / "token").write_text(token(exp=int(time.time()) + 20_000))
+    options = ["--token-control", "127.0.0.1:0", "--oidc", str(keys / "oidc" / "oidc.toml")]
+    with SuperLinkProcess(folder / "link", keys=keys / "main", options=options) as link:
+        address = link.addresses["token-control"]
+        with asking(address, BearerToken(held), seen, link.pid):
+            attack(address, context(keys / "main"), frames, seed, seen)
+        with ControlClient(address, BearerToken(held)) as control:
+            there = len(control.runs()) + sum(row.state != "waiting" for row in control.nodes())
+        output = link.output
+        assert link.end() == 0
+    return seen, output, there
+
+
+def main() -> None:
+    """Run a campaign from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        seen, output, there = campaign(Path(folder), asked.frames, asked.seed)
+    sys.stdout.write(f"{seen.summary()}; {there} runs and nodes came of it\n")
+    bad = [line for line in output.splitlines() if "Traceback" in line or "a request failed" in line]
+    sys.stdout.writelines(f"{line}\n" for line in bad[:20])
+    sys.exit(bool(bad or there))
+
+
+if __name__ == "__main__":
+    main()
