@@ -10,7 +10,7 @@ from typing import Any
 from privfed.errors import AppError, PrivfedError
 from privfed.runtime.sql_schema import sql
 
-BUSY_SECONDS = 30.0
+BUSY_SECONDS = 10.0
 POSTGRES = "postgresql+psycopg://"
 # Whoever holds this lock in PostgreSQL writes alone, as whoever holds SQLite's write lock does.
 _WRITER = 0x7072_6976_6665_6401

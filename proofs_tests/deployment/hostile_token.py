@@ -25,10 +25,26 @@ from typing import Any
 from joserfc import jws, jwt
 from joserfc.jwk import OctKey
 
-from privfed.runtime.control import ControlClient
+from privfed.runtime.control import ControlClient, Listing
 from privfed.runtime.credentials import BearerToken
+from privfed.runtime.frame import pack
 from proofs_tests.deployment.hostile_crowd import context, make_keys
-from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, resident_kib
+from proofs_tests.deployment.hostile_wire import (
+    ACK,
+    DATA,
+    END_STREAM,
+    PREFACE,
+    SETTINGS,
+    Seen,
+    Wire,
+    bytes_at,
+    calls,
+    h2,
+    message,
+    noise,
+    request,
+    resident_kib,
+)
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_oidc import KEY, OTHER, claims, token
 
@@ -156,8 +172,32 @@ def asking(address: str, user: BearerToken, seen: Seen, pid: int) -> Iterator[No
             thread.join()
 
 
+def is_answered(address: str, tls: ssl.SSLContext, text: str) -> bool:
+    """Return whether a call that is made by hand under a token brings a message back."""
+    told = [("privfed-protocol", "1-2"), ("privfed-release", "0.1.0"), ("authorization", f"Bearer {text}")]
+    wire = Wire(address, tls)
+    wire.send(PREFACE + h2(SETTINGS, 0, 0) + h2(SETTINGS, ACK, 0))
+    wire.send(request("Control", "Runs", 1, told) + h2(DATA, END_STREAM, 1, message(pack(Listing(limit=3)))))
+    heard, at, found = wire.hear(2.0), 0, False
+    wire.close()
+    while at + 9 <= len(heard):
+        size, kind = int.from_bytes(heard[at : at + 3], "big"), heard[at + 3]
+        found = found or (kind == DATA and size > 0)
+        at += 9 + size
+    return found
+
+
+def nodes_of(address: str, held: Path) -> set[tuple[int, str]]:
+    """Return the nodes a SuperLink knows, and what it makes of them."""
+    with ControlClient(address, BearerToken(held)) as control:
+        return {(row.node_id, row.state) for row in control.nodes()}
+
+
 def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, str, int]:
-    """Attack a listener for tokens; return what came of it, the SuperLink's log, and how many runs and nodes it has."""
+    """Attack a listener for tokens; return what came of it, the SuperLink's log, and how many runs or nodes changed.
+
+    Raises AssertionError unless what is sent by hand is heard: under a good token, and under no other.
+    """
     keys, seen = make_keys(folder / "keys"), Seen()
     held = folder / "user"
     held.mkdir()
@@ -166,10 +206,12 @@ def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, str, int]:
     options = ["--token-control", "127.0.0.1:0", "--oidc", str(keys / "oidc" / "oidc.toml")]
     with SuperLinkProcess(folder / "link", keys=keys / "main", options=options) as link:
         address = link.addresses["token-control"]
+        before, tls = nodes_of(address, held), context(keys / "main")
+        assert is_answered(address, tls, token()) and not is_answered(address, tls, token(key=OTHER))
         with asking(address, BearerToken(held), seen, link.pid):
-            attack(address, context(keys / "main"), frames, seed, seen)
+            attack(address, tls, frames, seed, seen)
         with ControlClient(address, BearerToken(held)) as control:
-            there = len(control.runs()) + sum(row.state != "waiting" for row in control.nodes())
+            there = len(control.runs()) + len(nodes_of(address, held) ^ before)
         output = link.output
         assert link.end() == 0
     return seen, output, there
@@ -183,7 +225,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seen, output, there = campaign(Path(folder), asked.frames, asked.seed)
-    sys.stdout.write(f"{seen.summary()}; {there} runs and nodes came of it\n")
+    sys.stdout.write(f"{seen.summary()}; {there} runs and nodes changed\n")
     bad = [line for line in output.splitlines() if "Traceback" in line or "a request failed" in line]
     sys.stdout.writelines(f"{line}\n" for line in bad[:20])
     sys.exit(bool(bad or there))
