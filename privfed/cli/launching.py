@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder of this user alone. Raises AppError naming the option when that cannot be done."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as fault:
+        raise AppError(f"{option} {path} cannot be made: {fault.strerror}; give a folder this user may write") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Launching:
     """isolation: inline, subprocess or external. socket, group: of external; None is the default, and no group."""

@@ -12,8 +12,8 @@ from privfed import __version__
 
 COMMANDS = {
     "new": ("privfed.cli.new", "new", "Make a new app from a template; works offline."),
-    "run": ("privfed.cli.run", "run", "Run an app in a simulation on this machine."),
-    "ls": ("privfed.cli.runs", "ls", "List the runs on this machine."),
+    "run": ("privfed.cli.run", "run", "Run an app in a simulation, or on a federation."),
+    "ls": ("privfed.cli.runs", "ls", "List runs and what they wait for, here or of a SuperLink."),
     "log": ("privfed.cli.runs", "log", "Show the log of a run."),
     "stop": ("privfed.cli.runs", "stop", "Ask a run to stop after its current round."),
     "fetch": ("privfed.cli.fetch", "fetch", "Bring the model and metrics of a SuperLink's run to this machine."),
@@ -25,7 +25,11 @@ COMMANDS = {
     "keys": ("privfed.cli.keys", "keys", "Make a federation's authority, certificates and roster."),
     "superlink": ("privfed.cli.superlink", "superlink", "Serve a federation across machines."),
     "supernode": ("privfed.cli.supernode", "supernode", "Run a node of a federation: it runs apps on its data."),
-    "superexec": ("privfed.cli.superexec", "superexec", "Run app processes for a node, as another user."),
+    "superexec": (
+        "privfed.cli.superexec",
+        "superexec",
+        "Run app processes for a node or a SuperLink, as another user.",
+    ),
     "node": ("privfed.cli.node", "node", "List, approve and revoke the nodes of a SuperLink."),
     "privacy": ("privfed.cli.privacy", "privacy", "What a plan costs, what noise a budget needs, what was spent."),
 }

@@ -77,7 +77,9 @@ def _serve(path: Path, token_file: Path, cap: Limits) -> None:
             # Read every time: a node that restarts writes a new token.
             SuperExec(path, token_file.read_text().strip(), cap).run()
         except (ExecError, OSError) as fault:
-            if str(fault) != told:
-                told = str(fault)
+            missing = f"there is no {token_file}: is who wrote it running, with --isolation external?"
+            text = missing if isinstance(fault, FileNotFoundError) else str(fault)
+            if text != told:
+                told = text
                 logging.getLogger("privfed.exec").warning("%s; trying again", told)
             time.sleep(RETRY_SECONDS)

@@ -17,7 +17,7 @@ import click
 
 from privfed import failpoint
 from privfed.cli.display import LOG_FORMAT
-from privfed.cli.launching import Launching
+from privfed.cli.launching import Launching, make_folder
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 )
 @click.option("--monitor", metavar="HOST:PORT", help="Serve /healthz and /metrics there [default: nowhere].")
 @click.option("--token-control", metavar="HOST:PORT", help="Where users with bearer tokens connect; needs --oidc.")
-@click.option("--oidc", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Whose tokens are taken.")
+@click.option(
+    "--oidc",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Whose tokens are taken: a TOML file, see docs/deployment.md.",
+)
 @click.option("--keys", type=click.Path(path_type=Path), help="The SuperLink's key folder, made with `privfed keys`.")
 @click.option("--insecure", is_flag=True, help="No encryption, no identities; on loopback only.")
 @click.option("--force-insecure", is_flag=True, help="Let --insecure listen where others can reach it.")
@@ -52,7 +56,13 @@ if TYPE_CHECKING:
 @click.option(
     "--advertise", metavar="HOST", help="Where the other SuperLinks reach this one [default: where it listens]."
 )
-@click.option("--lease-seconds", type=click.FloatRange(min=1), default=5.0, show_default=True, help="See --shared.")
+@click.option(
+    "--lease-seconds",
+    type=click.FloatRange(min=1),
+    default=5.0,
+    show_default=True,
+    help="With --shared: after so long without a sign of the one that serves, another one takes over.",
+)
 @click.option(
     "--isolation",
     type=click.Choice(["inline", "subprocess", "external"]),
@@ -87,6 +97,10 @@ def superlink(
 ) -> None:
     """Serve a federation: nodes on --fleet, users on --control.
 
+    \b
+    privfed superlink --keys link --home link-home --fleet link.example.org:7810 --control link.example.org:7811
+    On one machine:  privfed superlink --insecure --home link-home
+
     Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
     With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: nodes and users
     may connect to either, and it goes on with the runs within seconds when this one dies, hangs or is cut off.
@@ -99,6 +113,7 @@ def superlink(
     from privfed.runtime.run_folder import home as default_home
     from privfed.runtime.superlink import SuperLinkOptions
 
+    _check_addresses({"--fleet": fleet, "--control": control, "--monitor": monitor, "--token-control": token_control})
     if insecure == (keys is not None):
         raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
     if (token_control is None) != (oidc is None):
@@ -113,6 +128,7 @@ def superlink(
         )
     configure(log_format, debug=debug)
     place = home or default_home() / "superlink"
+    make_folder(place, "--home")
     options = SuperLinkOptions(
         home=place,
         fleet=fleet,
@@ -141,6 +157,14 @@ def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds
     finally:
         if options.tenure is not None:
             options.tenure.resign()
+
+
+def _check_addresses(given: Mapping[str, str | None]) -> None:
+    """Raise AppError for what is no address: of a port that is too large, the system would take a part."""
+    for option, address in given.items():
+        host, colon, port = (address or "localhost:0").rpartition(":")
+        if not (host and colon and port.isdecimal() and int(port[:6]) < 1 << 16):
+            raise AppError(f"{option} {address!r}: write HOST:PORT with a port below 65536; 0 lets the system choose")
 
 
 def _tenure(options: SuperLinkOptions, seconds: float) -> Tenure:

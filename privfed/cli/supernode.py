@@ -14,7 +14,7 @@ import click
 
 from privfed import __version__, failpoint
 from privfed.cli.display import LOG_FORMAT
-from privfed.cli.launching import Launching
+from privfed.cli.launching import Launching, make_folder
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -40,7 +40,12 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--insecure", is_flag=True, help="No encryption and no identity; for one machine. Needs --node-id.")
 @click.option("--force-insecure", is_flag=True, help="Let --insecure connect to another machine.")
 @click.option("--node-id", type=click.IntRange(min=1), help="Who the node says it is, with --insecure.")
-@click.option("--policy", "policy_file", type=click.Path(dir_okay=False, path_type=Path), help="What this node allows.")
+@click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="What this node allows; see `privfed policy new`.",
+)
 @click.option("--data", type=FOLDER, default="privfed-node", show_default=True, help="The node's own folder, kept.")
 @click.option("--node-config", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of apps; repeatable.")
 @click.option(
@@ -62,7 +67,13 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "--app-writable", multiple=True, type=FOLDER, help="Folder that apps may change, beside their own; repeatable."
 )
 @click.option("--slots", type=click.IntRange(1, 64), default=4, show_default=True, help="Tasks at a time.")
-@click.option("--task-seconds", type=click.FloatRange(min=1), default=3600.0, show_default=True)
+@click.option(
+    "--task-seconds",
+    type=click.FloatRange(min=1),
+    default=3600.0,
+    show_default=True,
+    help="The longest a task may take.",
+)
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="On SIGTERM.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
 @click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
@@ -110,6 +121,7 @@ def _serve(asked: _Asked) -> None:
     from privfed.runtime.node_store import NodeStore
     from privfed.runtime.supernode import NodeOptions, SuperNode
 
+    launched = Launching.chosen(asked.isolation, asked.exec_socket, asked.exec_group)
     configure(asked.log_format, debug=asked.debug)
     failpoint.take_up("node")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the node's keys
@@ -120,10 +132,10 @@ def _serve(asked: _Asked) -> None:
             "the way: give --keys (see `privfed keys`), or --force-insecure"
         )
     policy, data = _policy(asked.policy_file, asked.insecure), asked.data
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(data, "--data")
     limits = _limits(policy, asked.app_network, data, asked.keys, asked.app_writable)
     store = NodeStore(data / "state")
-    launcher = _launcher(asked, limits)
+    launcher = _launcher(launched, data, limits)
     audit = _audit(data, asked.keys)
     longest = policy.limits.task_seconds if policy is not None else asked.task_seconds
     options = NodeOptions(
@@ -251,13 +263,12 @@ def _limits(
     )
 
 
-def _launcher(asked: _Asked, limits: Limits) -> Launcher:
+def _launcher(launched: Launching, data: Path, limits: Limits) -> Launcher:
     from privfed.runtime.confinement import probe
 
-    launched = Launching.chosen(asked.isolation, asked.exec_socket, asked.exec_group)
-    if asked.isolation == "subprocess":
+    if launched.isolation == "subprocess":
         logging.getLogger("privfed.node").info("apps: %s", probe(limits))
-    return launched.launcher(asked.data, "work", limits)
+    return launched.launcher(data, "work", limits)
 
 
 def _identity(credentials: Credentials | None) -> Callable[[int], Identity | None]:

@@ -162,12 +162,22 @@ def read_addresses(text: str) -> list[str]:
     found = [address.strip() for address in text.split(",")]
     for address in found:
         host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal()) and not address.startswith("unix:"):
-            raise NetworkError(f"{text!r}: write HOST:PORT, or several with commas between")
+        if not (host and colon and port.isdecimal() and int(port[:6]) < 1 << 16) and not address.startswith("unix:"):
+            raise NetworkError(f"{text!r}: write HOST:PORT with a port below 65536, or several with commas between")
     return found
 
 
 PERMANENT = frozenset({grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED})
+
+
+def _advice(details: str) -> str:
+    """Return what to look at when a connection does not come about."""
+    if "handshake" in details.lower() or "ssl" in details.lower():
+        return (
+            "are the keys of both sides of one federation and in date, do the SuperLink's keys name this host, and are "
+            "both clocks right?"
+        )
+    return "is the SuperLink running, is this the address it prints, and does the network let it through?"
 
 
 def explain(fault: grpc.RpcError, address: str) -> NetworkError:
@@ -178,5 +188,5 @@ def explain(fault: grpc.RpcError, address: str) -> NetworkError:
     if details.startswith(STORAGE):
         return NetworkError(f"{address}: {details}")
     if code == grpc.StatusCode.UNAVAILABLE:
-        return NetworkError(f"{address} cannot be reached: {details}")
+        return NetworkError(f"{address} cannot be reached: {details.rpartition('last error: ')[2]}; {_advice(details)}")
     return NetworkError(details or f"{address}: {code.name}")
