@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from privfed.runtime.launcher import Launcher
 
 
-def make_folder(path: Path, option: str) -> None:
-    """Make a folder of this user alone. Raises AppError naming the option when that cannot be done."""
+def make_folder(path: Path, option: str) -> Path:
+    """Make a folder of this user alone, and return it. Raises AppError naming the option when that cannot be done."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as fault:
         raise AppError(f"{option} {path} cannot be made: {fault.strerror}; give a folder this user may write") from None
+    return path
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,21 +116,11 @@ def superlink(
     _check_addresses({"--fleet": fleet, "--control": control, "--monitor": monitor, "--token-control": token_control})
     if insecure == (keys is not None):
         raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
-    if (token_control is None) != (oidc is None):
-        raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
-    if advertise is not None and shared is None:
-        raise AppError("--advertise is told to the SuperLinks that share a folder with this one: it goes with --shared")
-    launched = Launching.chosen(isolation, exec_socket, exec_group)
-    if shared is not None and launched.group is not None:
-        raise AppError(
-            "--exec-group: a SuperLink that takes over cannot read what another user's apps have written; "
-            "with --shared, run the superexec as the SuperLink's user, and leave --exec-group out"
-        )
+    _check_pairs(token_control, oidc, advertise, shared)
+    launched = _launching(isolation, exec_socket, exec_group, shared)
     configure(log_format, debug=debug)
-    place = home or default_home() / "superlink"
-    make_folder(place, "--home")
     options = SuperLinkOptions(
-        home=place,
+        home=make_folder(home or default_home() / "superlink", "--home"),
         fleet=fleet,
         control=control,
         monitor=monitor,
@@ -145,10 +135,10 @@ def superlink(
     )
     if insecure:
         print("INSECURE: nothing is encrypted, and everybody who reaches the ports is trusted", file=sys.stderr)
-    _serve_in_turn(options, shared, lease_seconds, isolation)
+    _serve_in_turn(options, shared, lease_seconds, launched)
 
 
-def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds: float, isolation: str) -> None:
+def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds: float, launched: Launching) -> None:
     """Serve until told to end, alone or beside others that share the runs."""
     if shared is not None:
         options = dataclasses.replace(options, tenure=_tenure(options, lease_seconds))
@@ -157,6 +147,24 @@ def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds
     finally:
         if options.tenure is not None:
             options.tenure.resign()
+
+
+def _check_pairs(token_control: str | None, oidc: Path | None, advertise: str | None, shared: Path | None) -> None:
+    """Raise AppError for an option without the one that it goes with."""
+    if (token_control is None) != (oidc is None):
+        raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
+    if advertise is not None and shared is None:
+        raise AppError("--advertise is told to the SuperLinks that share a folder with this one: it goes with --shared")
+
+
+def _launching(isolation: str, exec_socket: Path | None, exec_group: str | None, shared: Path | None) -> Launching:
+    launched = Launching.chosen(isolation, exec_socket, exec_group)
+    if shared is not None and launched.group is not None:
+        raise AppError(
+            "--exec-group: a SuperLink that takes over cannot read what another user's apps have written; "
+            "with --shared, run the superexec as the SuperLink's user, and leave --exec-group out"
+        )
+    return launched
 
 
 def _check_addresses(given: Mapping[str, str | None]) -> None:
