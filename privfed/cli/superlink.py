@@ -114,9 +114,7 @@ def superlink(
     from privfed.runtime.superlink import SuperLinkOptions
 
     _check_addresses({"--fleet": fleet, "--control": control, "--monitor": monitor, "--token-control": token_control})
-    if insecure == (keys is not None):
-        raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
-    _check_pairs(token_control, oidc, advertise, shared)
+    _check_pairs(insecure, keys, token_control, oidc, advertise, shared)
     launched = _launching(isolation, exec_socket, exec_group, shared)
     configure(log_format, debug=debug)
     options = SuperLinkOptions(
@@ -149,8 +147,17 @@ def _serve_in_turn(options: SuperLinkOptions, shared: Path | None, lease_seconds
             options.tenure.resign()
 
 
-def _check_pairs(token_control: str | None, oidc: Path | None, advertise: str | None, shared: Path | None) -> None:
-    """Raise AppError for an option without the one that it goes with."""
+def _check_pairs(
+    insecure: bool,
+    keys: Path | None,
+    token_control: str | None,
+    oidc: Path | None,
+    advertise: str | None,
+    shared: Path | None,
+) -> None:
+    """Raise AppError for an option without the one that it goes with, or beside one that it excludes."""
+    if insecure == (keys is not None):
+        raise AppError("say who may connect: --keys FOLDER (see `privfed keys`), or --insecure for loopback tests")
     if (token_control is None) != (oidc is None):
         raise AppError("--token-control and --oidc go together: an address, and whose tokens are taken there")
     if advertise is not None and shared is None:
