@@ -328,6 +328,7 @@ def _answer(question: Question, event: Event, rounds: int, delta: float) -> dict
 def compare(noise_multiplier: float, delta: float, scheme: Scheme, unit: str, form: str) -> None:
     """Show the same noise under every sampler, relation and observer."""
     rows: list[dict[str, Any]] = []
+    _checked(lambda: Accountant(unit))
     for name, one in scheme.scenarios():
         event = one.event(noise_multiplier)
         for relation in RELATIONS:

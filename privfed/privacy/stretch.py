@@ -72,7 +72,8 @@ def weight_of(near: float, law: Cumulants, line: Inversion, low: float, high: fl
         logs[sure] = np.minimum(logs[sure], values[sure])
 
     logs = np.minimum.accumulate(logs)
-    slopes = np.maximum(-np.gradient(logs, places), 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # huge losses have no two places apart; they go no further
+        slopes = np.maximum(-np.gradient(logs, places), 1.0)
     at = int(np.searchsorted(places, near))
     return Weight(near, places, logs - logs[at] + 2 * np.log(slopes / slopes[at])), float(slopes[at])
 

@@ -207,6 +207,8 @@ def test_the_plot_shows_the_band_and_the_budget(tmp_path: Path) -> None:
         (["epsilon", "--delta", "1e-6", "--event", '{"event":"Gaussian","noise_multiplier":-2}'], "noise_multiplier"),
         (["epsilon", "--noise-multiplier", "1", "--delta", "1e-6", "--relation", "mixed"], "--relation"),
         (["calibrate", "--epsilon", "-1", "--delta", "1e-6"], "epsilon"),
+        (["compare", "--noise-multiplier", "1", "--delta", "1e-6", "--unit", ""], "unit"),
+        (["compare", "--noise-multiplier", "-1", "--delta", "1e-6"], "noise_multiplier"),
     ],
 )
 def test_refusals_are_usage_errors_that_name_the_argument(command: list[str], says: str) -> None:
