@@ -153,8 +153,8 @@ def modes(folder: Path) -> dict[str, tuple[int, int, int]]:
 def test_server_apps_of_another_user_add_their_ledger_to_the_run_and_can_take_nothing_away(users: Users) -> None:
     words = ["superlink", "--insecure", "--home", str(users.home), "--fleet", "127.0.0.1:0", "--control", "127.0.0.1:0"]
     words += ["--isolation", "external", "--exec-group", str(GROUP)]
-    log = (users.folder / "link.txt").open("ab")
-    link = subprocess.Popen([users.python, "-m", "privfed.cli.main", *words], stdout=log, stderr=log, **users.link)
+    with (users.folder / "link.txt").open("ab") as log:
+        link = subprocess.Popen([users.python, "-m", "privfed.cli.main", *words], stdout=log, stderr=log, **users.link)
     try:
         eventually((users.home / "addresses.json").exists, 30)
         addresses = json.loads((users.home / "addresses.json").read_text())
