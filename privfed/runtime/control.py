@@ -11,8 +11,8 @@ import grpc
 
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import CHUNK, Frame, chunks, pack, unpack
-from privfed.runtime.handshake import NetworkError, Refused, agree, explain, greeting
-from privfed.runtime.line import Line
+from privfed.runtime.handshake import STORAGE, NetworkError, Refused, agree, explain, greeting
+from privfed.runtime.line import PROBE_SECONDS, Line
 from privfed.runtime.result import ResultFile, ResultPart, ResultQuery, ResultRows
 
 SERVICE = "/privfed.Control/"
@@ -140,7 +140,7 @@ class ControlClient:
     @property
     def _channel(self) -> grpc.Channel:
         """The connection; where there are several addresses, to one that answers if any does."""
-        self._settled = self._settled or self._line.settle()
+        self._settled = self._settled or self._line.settle(_answers)
         return self._line.channel
 
     def _failed(self, fault: grpc.RpcError) -> NetworkError:
@@ -258,3 +258,14 @@ class ControlClient:
             raise self._failed(fault) from None
         finally:
             stream.cancel()
+
+
+def _answers(channel: grpc.Channel) -> bool:
+    """Return whether a SuperLink answers, be it that it refuses or has trouble with its storage."""
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(SERVICE + "Runs")
+    try:
+        call(pack(Listing(limit=1)), metadata=greeting(), timeout=PROBE_SECONDS)
+    except grpc.RpcError as fault:
+        away = fault.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        return not away or (fault.details() or "").startswith(STORAGE)
+    return True

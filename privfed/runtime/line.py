@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 
@@ -12,6 +13,7 @@ from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.handshake import PERMANENT, connect, read_addresses
 
 PROBE_SECONDS = 3.0
+PAUSE_SECONDS = 0.3
 PATIENCE_SECONDS = 30.0
 """Longer than the term of a SuperLink that died, in which no other one serves yet."""
 _HEALTH = "/grpc.health.v1.Health/Check"
@@ -78,8 +80,12 @@ class Line:
             return False
         return True
 
-    def settle(self) -> bool:
-        """Go to an address that answers, in a while at most; return whether there is one. One alone is taken unseen."""
+    def settle(self, answers: Callable[[grpc.Channel], bool]) -> bool:
+        """Go to an address that answers, in a while at most; return whether there is one. One alone is taken unseen.
+
+        answers: whether a call on a channel is answered. A SuperLink that passes calls on can be reached also while the
+        one it passes them on to has just died.
+        """
         end = time.monotonic() + PATIENCE_SECONDS
         while self.has_others and time.monotonic() < end:
             try:
@@ -87,5 +93,8 @@ class Line:
             except grpc.FutureTimeoutError:
                 self.turn()
                 continue
-            return True
+            if answers(self.channel):
+                return True
+            self.turn()
+            time.sleep(PAUSE_SECONDS)
         return not self.has_others

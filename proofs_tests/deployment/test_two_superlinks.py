@@ -100,7 +100,9 @@ def nodes_of(folder: Path, addresses: Sequence[str]) -> Iterator[None]:
 
 
 def kill_the_active(pair: Pair) -> None:
+    """The other takes over; started again at once, the one that was killed might have been the sooner of the two."""
     pair.active.signal(signal.SIGKILL)
+    pair.await_service(pair.other)
     pair.change()
     pair.other.start()
 
