@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from privfed.decoder import json_decoder
 from privfed.errors import WireError
 
 if TYPE_CHECKING:
@@ -120,9 +121,9 @@ def read_safetensors(data: bytes | memoryview) -> dict[str, Array]:
     if size > min(buffer.nbytes - 8, MAX_HEADER):
         raise WireError(f"a safetensors header of {size} bytes does not fit")
     try:
-        header = msgspec.json.decode(buffer[8 : 8 + size], type=dict[str, msgspec.Raw])
+        header = json_decoder(dict[str, msgspec.Raw]).decode(buffer[8 : 8 + size])
         header.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
+        entries = {name: json_decoder(_Entry).decode(raw) for name, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
         raise WireError(f"broken safetensors header: {type(fault).__name__}") from None
     body = buffer[8 + size :]

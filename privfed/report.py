@@ -7,8 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
+from privfed.decoder import json_decoder
 from privfed.errors import PrivfedError
 from privfed.runtime.run_folder import RunFolder
 
@@ -46,7 +45,7 @@ def write_report(folder: RunFolder) -> str:
     Raises PrivfedError when matplotlib is missing.
     """
     rounds, status = folder.rounds, folder.status
-    versions = msgspec.json.decode((folder.path / "versions.json").read_bytes(), type=dict[str, Any])
+    versions = json_decoder(dict[str, Any]).decode((folder.path / "versions.json").read_bytes())
     operations = folder.operations
     plots = [
         _plot("Metrics", _series(rounds, _is_metric), "round"),

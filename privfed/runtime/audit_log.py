@@ -27,6 +27,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from privfed.decoder import json_decoder
 from privfed.errors import PrivfedError
 from privfed.failpoint import around
 
@@ -255,7 +256,7 @@ def _check_signature(line: Line, signer: Ed25519PublicKey, path: Path) -> None:
 
 def _decode(raw: bytes, path: Path, number: int) -> Line:
     try:
-        line = msgspec.json.decode(raw, type=Line)
+        line = json_decoder(Line).decode(raw)
     except (msgspec.MsgspecError, UnicodeError) as cause:
         raise AuditError(f"{path}: line {number} does not decode: {cause}") from None
     if msgspec.json.encode(line) + b"\n" != raw:
@@ -272,7 +273,7 @@ def _public(key: str) -> Ed25519PublicKey:
 
 def _read_checkpoint(document: bytes) -> Checkpoint:
     try:
-        checkpoint = msgspec.json.decode(document, type=Checkpoint)
+        checkpoint = json_decoder(Checkpoint).decode(document)
         _public(checkpoint.key).verify(bytes.fromhex(checkpoint.signature), _statement(checkpoint))
     except (msgspec.MsgspecError, InvalidSignature, ValueError) as cause:
         raise AuditError(f"the checkpoint is not one: {type(cause).__name__}") from None

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from privfed.decoder import json_decoder
 from privfed.runtime import certificate as cert
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.disk import write_atomically
@@ -125,7 +126,7 @@ def read_request(document: bytes) -> tuple[Request, ec.EllipticCurvePublicKey]:
     try:
         if len(document) > MAX_REQUEST:
             raise ValueError(f"{len(document)} bytes are too many")
-        request = msgspec.json.decode(document, type=Request)
+        request = json_decoder(Request).decode(document)
         cert.check_name(request.name)
         csr = x509.load_pem_x509_csr(request.csr.encode())
         public = csr.public_key()
@@ -202,7 +203,7 @@ class Authority:
         path = self.folder / "issued.jsonl"
         if not path.exists():
             return []
-        return [msgspec.json.decode(line, type=Issued) for line in path.read_bytes().splitlines()]
+        return [json_decoder(Issued).decode(line) for line in path.read_bytes().splitlines()]
 
     def answer(self, document: bytes, *, days: int = CERTIFICATE_DAYS) -> tuple[Peer, Answer]:
         """Issue what a request asks for; a node gets the next id, or keeps its own when it renews.

@@ -25,6 +25,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from privfed.decoder import json_decoder
 from privfed.errors import PrivfedError
 from privfed.runtime import certificate as cert
 from privfed.runtime.app_folder import AppFolder
@@ -214,8 +215,8 @@ def open_bundle(data: bytes) -> Bundle:
     if raw is None or signed is None:
         raise BundleError(f"the bundle lacks {MANIFEST} or {SIGNATURES}")
     try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-        signatures = msgspec.json.decode(signed, type=tuple[Signature, ...])
+        manifest = json_decoder(Manifest).decode(raw)
+        signatures = json_decoder(tuple[Signature, ...]).decode(signed)
     except (msgspec.MsgspecError, UnicodeError) as cause:
         raise BundleError(f"the bundle's manifest does not decode: {cause}") from None
     if manifest.format != 1:

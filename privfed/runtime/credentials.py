@@ -20,6 +20,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privfed.decoder import json_decoder
 from privfed.protocols.session import Identity
 from privfed.runtime import certificate as cert
 from privfed.runtime.authority import Answer, utc_now
@@ -99,7 +100,7 @@ def accept_answer(folder: Path, document: bytes) -> Peer:
     A folder that knew another authority refuses: joining another federation takes another folder.
     """
     try:
-        answer = msgspec.json.decode(document, type=Answer)
+        answer = json_decoder(Answer).decode(document)
     except (msgspec.MsgspecError, UnicodeError) as cause:
         raise CertificateError(f"the answer does not decode: {cause}") from None
     authority = cert.read_certificate(answer.authority.encode(), "the answer's authority certificate")

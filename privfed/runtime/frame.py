@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from privfed import wire
+from privfed.decoder import msgpack_decoder
 from privfed.errors import WireError
 from privfed.mapped import pieces
 from privfed.message import Message
@@ -218,7 +219,7 @@ def pack(frame: Frame) -> bytes:
 
 def unpack(data: bytes, kind: type[S]) -> S:
     """Decode a frame of one kind. Raises WireError for anything that `pack` does not give."""
-    return _strict(data, msgspec.msgpack.Decoder(kind))
+    return _strict(data, msgpack_decoder(kind))
 
 
 def unpack_down(data: bytes) -> Down:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from privfed.decoder import json_decoder
 from privfed.errors import PrivfedError
 from privfed.runtime.certificate import Peer
 from privfed.runtime.credentials import Trust
@@ -43,7 +44,7 @@ class NodeRegister:
         self._lock = threading.Lock()
         self._entries: dict[int, Entry] = {}
         if path.exists():
-            entries = msgspec.json.decode(path.read_bytes(), type=list[Entry])
+            entries = json_decoder(list[Entry]).decode(path.read_bytes())
             self._entries = {entry.node_id: entry for entry in entries}
 
     def _save(self) -> None:

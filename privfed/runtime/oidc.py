@@ -27,6 +27,7 @@ from typing import Any
 
 import msgspec
 
+from privfed.decoder import converted, json_decoder
 from privfed.errors import AppError, PrivfedError
 from privfed.runtime.certificate import NAME, USERS, Peer
 
@@ -74,7 +75,7 @@ class Tokens:
             raise AppError("bearer tokens need joserfc: pip install 'privfed[oidc]'") from None
         self._jwt, self._key_set = jwt, KeySet
         try:
-            self.policy = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), TokenPolicy)
+            self.policy = converted(tomllib.loads(path.read_text(encoding="utf-8")), TokenPolicy)
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as cause:
             raise AppError(f"{path}: {cause}") from None
         self._path = path.parent / self.policy.jwks
@@ -90,7 +91,7 @@ class Tokens:
                 stamp = self._path.stat().st_mtime_ns
                 if stamp == self._stamp:
                     return
-                document = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any])
+                document = json_decoder(dict[str, Any]).decode(self._path.read_bytes())
                 public = [key for key in document.get("keys", []) if isinstance(key, dict) and key.get("kty") != "oct"]
                 if not public:
                     raise ValueError("it holds no public key")

@@ -53,6 +53,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from privfed.decoder import converted
 from privfed.errors import PrivfedError
 from privfed.runtime.bundle import Bundle
 from privfed.runtime.credentials import Trust
@@ -203,7 +204,7 @@ class NodePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     @classmethod
     def parse(cls, document: dict[str, Any]) -> NodePolicy:
         """Check a document. Raises msgspec.ValidationError naming the key."""
-        return msgspec.convert(document, cls)
+        return converted(document, cls)
 
     def approve(self, bundle: Bundle, trust: Trust | None) -> str:
         """Return why the bundle may run: "approved by hash" or "signed by ...". Raises PolicyRefusal otherwise."""

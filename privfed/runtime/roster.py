@@ -12,6 +12,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from privfed.decoder import json_decoder
 from privfed.runtime.certificate import CertificateError
 
 MAX_BYTES = 64 << 20
@@ -88,9 +89,9 @@ def verify_roster(document: bytes, authority: x509.Certificate, *, newer_than: R
     try:
         if len(document) > MAX_BYTES:
             raise ValueError(f"{len(document)} bytes are too many")
-        signed = msgspec.json.decode(document, type=_Signed)
+        signed = json_decoder(_Signed).decode(document)
         public.verify(bytes.fromhex(signed.signature), _LABEL + signed.roster.encode(), ec.ECDSA(hashes.SHA384()))
-        roster = msgspec.json.decode(signed.roster, type=Roster)
+        roster = json_decoder(Roster).decode(signed.roster)
     except InvalidSignature:
         raise CertificateError("the roster was not signed by this federation's authority") from None
     except (msgspec.MsgspecError, ValueError) as cause:

@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from privfed.decoder import json_decoder
 from privfed.errors import RunStopped
 from privfed.failpoint import around
 from privfed.grid import Checkpoint
@@ -163,7 +164,7 @@ class RunFolder:
 
     def _read(self, name: str, kind: type[T]) -> T:
         try:
-            return msgspec.json.decode((self.path / name).read_bytes(), type=kind)
+            return json_decoder(kind).decode((self.path / name).read_bytes())
         except (OSError, msgspec.MsgspecError) as fault:
             raise RunFolderError(f"{self.path / name} cannot be read: {fault}") from None
 
@@ -253,7 +254,7 @@ class RunFolder:
         path, found = self.path / "operations.jsonl", []
         for line in path.read_bytes().splitlines() if path.exists() else []:
             with contextlib.suppress(msgspec.DecodeError):
-                found.append(msgspec.json.decode(line, type=dict[str, Any]))
+                found.append(json_decoder(dict[str, Any]).decode(line))
         return found
 
     def _checkpoints(self) -> CheckpointFolder:

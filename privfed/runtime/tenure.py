@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from privfed.decoder import json_decoder
 from privfed.errors import PrivfedError
 from privfed.failpoint import around
 from privfed.runtime.database import is_postgres, open_database
@@ -199,7 +200,7 @@ class Tenure:
 
 def _holder(row: Any) -> Holder:
     try:
-        addresses = msgspec.json.decode(row.addresses or "{}", type=dict[str, str])
+        addresses = json_decoder(dict[str, str]).decode(row.addresses or "{}")
     except msgspec.MsgspecError:
         addresses = {}
     return Holder(row.term, row.owner, f"{row.term}-{row.session}", addresses)
