@@ -84,7 +84,7 @@ def test_a_run_waits_for_its_superexec_goes_on_without_the_one_that_died_and_can
             eventually(lambda: control.show(name).round > reached + 1)
         eventually(lambda: control.show(name).reason == waits)
         control.stop(name)
-        eventually(lambda: control.show(name).state == "stopped", 5)
+        eventually(lambda: control.show(name).state == "stopped")
         assert control.show(name).reason == f"stopped after round {run.recorded_status.round}, as asked"
         assert len(run.path.joinpath("attempts").read_text().split()) == 2, "waiting is no attempt"
         assert link.end() == 0
