@@ -333,7 +333,7 @@ def test_the_group_of_the_message_is_bound(protocol: Any) -> None:
             message.metadata = replace(message.metadata, group_id="1000000")
         return original(message)
 
-    lab.ask = later  # type: ignore[method-assign]
+    lab.ask = later  # type: ignore[method-assign]  # a late answer
     assert lab.session(1)[1] == {"BindingMismatch"}
     assert lab.trained == 1
 

@@ -116,8 +116,8 @@ def test_bounds_are_printed_rounded_to_the_side_on_which_they_hold(value: float,
 
 def test_the_printed_noise_and_epsilon_hold_as_printed() -> None:
     text = call("calibrate", "--epsilon", 1.0, "--delta", 1e-6, "--rounds", 3).output
-    noise = float(re.search(r"noise multiplier (\S+)", text)[1])  # type: ignore[index]
-    claim = float(re.search(r"epsilon <= (\S+)", text)[1])  # type: ignore[index]
+    noise = float(re.search(r"noise multiplier (\S+)", text)[1])  # type: ignore[index]  # it is printed
+    claim = float(re.search(r"epsilon <= (\S+)", text)[1])  # type: ignore[index]  # it is printed
     assert Accountant().step(Gaussian(noise), 3).epsilon(1e-6).upper <= claim <= 1.0
 
 
