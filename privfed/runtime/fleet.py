@@ -201,12 +201,13 @@ class FleetClient:
 
     def close(self) -> None:
         """Close the connection; whoever waits is released."""
-        self._closing.set()
+        with self._holding:  # whoever hands a fetch over holds this, and looks at the flag first
+            self._closing.set()
+            self._fetchers.shutdown(wait=False, cancel_futures=True)
         with self._welcomed:
             self._welcomed.notify_all()
         self._hangup()
         self._line.channel.close()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._thread.join(5.0)
         self._tasks.put(None)
         if self._temporary is not None:
@@ -302,8 +303,10 @@ class FleetClient:
             self._ended.put(frame.run_id)
             self.options.on_ended(frame.run_id)
         elif frame.token not in self._held:
-            self._fetching.add(frame.token)
-            self._fetchers.submit(self._fetch, frame)
+            with self._holding:
+                if not self._closing.is_set():  # an offer may still arrive while we hang up: it is handed out again
+                    self._fetching.add(frame.token)
+                    self._fetchers.submit(self._fetch, frame)
         return True
 
     def _update_roster(self, version: int) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from privfed import Message, RecordDict
 from privfed.runtime import fleet
 from privfed.runtime.blob import BlobError
 from privfed.runtime.fleet import FleetClient, FleetOptions
-from privfed.runtime.frame import Welcome
+from privfed.runtime.frame import Offer, Welcome, parcel
 from privfed.runtime.handshake import NetworkError
 from proofs_tests.deployment.local_link import LocalLink, eventually
 from proofs_tests.deployment.test_page import free_ports
@@ -50,6 +51,14 @@ def test_a_welcome_ends_the_wait_of_every_caller_and_so_does_closing(monkeypatch
     eventually(lambda: ends[2:] == ["the connection was closed"])
     for thread in threads:
         thread.join(5)
+
+
+def test_a_task_that_arrives_while_the_node_hangs_up_is_left_for_the_next_connection() -> None:
+    client = FleetClient("127.0.0.1:1", None, 1)
+    task, _ = parcel(Message(RecordDict(), 1, "train"))
+    client.close()
+    assert client._take(Offer(token="a" * 32, expires_at=time.time() + 60, began=(0,), commit=0, parcel=task))
+    assert not client._fetching
 
 
 def test_a_superlink_that_is_back_is_asked_as_soon_as_it_can_be_reached(
