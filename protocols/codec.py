@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from operator import lt
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from privfed.protocols.session import Buffer, Session
 MAX_NODE = (1 << 63) - 1
 MAX_ACTION = 64
 MAX_DIMENSION = 1 << 36
+
+_pack_id = struct.Struct(">Q").pack
 
 T = TypeVar("T")
 
@@ -44,13 +46,16 @@ def blob(data: Buffer) -> bytes:
 
 def node_list(nodes: Iterable[int]) -> bytes:
     ids = sorted(nodes)
-    return u32(len(ids)) + b"".join(map(u64, ids))
+    return u32(len(ids)) + struct.pack(f">{len(ids)}Q", *ids)
 
 
 def table(rows: Iterable[tuple[int, bytes]]) -> bytes:
     """Encode (node, data) rows, data of one size."""
     ordered = sorted(rows)
-    return u32(len(ordered)) + b"".join(u64(node) + data for node, data in ordered)
+    parts = [u32(len(ordered))]
+    for node, data in ordered:
+        parts += (_pack_id(node), data)
+    return b"".join(parts)
 
 
 class Reader:
@@ -100,6 +105,14 @@ class Reader:
         nodes = [node for (node,) in struct.iter_unpack(f">Q{size}x", block)]
         _ascending(nodes)
         return {node: block[at + 8 : at + width] for node, at in zip(nodes, range(0, len(block), width), strict=True)}
+
+    def rows(self, layout: str) -> list[tuple[Any, ...]]:
+        """Read rows of a node and fields, copied; nodes ascending. layout: of the fields, as in `struct`."""
+        row = struct.Struct(">Q" + layout)
+        count = self._count(row.size)
+        found = list(row.iter_unpack(self.take(count * row.size)))
+        _ascending([fields[0] for fields in found])
+        return found
 
     def _count(self, size: int) -> int:
         count = self.number(4)

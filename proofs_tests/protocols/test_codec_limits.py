@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from privfed.protocols.codec import (
     MAX_ACTION,
     MAX_DIMENSION,
+    MAX_NODE,
     Reader,
     blob,
     decode,
     encode_session,
     read_session,
+    table,
     u8,
     u32,
     u64,
 )
-from privfed.protocols.errors import DecodeError, LocalError, TooFewSurvivors
+from privfed.protocols.errors import DecodeError, LocalError, RemoteError, TooFewSurvivors
 from privfed.protocols.secagg import messages
 from privfed.protocols.secagg.messages import Terms
 from privfed.protocols.session import Session
@@ -80,6 +84,33 @@ def test_a_share_is_of_one_of_two_secrets() -> None:
     assert decode(good, messages.read_revealed) == {1: (1, bytes(39))}
     with pytest.raises(DecodeError, match="neither"):
         decode(good[:12] + u8(2) + good[13:], messages.read_revealed)
+
+
+@given(st.dictionaries(st.integers(1, MAX_NODE), st.binary(min_size=5, max_size=5)))
+def test_rows_are_what_a_table_holds(rows: dict[int, bytes]) -> None:
+    raw = table(rows.items())
+    assert dict(decode(raw, lambda r: r.rows("5s"))) == rows == decode(raw, lambda r: r.table(5))
+
+
+@pytest.mark.parametrize("nodes", [(0,), (2, 1), (1, 1), (1, 2, 2), (MAX_NODE + 1,)])
+def test_rows_of_nodes_that_do_not_ascend_are_none(nodes: tuple[int, ...]) -> None:
+    raw = u32(len(nodes)) + b"".join(u64(node) + b"x" for node in nodes)
+    with pytest.raises(DecodeError, match="ascending"):
+        decode(raw, lambda r: r.rows("s"))
+
+
+def test_rows_that_are_announced_and_missing_are_none() -> None:
+    with pytest.raises(DecodeError, match="too short"):
+        decode(u32(2) + u64(1) + b"x", lambda r: r.rows("s"))
+
+
+def test_a_masked_vector_has_zeros_before_it() -> None:
+    lab = Lab(FULL).until("mask")
+    reply = bytes(lab.step(1, lab.requests[1]))
+    for place in range(33, 40):
+        with pytest.raises(RemoteError, match="not zero"):
+            lab.server.receive(1, reply[:place] + b"\1" + reply[place + 1 :])
+    lab.server.receive(1, reply)
 
 
 def test_a_finished_session_has_nothing_to_close() -> None:

@@ -28,6 +28,7 @@ _CHUNK = 16
 """Polynomials encrypted at once: their transforms stay in a core's cache."""
 _SPAN = 1 << 16
 """Coefficients added at once, for the same reason."""
+_TWO_BITS = np.uint64(0x0303030303030303)
 _CARRIES = 254
 """Additions after which a byte of counted carries must be emptied."""
 
@@ -50,14 +51,6 @@ class _Planes:
         c = len(buffer) * 4 // 27
         low, middle, top = np.split(buffer, [4 * c, 6 * c])
         return cls(low.view("<u4"), middle.view("<u2"), top.reshape(3, c // 4))
-
-
-def _fourth(top: Bytes) -> Bytes:
-    """Six-bit lanes of the last quarter, from the spare bits of the other three: uint8[3, x] -> uint8[x]."""
-    out: Bytes = top[0] >> np.uint8(6)
-    out |= (top[1] >> np.uint8(6)) << np.uint8(2)
-    out |= (top[2] >> np.uint8(6)) << np.uint8(4)
-    return out
 
 
 def to_wire(words: Words) -> Bytes:
@@ -83,7 +76,10 @@ class Accumulator:
 
     def __init__(self, coefficients: int) -> None:
         self._sum = _Planes.of(np.zeros(wire_size(coefficients), dtype=np.uint8))
+        self._spare = np.zeros((3, coefficients // 4), dtype=np.uint8)
+        """The two bits above each lane of the three top bytes, added up: they are the lanes of the last quarter."""
         self._fourth = np.zeros(coefficients // 4, dtype=np.uint8)
+        """Carries into those."""
         self._from_low = np.zeros(coefficients, dtype=np.uint8)
         self._from_middle = np.zeros(coefficients, dtype=np.uint8)
         self._carried = np.empty(_SPAN, dtype=np.bool_)
@@ -98,9 +94,12 @@ class Accumulator:
         self._pending += 1
         self._add(self._sum.low, other.low, self._from_low)
         self._add(self._sum.middle, other.middle, self._from_middle)
-        for mine, theirs in zip(self._sum.top, other.top, strict=True):
+        for mine, spare, theirs in zip(self._sum.top, self._spare, other.top, strict=True):
             mine += theirs  # the two bits above a lane collect rubbish that nothing reads
-        self._fourth += _fourth(other.top)
+            # Eight bytes at a time: numpy has no fast shift of single ones. Bits that come from the next are masked.
+            above = theirs.view(np.uint64) >> np.uint64(6)
+            above &= _TWO_BITS
+            spare += above.view(np.uint8)
 
     def _add(self, mine: NDArray[Any], theirs: NDArray[Any], carries: Bytes) -> None:
         for start in range(0, len(mine), _SPAN):
@@ -124,7 +123,9 @@ class Accumulator:
         """The sum so far: uint64[coefficients], of which the low 54 bits count."""
         self._settle()
         out = np.empty(len(self._sum.low), dtype=np.uint64)
-        tops = np.concatenate([*self._sum.top, self._fourth])
+        first, second, third = self._spare
+        fourth = self._fourth + first + (second << np.uint8(2)) + (third << np.uint8(4))
+        tops = np.concatenate([*self._sum.top, fourth])
         for start in range(0, len(out), _SPAN):
             span = slice(start, start + _SPAN)
             out[span] = tops[span]

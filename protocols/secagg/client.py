@@ -19,6 +19,7 @@ from privfed.protocols.secagg.messages import (
     MASK,
     OF_MASK_KEY,
     OF_SELF_SEED,
+    PADDING,
     REVEAL,
     SHARE,
     STAGE_NAMES,
@@ -284,7 +285,7 @@ class SecAggClient:
             (plus if self._node < peer else minus).append(seed)
         add_masks(vector, plus, minus, threads=self._threads)
         reduce(vector, terms.session.bits)
-        reply = b"".join([head(MASK, bound), encode_vector(vector, terms.session.bits)])
+        reply = b"".join([head(MASK, bound), PADDING, encode_vector(vector, terms.session.bits)])
         return replace(state, inbox=inbox, edges=tuple(edges)), reply
 
     def _check_neighbours(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from privfed.protocols.secagg.messages import (
     encode_signatures,
     head,
     read_head,
+    read_masked,
     read_revealed,
     read_sealed,
 )
@@ -85,7 +86,7 @@ class SecAggServer:
         if self.stage == "share":
             return dict.fromkeys(self._rows, self._share_request())
         if self.stage == "mask":
-            return {node: self._relay(node) for node in self._sealed}
+            return self._relays()
         if self.stage == "confirm":
             return dict.fromkeys(sorted(self._masked), head(CONFIRM, self._bound) + node_list(self._masked))
         if self.stage == "reveal":
@@ -95,10 +96,17 @@ class SecAggServer:
             return dict.fromkeys(sorted(self._openers), body)
         raise LocalError("the session is over: read `result`")
 
-    def _relay(self, node: int) -> bytes:
-        live = (holder for holder in self._holders(node) if holder in self._sealed)
-        texts = {sender: rows[node] for sender, rows in self._sealed.items() if node in rows}
-        return head(MASK, self._bound) + node_list(live) + encode_sealed(texts)
+    def _relays(self) -> dict[int, Buffer]:
+        """Return to every node who of its holders shared, and the shares that are for it."""
+        start, senders = head(MASK, self._bound), sorted(self._sealed.items())
+        full = is_full(self._terms, tuple(self._rows))
+        everyone = node_list(self._sealed) if full else b""
+        relays: dict[int, Buffer] = {}
+        for node in self._sealed:
+            live = everyone or node_list(holder for holder in self._holders(node) if holder in self._sealed)
+            texts = {sender: rows[node] for sender, rows in senders if node in rows}
+            relays[node] = start + live + encode_sealed(texts)
+        return relays
 
     def _holders(self, node: int) -> tuple[int, ...]:
         if is_full(self._terms, tuple(self._rows)):
@@ -108,8 +116,8 @@ class SecAggServer:
     def receive(self, node: int, reply: Buffer) -> None:
         """Take one node's reply. Raises RemoteError naming the node; the state is then unchanged."""
         kind = _KINDS.get(self.stage, 0)
-        expected = self._expected()
-        if node not in expected:
+        asked, answered = self._parties()
+        if node not in asked or node in answered:
             raise RemoteError("unexpected-reply", (node,), f"no reply of this node is due at stage {self.stage!r}")
         check_head(reply, self._bound, node)
         try:
@@ -117,19 +125,16 @@ class SecAggServer:
         except DecodeError as fault:
             raise RemoteError("malformed", (node,), str(fault)) from None
 
-    def _expected(self) -> set[int]:
-        """Nodes that may still answer the open stage."""
-        if self.stage == "advertise":
-            return set(self._terms.session.nodes) - set(self._rows)
-        if self.stage == "share":
-            return set(self._rows) - set(self._sealed)
-        if self.stage == "mask":
-            return set(self._sealed) - self._masked
-        if self.stage == "confirm":
-            return self._masked - set(self._signatures)
-        if self.stage == "reveal":
-            return self._openers - set(self._revealed)
-        return set()
+    def _parties(self) -> tuple[Collection[int], Collection[int]]:
+        """Return who was asked at the open stage, and who answered."""
+        parties: dict[str, tuple[Collection[int], Collection[int]]] = {
+            "advertise": (self._terms.session.nodes, self._rows),
+            "share": (self._rows, self._sealed),
+            "mask": (self._sealed, self._masked),
+            "confirm": (self._masked, self._signatures),
+            "reveal": (self._openers, self._revealed),
+        }
+        return parties.get(self.stage, ((), ()))
 
     def _take(self, kind: int, node: int, reply: Buffer) -> None:
         if kind == ADVERTISE:
@@ -139,7 +144,7 @@ class SecAggServer:
         elif kind == SHARE:
             self._take_sealed(node, decode(reply, lambda r: read_sealed(self._body(r, kind))))
         elif kind == MASK:
-            packed = decode(reply, lambda r: self._body(r, kind).rest())
+            packed = decode(reply, lambda r: read_masked(self._body(r, kind)))
             vector = decode_vector(packed, len(self._total), self._terms.session.bits)
             np.add(self._total, vector, out=self._total)
             self._masked.add(node)
@@ -187,16 +192,9 @@ class SecAggServer:
     def close(self) -> None:
         """End the open stage. Raises TooFewSurvivors, or RemoteError when shares do not fit their commitments."""
         stage, full = self.stage, is_full(self._terms, tuple(self._rows))
-        sets: Mapping[str, object] = {
-            "advertise": self._rows,
-            "share": self._sealed,
-            "mask": self._masked,
-            "confirm": self._signatures,
-            "reveal": self._revealed,
-        }
-        if stage not in sets:
+        if not stage:
             raise LocalError("the session is over: read `result`")
-        have = len(sets[stage])  # type: ignore[arg-type]  # each is a dict or a set
+        have = len(self._parties()[1])
         need = self._terms.threshold if full or stage == "advertise" else 2
         if have < need:
             raise TooFewSurvivors(have, need, stage)
