@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from privfed.runtime.policy import NodePolicy
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+_LOOK_SECONDS = 0.2
 
 
 @click.command()
@@ -154,16 +156,33 @@ def _serve(asked: _Asked) -> None:
         on_status=logging.getLogger("privfed.node").info,
         cache=str(data / "cache"),
     )
-    fleet = FleetClient(asked.address, credentials, asked.node_id, connection)
-    node = SuperNode(fleet, store, launcher, data, options)
-    _stop_on_signals(node.stop)
+    stopping = threading.Event()
+    _stop_on_signals(stopping.set)
     audit.record("node-started", version=__version__, superlink=asked.address, isolation=asked.isolation)
     try:
-        node.run()
+        if connection.holding or _await_launcher(launcher, stopping):
+            fleet = FleetClient(asked.address, credentials, asked.node_id, connection)
+            SuperNode(fleet, store, launcher, data, options, stopping).run()
+        else:
+            launcher.close()
         audit.record("node-stopped")
     finally:
         store.close()
         audit.close()
+
+
+def _await_launcher(launcher: Launcher, stopping: threading.Event) -> bool:
+    """Wait until apps can be run, so that no run counts on a node that cannot; return whether they can be.
+
+    A node that has answers to hand in does not wait: it takes tasks, too, and these wait.
+    """
+    logger, told = logging.getLogger("privfed.node"), ""
+    while (reason := launcher.waits_for()) and not stopping.is_set():
+        if reason != told:
+            told = reason
+            logger.warning("this node does not connect yet: it waits for %s", reason)
+        stopping.wait(_LOOK_SECONDS)
+    return not stopping.is_set()
 
 
 def _reminder(credentials: Credentials | None) -> Callable[[], None]:

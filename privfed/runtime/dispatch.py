@@ -6,6 +6,7 @@ Everything here runs in the event loop, but for what touches the store, which ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import functools
 import logging
@@ -107,9 +108,7 @@ class Dispatcher:
 
     def wake(self, nodes: Iterable[int]) -> None:
         """Say that there may be work for these nodes; from any thread."""
-        found = list(nodes)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._mark, found)
+        self._call_soon(self._mark, list(nodes))
 
     def _mark(self, nodes: Collection[int]) -> None:
         self._due.update(nodes)
@@ -117,8 +116,17 @@ class Dispatcher:
 
     def announce_end(self, run_id: int) -> None:
         """Tell every connected node that a run ended; from any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.tell_all, Ended(run_id=run_id))
+        self._call_soon(self.tell_all, Ended(run_id=run_id))
+
+    def _call_soon(self, act: Callable[..., None], *given: object) -> None:
+        """Have the loop do something, from any thread; one that was closed has nobody left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(act, *given)
+
+    def hang_up_all(self) -> None:
+        """Disconnect every node."""
+        for session in self.sessions.values():
+            session.queue.put_nowait(None)
 
     def tell_all(self, frame: Down) -> None:
         """Push a frame to every connected node."""
@@ -152,7 +160,7 @@ class Dispatcher:
             if session is not None:
                 session.queue.put_nowait(None)
 
-        self._loop.call_soon_threadsafe(tell)
+        self._call_soon(tell)
 
     def finished(self, node: int, token: str) -> None:
         """Note that a task is over."""

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ SHOWN = ("run", "round-start", "round-end", "stage", "replies", "excluded", "end
 MAX_RESTARTS = 5
 """Restarts of a ServerApp's process in a row without a committed round."""
 _PATIENCE = 1.0
+REPEAT_SECONDS = 60.0
+"""Between two lines of the log about the same wait."""
 
 
 class Interrupted(Exception):
@@ -67,7 +70,7 @@ class FederationRun:
         self._closing = False
         self._stopping = False
         self._told = False
-        self._asking = ""
+        self._asking = self._missing = ""
         self._recorder: PatientRecorder | None = None
         self._ended = threading.Event()
         self._patiently = Patience(folder.name, self._ended)
@@ -195,8 +198,12 @@ class FederationRun:
         return here
 
     def _await(self, missing: Callable[[], str]) -> None:
-        """Wait until nothing is missing, and say what is. Raises RunStopped when asked to stop meanwhile."""
-        told = ""
+        """Wait until nothing is missing, and say what is. Raises RunStopped when asked to stop meanwhile.
+
+        Whoever asks is told how it stands now (`waits_for`). The log and the folder are told when it is another thing
+        that is missing, and once in a while: a thousand nodes that come one by one are not a thousand lines.
+        """
+        told, again = "", 0.0
         with self._change:
             while True:
                 if self._closing:
@@ -204,11 +211,12 @@ class FederationRun:
                 if self._stopping or (self.folder.path / "stop").exists():
                     done = self.folder.recorded_status.round
                     raise RunStopped(f"stopped {f'after round {done}' if done else 'before it began'}, as asked")
-                reason = missing()
+                reason = self._missing = missing()
                 if not reason:
                     break
-                if reason != told:
-                    told = reason
+                kind = reason.partition(":")[0]
+                if kind != told or time.monotonic() >= again:
+                    told, again = kind, time.monotonic() + REPEAT_SECONDS
                     log.info("run %s waits for %s", self.folder.name, reason)
                     self.folder.note_wait(f"waits for {reason}")
                 self._change.wait(_PATIENCE)
@@ -307,7 +315,7 @@ class FederationRun:
             return ""
         if trouble := self._patiently.trouble or self._link.trouble:
             return f"waits for its storage: {trouble}"
-        if missing := self._launcher.waits_for():
+        if missing := self._launcher.waits_for() or self._missing:
             return f"waits for {missing}"
         awaited = self._link.waits_for(self.run_id)
         if not awaited.out:

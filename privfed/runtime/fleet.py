@@ -61,8 +61,7 @@ from privfed.runtime.task import Task as Task
 from privfed.runtime.transfer import fetch, send
 
 MAX_PAUSE = 15.0
-MAX_SWIFT_PAUSE = 2.0
-"""Where there is another SuperLink to try."""
+MAX_SWIFT_PAUSE = 2.0  # where there is another SuperLink to try
 R = TypeVar("R")
 F = TypeVar("F", bound=Frame)
 
@@ -277,7 +276,8 @@ class FleetClient:
             over.wait()
 
         stream = call(say(), metadata=self._greeting)
-        stream.add_callback(over.set)
+        if not stream.add_callback(over.set):  # it is over already
+            over.set()
         self._hangup = stream.cancel
         if self._closing.is_set():
             stream.cancel()
@@ -378,8 +378,7 @@ class FleetClient:
                     if self._version >= ACKNOWLEDGED:
                         fetch(channel.stream_stream(_SERVICE + "Fetch"), self._greeting, want, keep)
                         return
-                    old: grpc.UnaryStreamMultiCallable[bytes, bytes]
-                    old = channel.unary_stream(_SERVICE + "Download")
+                    old: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(_SERVICE + "Download")
                     for frame in old(pack(want), metadata=self._greeting):
                         keep(frame)
 
@@ -396,19 +395,23 @@ class FleetClient:
                 buffer = outside[one.digest]
                 yield from chunks(one.digest, buffer, one.size, chunk_size(len(buffer)) if acknowledged else CHUNK)
 
+        channel = self._line.channel
         try:
             with around("upload"):
                 if acknowledged:
-                    send(self._line.channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
+                    send(channel.stream_stream(_SERVICE + "Send"), self._greeting, frames())
                 else:
-                    old: grpc.StreamUnaryMultiCallable[bytes, bytes]
-                    old = self._line.channel.stream_unary(_SERVICE + "Upload")
+                    old: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(_SERVICE + "Upload")
                     old(frames(), metadata=self._greeting)
         except grpc.RpcError as fault:
             if fault.code() in _FINAL:
                 raise NetworkError(fault.details()) from None
             self._tell(f"an upload is taken up again: {explain(fault, self.address)}")
             return False  # the next answer says where to go on
+        except ValueError:  # as in _patiently
+            if not self._closing.is_set() and channel is self._line.channel:
+                raise
+            return False
         return True
 
     def _patiently(self, attempt: Callable[[], R]) -> R:

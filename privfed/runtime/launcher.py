@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from privfed.errors import AppError, PrivfedError, RunFailed
 from privfed.grid import Grid
 from privfed.message import Error, ErrorCode, Message
 from privfed.runtime.app_folder import AppFolder
-from privfed.runtime.app_process import AppProcess, LaunchLost, Place, Spawn, spawn_local
+from privfed.runtime.app_process import AppProcess, LaunchLost, NobodyLaunches, Place, Spawn, spawn_local
 from privfed.runtime.capsule import pack_context, take_state
 from privfed.runtime.channel import Channel, ChannelClosed, ChannelError, Packet
 from privfed.runtime.confinement import Limits
@@ -32,9 +33,15 @@ from privfed.runtime.grid_host import GridHost
 
 ISOLATIONS = ("inline", "subprocess", "external")
 START_SECONDS = 120.0
+LOOK_SECONDS = 0.1
+"""Between two looks at whether there is somebody to start a process."""
 MAX_TRIES = 3
 """Processes of a client app that may die over one message before that is told as the app's failure."""
 logger = logging.getLogger("privfed.launcher")
+
+
+Wanted = Callable[[], bool]
+"""Says whether an answer is still waited for."""
 
 
 class WorkerDied(PrivfedError):
@@ -44,11 +51,14 @@ class WorkerDied(PrivfedError):
 class Worker(Protocol):
     """A client app that is loaded, for one run on one node."""
 
-    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+    def execute(
+        self, message: Message, context: Context, timeout: float | None = None, wanted: Wanted = lambda: True
+    ) -> Message:
         """Run the app; on success the context holds its new state. Seconds of `timeout` end an app's process.
 
         Raises nothing for what an app does: its failure, its death and its delay are errors in the reply. Raises
-        OSError when the disk refuses what its process needs.
+        OSError when the disk refuses what its process needs; NobodyLaunches when it is not `wanted` any more while it
+        waits for whoever starts processes. That wait ends with `timeout`, as an error in the reply.
         """
         ...
 
@@ -103,8 +113,10 @@ class _InlineWorker:
         self._folder = app_dir
         self._app: CallNext | None = None
 
-    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
-        del timeout
+    def execute(
+        self, message: Message, context: Context, timeout: float | None = None, wanted: Wanted = lambda: True
+    ) -> Message:
+        del timeout, wanted
         try:
             if self._app is None:
                 self._app = AppFolder.open(self._folder).load_client()
@@ -145,7 +157,8 @@ class ProcessLauncher:
         self._lock = threading.Lock()
 
     def client(self, app_dir: Path, log: Path) -> Worker:
-        return _ProcessWorker(lambda: self._start({"role": "client", "app": str(app_dir.resolve())}, log))
+        head = {"role": "client", "app": str(app_dir.resolve())}
+        return _ProcessWorker(lambda: self._start(head, log), self._waiting)
 
     def serve(self, app_dir: Path, grid: Grid, context: Context, log: Path) -> object:
         process: _Running | None = None
@@ -256,21 +269,43 @@ class _Running:
 
 
 class _ProcessWorker:
-    """A client app's process; started when first needed and again after it died."""
+    """A client app's process; started when first needed and again after it died. waiting: what that would wait for."""
 
-    def __init__(self, start: Callable[[], _Running]) -> None:
+    def __init__(self, start: Callable[[], _Running], waiting: Callable[[], str]) -> None:
         self._start = start
+        self._waiting = waiting
         self._running: _Running | None = None
 
-    def execute(self, message: Message, context: Context, timeout: float | None = None) -> Message:
+    def execute(
+        self, message: Message, context: Context, timeout: float | None = None, wanted: Wanted = lambda: True
+    ) -> Message:
         """Run the app. What a process that died was asked is asked of another one: nothing of it has left the node."""
-        ends = None if timeout is None else time.monotonic() + timeout
+        ends = math.inf if timeout is None else time.monotonic() + timeout
         for _ in range(MAX_TRIES):
-            left = None if ends is None else max(0.0, ends - time.monotonic())
+            if self._running is None and not self._await_launcher(ends, wanted):
+                return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, NobodyLaunches.__name__)
+            left = None if timeout is None else max(0.0, ends - time.monotonic())
             reply = self._try(message, context, left)
             if reply is not None:
                 return reply
         return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)
+
+    def _await_launcher(self, ends: float, wanted: Wanted) -> bool:
+        """Wait for whoever starts processes, and say so; return whether there is somebody. Raises NobodyLaunches."""
+        told = ""
+        while reason := self._waiting():
+            if time.monotonic() >= ends:
+                logger.error("the time of the task is over, and it still waits for %s", reason)
+                return False
+            if not wanted():
+                raise NobodyLaunches(f"no answer is waited for any more: it waited for {reason}")
+            if reason != told:
+                told = reason
+                logger.warning("the task waits for %s", reason)
+            time.sleep(LOOK_SECONDS)
+        if told:
+            logger.info("the task goes on")
+        return True
 
     def _try(self, message: Message, context: Context, timeout: float | None) -> Message | None:
         """Return the answer of the app's process, started if there is none; None when the process died over it."""
@@ -292,7 +327,7 @@ class _ProcessWorker:
                 if disk_fault(fault):
                     raise
                 logger.error("the app's process was not started: %s", fault)
-                if isinstance(fault, ChannelClosed | LaunchLost):
+                if isinstance(fault, ChannelClosed | LaunchLost | NobodyLaunches):
                     return None
                 return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, type(fault).__name__)
             fate = self._running.fate()

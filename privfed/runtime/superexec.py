@@ -148,7 +148,6 @@ class ExecHost:
         self._waiting: dict[int, queue.SimpleQueue[Channel | str | ExecGone]] = {}
         self._running: dict[int, _Remote] = {}
         self._lock = threading.Lock()
-        self._there = threading.Condition(self._lock)
         self._connection: socket.socket | None = None
         self._ready = False
         self._closed = False
@@ -216,7 +215,7 @@ class ExecHost:
 
     def _take_place(self, connection: socket.socket) -> bool:
         """Make a connection the one that launches, if there is none."""
-        with self._there:
+        with self._lock:
             if self._closed or self._connection is not None:
                 return False
             self._connection = connection
@@ -227,20 +226,22 @@ class ExecHost:
             connection.settimeout(None)
             _say(connection, {"ok": True})
             logger.info("a superexec is connected")
-            with self._there:
+            with self._lock:
                 self._ready = True
-                self._there.notify_all()
             while True:
                 self._take(*_hear(connection))
         except (OSError, ExecError, KeyError, TypeError) as fault:
             logger.warning("the superexec is gone: %s", fault)
         finally:
             connection.close()
-            with self._there:
+            with self._lock:
                 self._connection, self._ready = None, False
                 waiting, self._waiting = list(self._waiting.values()), {}
+                running, self._running = list(self._running.values()), {}
             for one in waiting:
                 one.put(ExecGone("the superexec went away while it was to start a process"))
+            for remote in running:  # nobody is left to say how they ended
+                remote.ended.set()
 
     def _take(self, told: dict[str, Any], descriptors: list[int]) -> None:
         number = told["id"]
@@ -276,7 +277,7 @@ class ExecHost:
                 _share(path, self._group, 0o710)
 
     def spawn(self, place: Place) -> _Remote:
-        """Have a worker started; waits for a superexec to be there. Raises ExecError."""
+        """Have a worker started. Raises ExecAbsent while there is no superexec, ExecError for what goes wrong."""
         home = place.home
         if self._group is not None:
             _share(home, self._group, 0o770)
@@ -286,10 +287,9 @@ class ExecHost:
                 _share(folder.parent, self._group, 0o710)
         answer: queue.SimpleQueue[Channel | str | ExecGone] = queue.SimpleQueue()
         number = next(self._numbers)
-        with self._there:
-            self._there.wait_for(lambda: self._ready or self._closed, LAUNCH_SECONDS)
-            if not self._ready:
-                raise ExecAbsent(f"no superexec connected to {self.path} within {LAUNCH_SECONDS:g} s")
+        with self._lock:
+            if not self._ready:  # whoever asks waits: it knows for how long, and when it is to end
+                raise ExecAbsent(f"no superexec is connected to {self.path}")
             self._waiting[number] = answer
         limits = self._limits.showing(place.shown, place.writable).to_head()
         request = {"op": "launch", "id": number, "home": str(home), "limits": limits}
@@ -306,7 +306,10 @@ class ExecHost:
         got.spool = home.parent
         remote = _Remote(number, self, got)
         with self._lock:
-            self._running[number] = remote
+            if self._connection is not None:
+                self._running[number] = remote
+            else:
+                remote.ended.set()
         return remote
 
     def tell(self, request: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
@@ -322,9 +325,8 @@ class ExecHost:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._there:
+        with self._lock:
             self._closed = True
-            self._there.notify_all()
             connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
@@ -403,8 +405,9 @@ class SuperExec:
             for folder in shared:
                 with contextlib.suppress(OSError):
                     _let_read(folder)
-        for path in home.glob("*"):  # the node may not be able to remove what this user made
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the node removes the folder meanwhile
+            for path in home.iterdir():  # it may not be able to remove what this user made
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         with self._lock:
             self._processes.pop(number, None)
         with contextlib.suppress(OSError), around("ended"):
@@ -417,11 +420,11 @@ class SuperExec:
             end_process(process)
 
     def close(self) -> None:
-        """End every worker and the connection."""
+        """End the connection and every worker, in this order: nobody asks for another one in between."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
         with self._lock:
             processes = list(self._processes.values())
         for process in processes:
             end_process(process)
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

@@ -138,6 +138,7 @@ class SuperLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.dispatcher.hang_up_all()  # these calls end at no other time: there would be no end to wait for
         await self.listeners.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)

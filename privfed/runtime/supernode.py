@@ -27,6 +27,7 @@ from privfed.errors import PrivfedError
 from privfed.failpoint import around
 from privfed.message import Error, ErrorCode, Message
 from privfed.protocols.session import Identity
+from privfed.runtime.app_process import NobodyLaunches
 from privfed.runtime.bundle import Bundle, BundleError, open_bundle
 from privfed.runtime.disk import disk_fault
 from privfed.runtime.engine import Assignment, execute
@@ -81,10 +82,19 @@ class NodeOptions:
 
 
 class SuperNode:
-    """One node of a federation. folder: `apps/` and `log/` go there; the store and the launcher have their own."""
+    """One node of a federation. folder: `apps/` and `log/` go there; the store and the launcher have their own.
+
+    stopping: set by whoever wants it to stop; its own when there is none.
+    """
 
     def __init__(
-        self, fleet: Fleet, store: NodeStore, launcher: Launcher, folder: Path, options: NodeOptions | None = None
+        self,
+        fleet: Fleet,
+        store: NodeStore,
+        launcher: Launcher,
+        folder: Path,
+        options: NodeOptions | None = None,
+        stopping: threading.Event | None = None,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -93,7 +103,7 @@ class SuperNode:
         self.apps, self.logs = folder / "apps", folder / "log"
         for path in (folder, self.apps, self.logs):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.stopping = threading.Event()
+        self.stopping = stopping or threading.Event()
         self.aborting = threading.Event()
         self._lanes: dict[int, _Lane] = {}
         self._over: list[int] = []
@@ -250,6 +260,9 @@ class _Lane(threading.Thread):
         except Exception as fault:
             if node.aborting.is_set() or (node.stopping.is_set() and isinstance(fault, NetworkError)):
                 return None
+            if isinstance(fault, NobodyLaunches):  # the node stops, or the run has ended: another lease does it again
+                logger.info("run %d: a task is put down: %s", self._run_id, fault)
+                return None
             logger.exception("run %d: message %s is not answered", self._run_id, message.metadata.message_id)
             node.fleet.reply(task.token, _refusal(message, fault))
             return None
@@ -315,14 +328,18 @@ class _Lane(threading.Thread):
             nonlocal ran
             ran = True
             inner = replace(context, mod_states=mods)
-            answer = worker.execute(asked, inner, self._seconds(task))
+            try:
+                answer = worker.execute(asked, inner, self._seconds(task), lambda: not self.ending)
+            except NobodyLaunches as fault:
+                refused.append(fault)
+                raise
             context.state = inner.state
             mods.clear()
             mods.update(inner.mod_states)
             return answer
 
         wrapped = options.wrap(call) if options.wrap is not None else call
-        refused: list[OSError] = []
+        refused: list[OSError | NobodyLaunches] = []
 
         def app(asked: Message, context: Context) -> Message:
             """Run what the node puts around the app; a disk that refuses its ledger is no failure of the app."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class SuperLinkProcess:
@@ -34,7 +35,7 @@ class SuperLinkProcess:
         self.home.mkdir(exist_ok=True)
         with (self.home / "output.txt").open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not (self.home / "addresses.json").exists():
             assert self._process.poll() is None and time.monotonic() < deadline, self.output
             time.sleep(0.02)
@@ -60,7 +61,7 @@ class SuperLinkProcess:
         """Ask it to end; return its exit status."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(20)
+        return self._process.wait(60)
 
     def __enter__(self) -> SuperLinkProcess:
         self.start()
@@ -69,3 +70,21 @@ class SuperLinkProcess:
     def __exit__(self, *fault: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
+
+
+class SuperExecProcess:
+    """`privfed superexec` for whoever listens in a folder."""
+
+    def __init__(self, folder: Path, log: Path, python: str = sys.executable, **process: Any) -> None:
+        self._log, self._process = log, process
+        self._command = [python, "-m", "privfed.cli.main", "superexec", "--connect", f"unix:{folder / 'exec.sock'}"]
+        self._command += ["--token-file", str(folder / "exec.token")]
+
+    def __enter__(self) -> SuperExecProcess:
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(self._command, stdout=output, stderr=output, **self._process)
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0

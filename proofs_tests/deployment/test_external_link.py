@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -25,29 +24,11 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
 from proofs_tests.deployment.node_process import NodeProcess
-from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.superlink_process import SuperExecProcess, SuperLinkProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_USER, EXEC_USER, GROUP = 54_321, 54_322, 54_320
 """Of nobody; only root can be them."""
-
-
-class SuperExecProcess:
-    """`privfed superexec` for whoever listens in a folder."""
-
-    def __init__(self, folder: Path, log: Path, python: str = sys.executable, **process: Any) -> None:
-        self._log, self._process = log, process
-        self._command = [python, "-m", "privfed.cli.main", "superexec", "--connect", f"unix:{folder / 'exec.sock'}"]
-        self._command += ["--token-file", str(folder / "exec.token")]
-
-    def __enter__(self) -> SuperExecProcess:
-        with self._log.open("ab") as output:
-            self.process = subprocess.Popen(self._command, stdout=output, stderr=output, **self._process)
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(10) == 0
 
 
 def children(pid: int) -> list[str]:

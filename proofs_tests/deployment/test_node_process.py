@@ -18,7 +18,7 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment import odd_app
 from proofs_tests.deployment.node_process import NodeProcess, alive, eventually
-from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.superlink_process import SuperExecProcess, SuperLinkProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -67,7 +67,7 @@ def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: P
             eventually(lambda: len(journal_of(first.folder)) == 2)
             (worker,) = first.workers()
             first.kill()
-            eventually(lambda: not alive(worker), 5)
+            eventually(lambda: not alive(worker))
             first.start()
             end = ended(link, name)
             assert (end.state, end.round) == ("completed", 3), (end.reason, first.output, second.output)
@@ -75,7 +75,7 @@ def test_a_node_killed_in_a_task_goes_on_and_the_run_is_as_if_nothing_was(app: P
             assert float(outcome(link, name).arrays["0"].view().sum()) == 2 * 6 * 4
             assert len(journal_of(first.folder)) == 4, "the task that was cut off, and no other, ran twice"
             assert len(set(journal_of(first.folder))) == 3
-            eventually(lambda: not first.workers(), 10)
+            eventually(lambda: not first.workers())
             assert [first.end(), second.end(), link.end()] == [0, 0, 0]
             assert "network: " in first.output
 
@@ -115,31 +115,49 @@ def test_examples_run_unchanged_on_nodes_and_what_masks_stays_in_them(tmp_path: 
         assert outcome(link, name).arrays["0"].view().any()
 
 
-def test_a_superexec_runs_the_apps_of_a_node(app: Path, tmp_path: Path) -> None:
-    with SuperLinkProcess(tmp_path / "link") as link:
+def test_a_superexec_runs_the_apps_of_a_node_that_waits_for_it(app: Path, tmp_path: Path) -> None:
+    """A node with nobody to run its apps is not counted on; one that loses its superexec in a run loses no task."""
+    home = tmp_path / "1"
+    with SuperLinkProcess(tmp_path / "link") as link, ControlClient(link.control) as control:
         group = grp.getgrgid(os.getgid()).gr_name
-        options = [*settings_of(tmp_path / "1"), "--isolation", "external", "--exec-group", group]
-        node = NodeProcess(tmp_path / "1", link.fleet, 1, options)
-        with node:
-            eventually((tmp_path / "1" / "exec.token").exists)
-            command = [sys.executable, "-m", "privfed.cli.main", "superexec"]
-            command += ["--connect", f"unix:{tmp_path / '1' / 'exec.sock'}"]
-            command += ["--token-file", str(tmp_path / "1" / "exec.token")]
-            with (tmp_path / "exec.txt").open("wb") as output:
-                executor = subprocess.Popen(command, stdout=output, stderr=output)
-            try:
-                name = submit(link, app, 1, rounds=2)
-                end = ended(link, name)
-                assert (end.state, end.round) == ("completed", 2), (end.reason, node.output)
+        options = [*settings_of(home), "--isolation", "external", "--exec-group", group]
+        with NodeProcess(home, link.fleet, 1, options) as node:
+            absent = f"a superexec: none is connected to {home / 'exec.sock'}"
+            eventually(lambda: f"does not connect yet: it waits for {absent}" in node.output)
+            name = submit(link, app, 1, rounds=100_000)
+            eventually(lambda: control.show(name).reason == "waits for nodes: 0 of 1 are connected")
+            with SuperExecProcess(home, tmp_path / "exec.txt"):
+                eventually(lambda: control.show(name).round > 1)
                 assert node.workers() == []
-                modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "1").glob("*")}
+                modes = {path.name: path.stat().st_mode & 0o777 for path in home.glob("*")}
                 assert (modes["exec.sock"], modes["exec.token"], modes["apps"]) == (0o660, 0o640, 0o710)
                 assert (modes["state"], modes["audit"], modes["work"]) == (0o700, 0o700, 0o710)
+            eventually(lambda: f"the task waits for {absent}" in node.output)
+            reached = control.show(name).round
+            with SuperExecProcess(home, tmp_path / "exec.txt"):
+                eventually(lambda: control.show(name).round > reached + 1)
+                control.stop(name)
+                end = ended(link, name)
+                assert (end.state, end.reason) == ("stopped", f"stopped after round {end.round}, as asked")
+                total = float(outcome(link, name).arrays["0"].view().sum())
+                assert total == 4 * end.round * (end.round + 1) / 2, "each task was answered once, and none failed"
                 assert node.end() == 0
                 eventually(lambda: "trying again" in (tmp_path / "exec.txt").read_text())
-            finally:
-                executor.send_signal(signal.SIGTERM)
-                assert executor.wait(10) == 0
+
+
+def test_a_node_that_waits_for_its_superexec_ends_at_once_when_asked(app: Path, tmp_path: Path) -> None:
+    with SuperLinkProcess(tmp_path / "link") as link, ControlClient(link.control) as control:
+        with NodeProcess(tmp_path / "1", link.fleet, 1, ["--isolation", "external"]) as node:
+            eventually(lambda: "does not connect yet" in node.output)
+            assert node.end() == 0
+        with NodeProcess(tmp_path / "1", link.fleet, 1, ["--isolation", "external", "--drain-seconds", "9999"]) as node:
+            with SuperExecProcess(tmp_path / "1", tmp_path / "exec.txt"):
+                eventually(lambda: [row.connected for row in control.nodes()] == [True])
+            name = submit(link, app, 1, rounds=1)
+            eventually(lambda: "the task waits for a superexec" in node.output)
+            assert node.end() == 0, "its task is put down, and taken up by the next one"
+            node.start("--isolation", "inline")
+            assert ended(link, name).state == "completed"
 
 
 def test_a_waiting_node_is_small_and_knows_no_database_server(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 
 from privfed import ConfigRecord, Context, Message, RecordDict
 from privfed.runtime import superexec
-from privfed.runtime.app_process import Place
+from privfed.runtime.app_process import NobodyLaunches, Place
 from privfed.runtime.confinement import Limits
 from privfed.runtime.launcher import ProcessLauncher
-from privfed.runtime.superexec import ExecError, ExecHost, SuperExec
+from privfed.runtime.superexec import ExecAbsent, ExecError, ExecHost, SuperExec
 from proofs_tests.deployment import odd_app
 from proofs_tests.deployment.node_process import alive, eventually
 
@@ -28,7 +28,8 @@ class Pair:
     def __init__(self, folder: Path, limits: Limits | None = None, cap: Limits | None = None) -> None:
         limits = limits or Limits(writable=(str(folder),))
         self.host = ExecHost(folder / "exec.sock", limits)
-        self.launcher = ProcessLauncher(folder / "work", limits, self.host.spawn, self.host.prepare, self.host.close)
+        given = self.host.spawn, self.host.prepare, self.host.close, self.host.waits_for
+        self.launcher = ProcessLauncher(folder / "work", limits, *given)
         self.cap = cap
         self.faults: list[str] = []
         self.connect()
@@ -159,7 +160,7 @@ def test_those_who_say_nothing_and_a_second_superexec_keep_nobody_out(pair: Pair
     pair.superexec.close()
     eventually(lambda: not pair.host._ready)
     pair.connect()
-    eventually(lambda: pair.host._ready, 5)
+    eventually(lambda: pair.host._ready)
     for one in silent:
         one.close()
 
@@ -183,22 +184,70 @@ def test_the_socket_and_the_token_are_their_owners_alone(pair: Pair) -> None:
     assert len(pair.host.token_file.read_text()) == 64
 
 
-def test_a_node_waits_for_its_superexec_and_says_when_there_is_none(
-    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_task_waits_for_a_superexec_until_its_time_is_over_or_nobody_wants_it(
+    app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(superexec, "LAUNCH_SECONDS", 0.2)
     host = ExecHost(tmp_path / "exec.sock", Limits())
-    launcher = ProcessLauncher(tmp_path / "work", None, host.spawn, host.prepare, host.close)
+    launcher = ProcessLauncher(tmp_path / "work", None, host.spawn, host.prepare, host.close, host.waits_for)
     worker = launcher.client(app, tmp_path / "log.txt")
-    started = time.monotonic()
-    reply = worker.execute(ask(), Context(node_id=1))
-    assert (reply.error.code, reply.error.reason) == (1, "ExecAbsent")
-    assert time.monotonic() - started < 5
-    assert "no superexec connected" in caplog.text
+    reply = worker.execute(ask(), Context(node_id=1), 0.2)
+    assert (reply.error.code, reply.error.reason) == (1, "NobodyLaunches")
+    waits = f"the task waits for a superexec: none is connected to {host.path}"
+    assert caplog.messages.count(waits) == 1, "said, and said once"
+    assert any("the time of the task is over" in text for text in caplog.messages)
+    asked = iter([True, True, False])
+    with pytest.raises(NobodyLaunches, match="no answer is waited for any more"):
+        worker.execute(ask(), Context(node_id=1), 600.0, lambda: next(asked))
+    with pytest.raises(ExecAbsent):  # whoever asks for a process does not wait: it could not be told to end
+        host.spawn(Place(tmp_path, tmp_path / "log.txt"))
     launcher.close()
     assert not host.path.exists()
     assert not host.token_file.exists()
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_task_goes_on_when_its_superexec_is_back(pair: Pair, app: Path, tmp_path: Path) -> None:
+    eventually(lambda: pair.host._ready)
+    pair.superexec.close()
+    eventually(lambda: not pair.host._ready)
+    looks: list[None] = []
+
+    def wanted() -> bool:
+        looks.append(None)
+        if len(looks) == 2:
+            pair.connect()
+        return True
+
+    worker = pair.launcher.client(app, tmp_path / "log.txt")
+    assert worker.execute(ask(), Context(node_id=1), 60.0, wanted).has_content()
+    assert len(looks) >= 2
+    worker.close()
+
+
+def test_how_workers_ended_is_not_awaited_of_a_superexec_that_is_gone(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superexec, "EXIT_SECONDS", 1e6)
+    eventually(lambda: pair.host._ready)
+    (tmp_path / "work" / "one").mkdir()
+    worker = pair.host.spawn(Place(tmp_path / "work" / "one", tmp_path / "log.txt"))
+    pair.superexec.close()
+    assert worker.fate() in ("it closed its channel", "killed by SIGKILL")
+    assert pair.host.waits_for(), "and then nobody asks the one that is gone for another one"
+    worker.kill()
+
+
+def test_a_worker_that_ends_while_its_node_takes_its_folder_away_is_told_of_all_the_same(
+    pair: Pair, tmp_path: Path
+) -> None:
+    eventually(lambda: pair.host._ready)
+    home = tmp_path / "work" / "one"
+    home.mkdir()
+    worker = pair.host.spawn(Place(home, tmp_path / "log.txt"))
+    shutil.rmtree(home)
+    worker.kill()
+    assert worker.ended.wait(60)
+    assert not pair.superexec._processes
 
 
 def test_a_superexec_caps_what_a_node_asks_for(app: Path, tmp_path: Path) -> None:
@@ -212,6 +261,7 @@ def test_a_superexec_caps_what_a_node_asks_for(app: Path, tmp_path: Path) -> Non
 
 
 def test_a_launch_that_fails_is_told_with_its_cause(pair: Pair, tmp_path: Path) -> None:
+    eventually(lambda: pair.host._ready)
     with pytest.raises(ExecError, match="did not start a process: FileNotFoundError"):
         pair.host.spawn(Place(tmp_path / "nowhere", tmp_path / "log.txt"))
     assert list((tmp_path / "work").iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shlex
 from pathlib import Path
 
@@ -49,3 +50,19 @@ def test_a_unit_is_hardened_and_lets_apps_be_confined(path: Path) -> None:
         assert service[name] == "true", name
     assert (service["ProtectSystem"], service["CapabilityBoundingSet"], service["UMask"]) == ("strict", "", "0077")
     assert service["User"] != "root"
+
+
+def test_options_that_a_unit_suggests_exist_and_their_folders_can_be_written() -> None:
+    for path in UNITS:
+        name = path.stem.removeprefix("privfed-").replace("superexec", "supernode")
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        known = {option for parameter in command.params for option in parameter.opts}
+        suggested = [line for line in path.read_text().splitlines() if re.match(r"#.*PRIVFED_\w+_OPTIONS=", line)]
+        assert suggested, path
+        for line in suggested:
+            words = line.partition("_OPTIONS=")[2].split()
+            assert {word for word in words if word.startswith("--")} <= known, line
+            if "--shared" in words:
+                shared = words[words.index("--shared") + 1]
+                assert f"-{shared}" in read(path)["Service"]["ReadWritePaths"].split(), "and no fault where it is not"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from privfed.cli.remote import worth_telling
 from privfed.errors import RunFailed
 from privfed.mods import clip, secure_aggregation
 from privfed.protocols import SecAgg
+from privfed.runtime import federation_run
+from privfed.runtime.certificate import Peer
 from privfed.runtime.control import ControlClient
+from privfed.runtime.dispatch import Session
 from privfed.strategies import FedAvg, SecureStage
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
 
@@ -140,3 +144,25 @@ def test_replies_are_counted_while_they_come(tmp_path: Path) -> None:
         with nodes_at(link.fleet, 2):
             assert link.wait(name).state == "stopped"
     assert not worth_telling("running", "waits for replies of 3 nodes: 1 of 4 to train of round 2 have come")
+
+
+def test_nodes_that_come_one_by_one_are_told_to_who_asks_and_are_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "privfed.superlink")
+    with LocalLink(tmp_path) as link, ControlClient(link.control) as control:
+        name = link.submit(EXAMPLES / "minimal", 9)
+
+        def said(run: str) -> int:
+            return sum(f"run {run} waits for nodes: " in line for line in caplog.messages)
+
+        for count in range(1, 4):
+            eventually(lambda n=count - 1: control.show(name).reason == f"waits for nodes: {n} of 9 are connected")
+            link.link.dispatcher.sessions[count] = Session(count, f"node {count}", 1)
+            link.link.register.greet(Peer("node", f"n{count}", count))
+            link.link.federation.nodes_changed()
+        eventually(lambda: control.show(name).reason == "waits for nodes: 3 of 9 are connected")
+        assert said(name) == 1
+        monkeypatch.setattr(federation_run, "REPEAT_SECONDS", 0.0)
+        other = link.submit(EXAMPLES / "minimal", 9)
+        eventually(lambda: said(other) > 1)  # and again after a while
