@@ -160,7 +160,7 @@ def _serve(asked: _Asked) -> None:
     _stop_on_signals(stopping.set)
     audit.record("node-started", version=__version__, superlink=asked.address, isolation=asked.isolation)
     try:
-        if connection.holding or _await_launcher(launcher, stopping):
+        if connection.holding or connection.runs or _await_launcher(launcher, stopping):
             fleet = FleetClient(asked.address, credentials, asked.node_id, connection)
             SuperNode(fleet, store, launcher, data, options, stopping).run()
         else:
@@ -174,7 +174,7 @@ def _serve(asked: _Asked) -> None:
 def _await_launcher(launcher: Launcher, stopping: threading.Event) -> bool:
     """Wait until apps can be run, so that no run counts on a node that cannot; return whether they can be.
 
-    A node that has answers to hand in does not wait: it takes tasks, too, and these wait.
+    A node that has a part in a run, or answers to hand in, does not wait: its tasks do.
     """
     logger, told = logging.getLogger("privfed.node"), ""
     while (reason := launcher.waits_for()) and not stopping.is_set():

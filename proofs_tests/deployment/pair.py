@@ -22,14 +22,14 @@ LEASE_SECONDS = 2.0
 class Member:
     """One `privfed superlink --shared`, at addresses of its own."""
 
-    def __init__(self, folder: Path, name: str, database: str) -> None:
+    def __init__(self, folder: Path, name: str, database: str, isolation: str) -> None:
         self.home = folder / name
         self.home.mkdir()
         self.points = self.home / "points"
         self.points.mkdir()
         self.fleet, self.control, self.monitor = (f"127.0.0.1:{port}" for port in free_ports(3))
         words = ["superlink", "--insecure", "--home", str(self.home), "--fleet", self.fleet, "--control", self.control]
-        words += ["--database", database, "--shared", str(folder / "shared"), "--isolation", "inline"]
+        words += ["--database", database, "--shared", str(folder / "shared"), "--isolation", isolation]
         words += ["--lease-seconds", str(LEASE_SECONDS), "--monitor", self.monitor]
         self._command = [sys.executable, "-m", "privfed.cli.main", *words]
         self._from = 0
@@ -91,9 +91,9 @@ class Member:
 class Pair:
     """A context: both run inside it; `active` serves."""
 
-    def __init__(self, folder: Path, database: str) -> None:
+    def __init__(self, folder: Path, database: str, isolation: str = "inline") -> None:
         self.folder = folder
-        self.active, self.other = (Member(folder, name, database) for name in ("a", "b"))
+        self.active, self.other = (Member(folder, name, database, isolation) for name in ("a", "b"))
 
     def __enter__(self) -> Pair:
         self.active.start()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, p
 from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
 from proofs_tests.deployment.pair import Pair
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.superlink_process import SuperExecProcess
 from proofs_tests.deployment.test_chaos import APP, MANIFEST, NodeProcess
 
 PRIVATE = (
@@ -54,15 +55,20 @@ def app_in(folder: Path, text: str) -> Path:
 
 
 def through(
-    folder: Path, rounds: int, blows: list[Callable[[Pair], None]], text: str = APP
+    folder: Path, rounds: int, blows: list[Callable[[Pair], None]], text: str = APP, isolation: str = "inline"
 ) -> tuple[list[float], Path]:
     """Run a stateful app over two nodes while the SuperLinks suffer; see that nothing shows. Return the recoveries.
 
-    Each node prefers another SuperLink, and the run is submitted to the one that passes calls on.
+    Each node prefers another SuperLink, and the run is submitted to the one that passes calls on. isolation: of both;
+    with "external" each has a superexec of its own.
     """
     app = app_in(folder / "app", text)
     recoveries = []
-    with Pair(folder, database()) as pair, nodes_of(folder, pair.fleets):
+    with ExitStack() as stack:
+        pair = stack.enter_context(Pair(folder, database(), isolation))
+        for home in (pair.active.home, pair.other.home) if isolation == "external" else ():
+            stack.enter_context(SuperExecProcess(home, home / "exec.txt"))
+        stack.enter_context(nodes_of(folder, pair.fleets))
         with ControlClient(pair.other.control) as control:
             settings = {"num-rounds": str(rounds)}
             name = control.submit(Submission(open_app(app), settings, seed=3, nodes=2)).name
@@ -176,6 +182,14 @@ def kill_the_database(pair: Pair) -> None:
 def test_either_may_be_killed_or_frozen_and_its_database_too(tmp_path: Path) -> None:
     blows = [kill_the_other, kill_the_active, freeze_the_active, kill_the_database]
     through(tmp_path, 60, blows)
+
+
+@pytest.mark.postgres
+def test_the_one_that_takes_over_has_its_apps_run_by_a_superexec_of_its_own(tmp_path: Path) -> None:
+    _, run = through(tmp_path, 12, [kill_the_active], PRIVATE, "external")
+    assert_charged(run, 12)
+    launches = [(tmp_path / name / "exec.txt").read_text().count("started process") for name in ("a", "b")]
+    assert all(launches), "first one's, then the other's"
 
 
 @pytest.mark.postgres
