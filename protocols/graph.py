@@ -72,6 +72,12 @@ def _hypergeometric(n: int, marked: int, drawn: int) -> tuple[int, NDArray[np.fl
     return low, pmf / pmf.sum()
 
 
+def chance_of_marked(n: int, marked: int, drawn: int, least: int) -> float:
+    """Return P[at least `least` marked among `drawn` of n], with the digits of a small one; below 1e-300 it is 0."""
+    low, pmf = _hypergeometric(n, marked, drawn)
+    return float(pmf[max(least - low, 0) :].sum())
+
+
 def corrupt_quantile(n: int, corrupt: int, drawn: int) -> int:
     """Least c with n * P[more than c corrupt among `drawn` of n] <= 2^-(SIGMA + 1)."""
     low, pmf = _hypergeometric(n, corrupt, drawn)

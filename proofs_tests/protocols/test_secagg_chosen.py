@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from privfed.protocols import SecAggPlus, secure_sum
 from privfed.protocols.codec import Reader, decode, node_list
 from privfed.protocols.errors import RemoteError, TooFewSurvivors
+from privfed.protocols.graph import chance_of_marked
 from privfed.protocols.secagg import messages
-from privfed.protocols.secagg.messages import Advertisement, Kept
+from privfed.protocols.secagg.messages import Advertisement, Kept, Terms
 from privfed.protocols.secagg.neighbourhood import fallen_out, holders, least_survivors
+from privfed.protocols.session import Session
 from proofs_tests.protocols import test_secagg_sparse
 from proofs_tests.protocols.test_secagg_refusals import refuses
 from proofs_tests.protocols.test_secagg_sparse import ACTIVE, COHORT, Room
@@ -141,11 +144,16 @@ def test_shares_of_a_stranger_or_of_itself_are_refused(sender: int) -> None:
     refuses(room, 1, request[:33] + node_list(live) + messages.encode_sealed(sealed), "foreign-node")
 
 
+def sparse_terms(n: int, degree: int, threshold: int) -> Terms:
+    return Terms(Session(1, 1, "train", tuple(range(1, n + 1)), 5, 32, bytes(32)), degree, threshold, True)
+
+
 @pytest.mark.parametrize(
-    ("n", "degree", "silent", "most"), [(100, 16, 10, 4), (1000, 52, 0, 0), (1000, 52, 50, 3), (1000, 52, 150, 7)]
+    ("n", "degree", "threshold", "silent", "most"),
+    [(100, 16, 11, 10, 5), (1000, 52, 37, 0, 0), (1000, 52, 37, 50, 3), (1000, 52, 37, 150, 7)],
 )
 def test_a_server_that_sees_the_graph_lets_no_more_fall_out_than_the_bound(
-    n: int, degree: int, silent: int, most: int
+    n: int, degree: int, threshold: int, silent: int, most: int
 ) -> None:
     """Greedily: those whom the fewest chose, as long as all who chose them can be kept from confirming."""
     rng = np.random.default_rng(silent)
@@ -162,9 +170,27 @@ def test_a_server_that_sees_the_graph_lets_no_more_fall_out_than_the_bound(
             break
         kept, fallen = after, fallen + 1
         chose[:, best] = True
-    assert fallen_out(n, n - silent, n // 20, degree) == most
+    assert fallen_out(sparse_terms(n, degree, threshold), n - silent, n, n // 20) == most
     assert fallen <= most
     assert fallen > 0 or silent < degree
+
+
+@pytest.mark.parametrize(
+    ("n", "degree", "threshold", "gone", "most"),
+    [(100, 16, 11, 0, 2), (100, 16, 11, 5, 93), (100, 32, 22, 10, 1), (50, 16, 11, 5, 43), (1000, 52, 37, 50, 3)],
+)
+def test_a_sum_over_the_few_whose_neighbours_are_corrupt_or_gone(
+    n: int, degree: int, threshold: int, gone: int, most: int
+) -> None:
+    """Of 100 with 16 neighbours, five corrupt: two may have chosen all five and each other, and ten that are gone."""
+    assert fallen_out(sparse_terms(n, degree, threshold), n - gone, n - gone, n // 20) == most
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 13))
+def test_the_chance_of_so_many_marked_is_the_one_counted(n: int, marked: int, drawn: int, least: int) -> None:
+    marked, drawn = min(marked, n), min(drawn, n)
+    ways = sum(math.comb(marked, x) * math.comb(n - marked, drawn - x) for x in range(least, drawn + 1))
+    assert chance_of_marked(n, marked, drawn, least) == pytest.approx(ways / math.comb(n, drawn), rel=1e-9)
 
 
 def test_survivors_of_whom_too_many_may_not_be_in_the_sum_are_refused() -> None:
@@ -175,8 +201,8 @@ def test_survivors_of_whom_too_many_may_not_be_in_the_sum_are_refused() -> None:
         del signatures[node]
     body = messages.head(messages.REVEAL, room.server._bound) + node_list(COHORT)
     fewer = body + messages.encode_signatures(signatures)
-    missing = fallen_out(len(COHORT), len(signatures), 0, 16)
-    alone = fallen_out(len(COHORT), len(COHORT), 0, 16)
+    missing, alone = (fallen_out(room.server._terms, confirmed, len(COHORT), 0) for confirmed in (20, len(COHORT)))
+    assert len(signatures) == 20
     assert 0 <= alone < missing < len(COHORT) // 2
     for floors in ({"min_survivors": 31 - missing}, {"min_cohort": 31 - missing}):
         room.clients[1]._policy = replace(room.clients[1]._policy, **floors)  # type: ignore[arg-type]  # two counts

@@ -395,9 +395,10 @@ class SecAggClient:
             raise refuse("too-few-confirmations", f"{have} neighbours confirmed, {terms.threshold} are needed")
         least = max(self._policy.min_survivors, self._policy.min_cohort)
         if least > 2 and not is_full(terms, tuple(rows)):  # two honest ones are in any sum that can be opened
-            missing = fallen_out(len(terms.session.nodes), len(signatures), self._corrupt_nodes(terms), terms.degree)
+            missing = fallen_out(terms, len(signatures), len(survivors), self._corrupt_nodes(terms))
             if len(survivors) - missing < least:
                 detail = f"{missing} of {len(survivors)} survivors may not be in the sum, {least} are needed in it"
+                detail += "; more neighbours help"
                 raise refuse("too-few-survivors", detail)
 
 

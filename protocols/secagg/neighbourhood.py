@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.protocols.graph import corrupt_quantile, neighbours_of
+from privfed.protocols.graph import chance_of_marked, corrupt_quantile, neighbours_of
 from privfed.protocols.keys import derive, node_bytes
 from privfed.protocols.secagg.messages import Terms
 
@@ -135,24 +135,43 @@ def in_degree_limit(n: int, degree: int) -> int:
     return 0
 
 
-def fallen_out(n: int, confirmed: int, corrupt: int, degree: int) -> int:
+def fallen_out(terms: Terms, confirmed: int, survivors: int, corrupt: int) -> int:
     """Return how many honest nodes of the list that was signed may not be in its sum, but for a chance of 2^-40.
 
     A server can relay no shares of some nodes, list them, and have those who chose them not confirm. No honest node
-    that confirmed chose one of them: it would have masked with it, and the mask would be left in the sum. So of the
-    honest others no more than n - `confirmed` did. Union bound over the sets of up to half of the honest nodes, each
-    choosing `degree` others of n; a Chernoff bound for the tail.
+    of the sum that confirmed chose one of them: it would have masked with it, and the mask would be left in the sum.
+    So of the honest others no more than n - `confirmed` did. Union bound over the sets that may have fallen out,
+    each other node choosing `degree` of n; a Chernoff bound for the tail. Of sums so small that nobody in them need
+    have confirmed, `_outgrown` says how likely they are. docs/secure-aggregation.md has the proof.
     """
+    n, degree = len(terms.session.nodes), terms.degree
     whole, silent, tail = _log_choose(n - 1, degree), n - confirmed, 0.0
-    for size in range((n - corrupt) // 2, 0, -1):
+    for size in range(n - corrupt - 1 - _outgrown(terms, n - survivors, corrupt), 0, -1):
         others = n - corrupt - size
         none = _log_choose(n - 1 - size, degree) - whole  # log of the chance to choose none of them
         share, some = silent / others, -math.expm1(none)
         if share >= some:
             return size
-        distance = (1 - share) * (math.log1p(-share) - none) if share < 1 else 0.0
+        distance = (1 - share) * (math.log1p(-share) - none)
         distance += share * math.log(share / some) if share else 0.0
         tail += math.exp(min(0.0, _log_choose(n, size) - others * distance))
-        if tail > math.exp(_LOG_2_40):
+        if tail > math.exp(_LOG_2_40) / 4:
             return size
     return 0
+
+
+def _outgrown(terms: Terms, gone: int, corrupt: int) -> int:
+    """Return the most m such that sums over m honest nodes or fewer have a chance of 3/4 2^-40 at most.
+
+    gone: nodes that are not on the list. A node of the sum masked with `threshold` of those it chose, and as many hold
+    its share and are not gone; so all but `degree` - `threshold` of the former, at most, are corrupt or in the sum.
+    """
+    n, total = len(terms.session.nodes), 0.0
+    least = terms.threshold - min(gone, terms.degree - terms.threshold)
+    for size in range(1, n - corrupt):
+        chance = chance_of_marked(n - 1, corrupt + size - 1, terms.degree, least)
+        if chance:
+            total += math.exp(min(0.0, _log_choose(n, size) + size * math.log(chance)))
+        if total > 0.75 * math.exp(_LOG_2_40):
+            return size - 1
+    return n - corrupt - 1
