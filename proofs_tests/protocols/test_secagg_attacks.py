@@ -335,7 +335,7 @@ def test_second_unmask_finds_nothing_to_open() -> None:
     other = lab.requests[1][:33] + node_list((1, 2, 3))
     aborts(lab, 1, other, "second-request")
     kept = decode(lab.kept[1], Kept.read)
-    assert (kept.root, kept.inbox, kept.edges) == (b"", {}, ())
+    assert (kept.root, kept.agreed, kept.inbox, kept.edges) == (b"", {}, {}, ())
 
 
 @pytest.mark.parametrize("stage", ACTIVE.stages)

@@ -137,7 +137,7 @@ class SecAggClient:
         root = self._random(keys.KEY_BYTES)
         bound = terms.digest()
         own = self._advertisement(root, terms)
-        kept = Kept(ADVERTISE, bytes(32), b"", root, terms.encode(), bytes(32), b"", {}, (), ())
+        kept = Kept(ADVERTISE, bytes(32), b"", root, terms.encode(), bytes(32), b"", {}, {}, (), ())
         return kept, head(ADVERTISE, bound) + own.encode()
 
     def _check_terms(self, terms: Terms) -> None:
@@ -215,6 +215,7 @@ class SecAggClient:
         mine = holders(terms, self._node, present, seed, state.root)
         seal, mask, own = self._secrets(state.root, terms)
         sealed: dict[int, bytes] = {}
+        agreed: dict[int, bytes] = {}
         inbox: dict[int, bytes] = {}
         if len(mine) < terms.threshold:
             # Too few of the chosen ones are there: this node shares nothing, so that the server leaves it out.
@@ -229,9 +230,9 @@ class SecAggClient:
             if holder == self._node:
                 inbox[holder] = text
                 continue
-            channel = keys.Channel(keys.agree(sealing, holder, rows[holder].seal_key), view)
-            sealed[holder] = channel.seal(self._node, holder, text)
-        kept = replace(state, seed=seed, view=bytes(request), inbox=inbox)
+            agreed[holder] = keys.agree(sealing, holder, rows[holder].seal_key)
+            sealed[holder] = keys.Channel(agreed[holder], view).seal(self._node, holder, text)
+        kept = replace(state, seed=seed, view=bytes(request), agreed=agreed, inbox=inbox)
         return kept, head(SHARE, bound) + encode_sealed(sealed)
 
     def _check_view(self, state: Kept, terms: Terms, rows: Mapping[int, Advertisement]) -> None:
@@ -271,8 +272,8 @@ class SecAggClient:
         sealing, masking = keys.load(seal), keys.load(mask)
         inbox = dict(state.inbox)
         for sender, text in sealed.items():
-            channel = keys.Channel(keys.agree(sealing, sender, rows[sender].seal_key), view)
-            share = channel.open(sender, self._node, text)
+            shared = state.agreed.get(sender) or keys.agree(sealing, sender, rows[sender].seal_key)
+            share = keys.Channel(shared, view).open(sender, self._node, text)
             if decode_share(share, 2) is None:
                 raise RemoteError("bad-share", (sender,), "a share with an entry outside the field")
             inbox[sender] = share
@@ -286,7 +287,7 @@ class SecAggClient:
         add_masks(vector, plus, minus, threads=self._threads)
         reduce(vector, terms.session.bits)
         reply = b"".join([head(MASK, bound), PADDING, encode_vector(vector, terms.session.bits)])
-        return replace(state, inbox=inbox, edges=tuple(edges)), reply
+        return replace(state, agreed={}, inbox=inbox, edges=tuple(edges)), reply
 
     def _check_neighbours(
         self,
@@ -372,7 +373,7 @@ class SecAggClient:
             for node, share in state.inbox.items()
         }
         # One of the two shares of every node leaves, once; what could produce the other is forgotten with it.
-        done = replace(state, root=b"", inbox={}, view=b"", edges=(), survivors=())
+        done = replace(state, root=b"", agreed={}, inbox={}, view=b"", edges=(), survivors=())
         return done, head(REVEAL, bound) + encode_revealed(revealed)
 
     def _check_signatures(

@@ -164,7 +164,8 @@ def read_revealed(reader: Reader) -> dict[int, tuple[int, bytes]]:
 class Kept:
     """What a node keeps between two requests of a session. It holds secrets: persist it where keys may live.
 
-    stage: last one answered. request, reply: that exchange, so that a redelivery gets the same bytes.
+    stage: last one answered. request, reply: that exchange, so that a redelivery gets the same bytes. agreed: secrets
+    of the channels to those it sealed shares for, until theirs have been opened.
     """
 
     stage: int
@@ -174,6 +175,7 @@ class Kept:
     terms: bytes
     seed: bytes
     view: bytes
+    agreed: Mapping[int, bytes]
     inbox: Mapping[int, bytes]
     edges: tuple[int, ...]
     survivors: tuple[int, ...]
@@ -182,7 +184,8 @@ class Kept:
         # A masked vector is big: it is copied once, here, and never when the state is read.
         parts: list[Buffer] = [u8(self.stage), self.request, u32(len(self.reply)), self.reply]
         parts += [blob(self.root), blob(self.terms), self.seed]
-        parts += [blob(self.view), table(self.inbox.items()), node_list(self.edges), node_list(self.survivors)]
+        parts += [blob(self.view), table(self.agreed.items()), table(self.inbox.items())]
+        parts += [node_list(self.edges), node_list(self.survivors)]
         return b"".join(parts)
 
     @classmethod
@@ -195,6 +198,7 @@ class Kept:
             terms=bytes(reader.blob()),
             seed=bytes(reader.take(DIGEST_BYTES)),
             view=bytes(reader.blob()),
+            agreed=dict(reader.rows(f"{KEY_BYTES}s")),
             inbox=dict(reader.rows(f"{2 * SHARE_BYTES}s")),
             edges=reader.nodes(),
             survivors=reader.nodes(),
