@@ -12,17 +12,18 @@ from privfed.protocols import keys
 from privfed.protocols.codec import Reader, decode, encode_vector, node_list
 from privfed.protocols.errors import SERVER, DecodeError, LocalError, RemoteError
 from privfed.protocols.graph import count
-from privfed.protocols.prg import SEED_BYTES, Words, add_masks, draws, reduce, word
+from privfed.protocols.prg import SEED_BYTES, Words, add_masks, draws, reduce
 from privfed.protocols.secagg.messages import (
     ADVERTISE,
     CONFIRM,
     MASK,
+    MASKED_AT,
     OF_MASK_KEY,
     OF_SELF_SEED,
-    PADDING,
     REVEAL,
     SHARE,
     STAGE_NAMES,
+    WHOLE_WORDS,
     Advertisement,
     Kept,
     Terms,
@@ -34,6 +35,7 @@ from privfed.protocols.secagg.messages import (
     read_head,
     read_sealed,
     read_signatures,
+    room_for_masked,
 )
 from privfed.protocols.secagg.neighbourhood import (
     fallen_out,
@@ -278,16 +280,19 @@ class SecAggClient:
                 raise RemoteError("bad-share", (sender,), "a share with an entry outside the field")
             inbox[sender] = share
         edges = sorted((set(live) | set(sealed)) - {self._node})
-        vector = self._input(terms, source)
+        given, bits = self._input(terms, source), terms.session.bits
+        message, vector = room_for_masked(bound, len(given), bits)
+        vector[:] = given
         plus: list[bytes] = [self_seed(own, self._node, view)]
         minus: list[bytes] = []
         for peer in edges:
             seed = pair_seed(masking, peer, rows[peer].mask_key, self._node, view, peer)
             (plus if self._node < peer else minus).append(seed)
         add_masks(vector, plus, minus, threads=self._threads)
-        reduce(vector, terms.session.bits)
-        reply = b"".join([head(MASK, bound), PADDING, encode_vector(vector, terms.session.bits)])
-        return replace(state, agreed={}, inbox=inbox, edges=tuple(edges)), reply
+        reduce(vector, bits)
+        if bits not in WHOLE_WORDS:
+            message[MASKED_AT:] = encode_vector(vector, bits)
+        return replace(state, agreed={}, inbox=inbox, edges=tuple(edges)), memoryview(message).toreadonly()
 
     def _check_neighbours(
         self,
@@ -320,7 +325,7 @@ class SecAggClient:
             raise LocalError(f"the input must be uint32 or uint64 of length {size}, got {given.dtype}{given.shape}")
         if given.size and int(given.max()) >> bits:
             raise LocalError(f"an input entry needs more than {bits} bits")
-        return np.array(given, dtype=np.dtype(word(bits)).newbyteorder("<"))
+        return given
 
     # Round 3: ConsistencyCheck
     def _confirm(self, state: Kept, terms: Terms, request: Buffer) -> tuple[Kept, Buffer]:

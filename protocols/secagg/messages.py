@@ -16,6 +16,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from privfed.protocols.codec import (
     Reader,
     blob,
@@ -29,6 +31,8 @@ from privfed.protocols.codec import (
 )
 from privfed.protocols.errors import DecodeError, RemoteError
 from privfed.protocols.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, digest
+from privfed.protocols.packed import vector_bytes
+from privfed.protocols.prg import Words, word
 from privfed.protocols.session import Buffer, Session
 from privfed.protocols.shamir import SHARE_BYTES
 
@@ -41,6 +45,9 @@ SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 _ROW = f"{KEY_BYTES}s" * 3 + f"{SIGNATURE_BYTES}s"
 
 PADDING = bytes(7)
+MASKED_AT = 1 + DIGEST_BYTES + len(PADDING)
+WHOLE_WORDS = (32, 64)
+"""Bits with which an entry fills its word, so that a vector needs no packing."""
 
 OF_MASK_KEY, OF_SELF_SEED = 0, 1
 """Which of a node's two secrets a share is of."""
@@ -116,6 +123,15 @@ def check_head(message: Buffer, terms: bytes, peer: int) -> None:
     if len(message) > DIGEST_BYTES and bytes(message[1 : 1 + DIGEST_BYTES]) != terms:
         detail = "the message is bound to another session, model or configuration"
         raise RemoteError("inconsistent-session", (peer,), detail)
+
+
+def room_for_masked(terms: bytes, size: int, bits: int) -> tuple[bytearray, Words]:
+    """Return a masked message less its vector, and the vector: in its place with `WHOLE_WORDS`, else beside it."""
+    message = bytearray(MASKED_AT + vector_bytes(size, bits))
+    message[:MASKED_AT] = head(MASK, terms) + PADDING
+    kind = np.dtype(word(bits)).newbyteorder("<")
+    vector: Words = np.frombuffer(message, kind, offset=MASKED_AT) if bits in WHOLE_WORDS else np.empty(size, kind)
+    return message, vector
 
 
 def read_masked(reader: Reader) -> memoryview:
