@@ -67,6 +67,15 @@ def file_of(buffer: object) -> MappedFile | None:
     return buffer if isinstance(buffer, MappedFile) else None
 
 
+def hand_on_digests(buffer: Buffer, copy: MappedFile) -> None:
+    """Note with a file that holds a copy of a buffer what is known of arrays in that, if it lies in a file, too."""
+    source = file_of(buffer)
+    if source is not None and source.digests and copy.digests is not None:
+        start = np.frombuffer(buffer, np.uint8).ctypes.data - source.address
+        known = [(dtype, shape, digest) for (dtype, shape, at), digest in list(source.digests.items()) if at == start]
+        copy.digests |= {(dtype, shape, 0): digest for dtype, shape, digest in known}
+
+
 def open_nameless(folder: Path) -> int:
     """Return the descriptor of a new file that has no name, and is gone when nobody has it open or mapped."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from privfed.failpoint import around
-from privfed.mapped import MappedFile, file_of, identify, map_file
+from privfed.mapped import MappedFile, file_of, hand_on_digests, identify, map_file
 from privfed.runtime.disk import sync_folder, write_atomically
 
 Buffer = bytes | memoryview
@@ -63,6 +64,7 @@ class ArrayFolder:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             if not self._link(digest, file, buffer):
                 write_atomically(file, [buffer])
+                self._keep_copy(digest, file, buffer)
 
     def _link(self, digest: bytes, file: Path, buffer: Buffer) -> bool:
         """Take over the file that holds a buffer and nothing else, if there is one on the same disk."""
@@ -86,11 +88,23 @@ class ArrayFolder:
             return False
         if same:
             sync_folder(file.parent)
-            with self._lock:
-                self._maps[digest] = self._recent[digest] = owner
-                if len(self._recent) > RECENT:
-                    self._recent.popitem(last=False)
+            self._keep(digest, owner)
         return same
+
+    def _keep_copy(self, digest: bytes, file: Path, buffer: Buffer) -> None:
+        """Keep the map of a file just written, if what it was written from is known to have its hash."""
+        if len(buffer) and file_of(buffer) is not None:
+            with contextlib.suppress(FileNotFoundError):  # it is removed already
+                with file.open("rb") as written:
+                    found = map_file(written.fileno(), len(buffer), file)
+                hand_on_digests(buffer, found)
+                self._keep(digest, found)
+
+    def _keep(self, digest: bytes, found: MappedFile) -> None:
+        with self._lock:
+            self._maps[digest] = self._recent[digest] = found
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
 
     def read(self, digest: bytes) -> memoryview:
         """Map a buffer into memory; the reader checks its hash. Raises FileNotFoundError.

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privfed import Array, ArrayRecord, Context, Message, RecordDict
+from privfed import Array, ArrayRecord, Context, Message, RecordDict, wire
 from privfed.grid import Checkpoint, LocalGrid
 from privfed.mapped import file_of
+from privfed.runtime.array_folder import ArrayFolder
 from privfed.runtime.channel import Channel, ChannelError, Packet
 from privfed.runtime.grid_host import GridHost
 from privfed.runtime.remote_grid import Caller, RemoteGrid
@@ -174,3 +175,26 @@ def _listen(channel: Channel, inbox: queue.SimpleQueue[Packet]) -> None:
     with contextlib.suppress(ChannelError):
         while True:
             inbox.put(channel.receive())
+
+
+def test_what_came_in_with_its_hash_is_stored_and_read_again_without_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = through(tmp_path).array_records["large"]
+    folder, buffers = ArrayFolder(tmp_path / "arrays"), {array.digest: array.data for array in found.values()}
+    envelope, _ = wire.encode(RecordDict({"large": found}))
+    for digest, buffer in buffers.items():
+        folder.write(digest, buffer)
+
+    def compute(self: Array) -> bytes:
+        raise AssertionError("hashed once more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Array, "_compute_digest", compute)
+        stored = {digest: folder.read(digest) for digest in buffers}
+        assert wire.decode(envelope, stored) == RecordDict({"large": found})
+        with pytest.raises(AssertionError, match="hashed once more"):  # another shape at the same place is not known
+            _ = Array("float32", (1, 300_001), "raw", next(iter(stored.values()))).digest
+    folder.remove(next(iter(buffers)))
+    with pytest.raises(FileNotFoundError):
+        ArrayFolder(tmp_path / "arrays").read(next(iter(buffers)))
