@@ -26,8 +26,8 @@ from privfed.protocols.errors import DecodeError, LocalError, RemoteError, TooFe
 from privfed.protocols.secagg import messages
 from privfed.protocols.secagg.messages import Terms
 from privfed.protocols.session import Session
-from proofs_tests.protocols.test_secagg_attacks import PASSIVE as FULL
-from proofs_tests.protocols.test_secagg_attacks import Lab
+from proofs_tests.protocols.secagg_lab import PASSIVE as FULL
+from proofs_tests.protocols.secagg_lab import Lab
 from proofs_tests.protocols.test_secagg_sparse import COHORT, PASSIVE, Room
 
 SESSION = Session(1, 2, "train", (3, 4), 5, 16, b"m" * 32)

@@ -15,7 +15,7 @@ from privfed.protocols.secagg import messages
 from privfed.protocols.secagg.messages import Kept
 from privfed.protocols.session import Policy
 from privfed.protocols.shamir import SHARE_BYTES, P
-from proofs_tests.protocols.test_secagg_attacks import NODES, PASSIVE, Lab, aborts, confirmations
+from proofs_tests.protocols.secagg_lab import NODES, PASSIVE, Lab, aborts, confirmations
 from proofs_tests.protocols.test_secagg_sparse import COHORT, Room
 from proofs_tests.protocols.test_secagg_sparse import PASSIVE as SPARSE
 
