@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from privfed import mods
 from privfed.apps import ClientApp
@@ -25,7 +26,13 @@ ROSTER = {node: keys.signing_public(key) for node, key in SIGNING.items()}
 PROTOCOLS: list[Any] = [SecAgg(threshold=2), LightSecAgg(threshold=2), OneShot(threshold=2)]
 INPUT_STAGE = {"SecAgg": 2, "SecAggPlus": 2, "LightSecAgg": 2, "OneShot": 0}
 
+KINDS = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+
 Change = Callable[[RecordDict], None]
+
+
+def only_at(stage: int, change: Change) -> Callable[[int], Change | None]:
+    return lambda at: change if at == stage else None
 
 
 def model(value: float) -> ArrayRecord:

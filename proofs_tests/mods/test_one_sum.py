@@ -12,10 +12,10 @@ from privfed.protocols import SecAgg
 from privfed.protocols.session import Policy
 from privfed.record import ConfigRecord, RecordDict
 from privfed.ring import Layout, bind
-from proofs_tests.mods.federation import PROTOCOLS, Federation, model
+from proofs_tests.mods.federation import KINDS, Federation, model
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+@KINDS
 def test_one_sum_a_model_and_action(protocol: Any) -> None:
     """The second cohort lacks a node: the difference of the two sums would be its input."""
     lab = Federation(protocol)
@@ -35,7 +35,7 @@ def test_one_sum_a_model_and_action(protocol: Any) -> None:
     assert lab.session(7, value=1.0)[1] == {"SumAlreadyOpened"}
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+@KINDS
 def test_a_session_that_opened_nothing_may_be_tried_again(protocol: Any) -> None:
     lab = Federation(protocol)
     for number, upto in ((1, 1), (2, len(protocol.stages) - 1)):
@@ -53,7 +53,7 @@ def test_a_query_is_opened_once_but_another_question_is_another_sum() -> None:
     assert lab.session(3, kind="query", config={"above": 10}, nodes=(1, 2))[1] == {"SumAlreadyOpened"}
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+@KINDS
 def test_after_a_lie_the_session_is_over_for_the_node(protocol: Any) -> None:
     """A server may not try until a node accepts: the honest request that follows finds nothing."""
     for spoil in range(1, len(protocol.stages)):
@@ -97,7 +97,7 @@ def test_the_default_action_is_one_action_under_both_its_names(names: tuple[str,
     assert lab.trained == before
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: type(protocol).__name__)
+@KINDS
 def test_the_binding_that_a_node_insists_on_holds_in_the_mod(protocol: Any) -> None:
     content = RecordDict({"arrays": model(0.0)})
     content["config"] = ConfigRecord({})
