@@ -6,9 +6,7 @@ picked at random.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +20,9 @@ from privfed.privacy.events import DistributedDiscreteGaussian, DistributedSkell
 from privfed.protocols import LightSecAgg, SecAgg, SecAggPlus
 from privfed.protocols.loop import drive
 from privfed.protocols.session import Session
+from proofs_tests.privacy.noise_case import SEED, SIGMAS, stream
 
-SEED = hashlib.sha256(b"a public seed").digest()
-SIGMAS = 5.6  # two-sided normal: 2 * 10^-8
 GAUSSIAN = "discrete_gaussian"
-
-
-def stream(label: str) -> Callable[[int], bytes]:
-    calls = iter(range(10**9))
-    return lambda size: hashlib.shake_256(f"{label} {next(calls)}".encode()).digest(size)
 
 
 def parameters(**changes: Any) -> NoiseParameters:
