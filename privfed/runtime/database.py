@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ POSTGRES = "postgresql+psycopg://"
 # Whoever holds this lock in PostgreSQL writes alone, as whoever holds SQLite's write lock does.
 _WRITER = 0x7072_6976_6665_6401
 _MIGRATOR = _WRITER + 1
-NEWEST = "0003"
+_ALONE = sql.text("SELECT pg_advisory_xact_lock(:lock)")
+_BESIDE = sql.text("SELECT pg_advisory_xact_lock_shared(:lock)")
+_READS = "privfed_reads"
+_LOOK_AGAIN_SECONDS = 0.0005
+NEWEST = "0004"
 """The newest of the migrations."""
 
 
@@ -59,10 +65,37 @@ def _sqlite(path: Path) -> sql.Engine:
 
     @sql.event.listens_for(engine, "begin")
     def begin(connection: sql.Connection) -> None:
-        # A deferred transaction that reads first and then writes can fail with "database is locked".
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if connection.get_execution_options().get(_READS):
+            connection.exec_driver_sql("BEGIN")
+        else:
+            # A deferred transaction that reads first and then writes can fail with "database is locked".
+            _take_write_lock(connection)
 
     return engine
+
+
+def _take_write_lock(connection: sql.Connection) -> None:
+    """Begin a SQLite transaction that writes, as soon as the others let it.
+
+    SQLite itself looks again after up to 100 ms, and most transactions take less than one: it would sleep while nobody
+    writes.
+    """
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    deadline = time.monotonic() + BUSY_SECONDS
+    driver.execute("PRAGMA busy_timeout = 0")
+    try:
+        while time.monotonic() < deadline:
+            try:
+                driver.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as fault:
+                if fault.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # once more, and its fault is raised as those of others are
+    finally:
+        driver.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1e3:.0f}")
 
 
 def _postgres(url: str) -> sql.Engine:
@@ -82,12 +115,20 @@ def is_postgres(engine: sql.Engine) -> bool:
 
 
 @contextlib.contextmanager
-def alone(engine: sql.Engine) -> Iterator[sql.Connection]:
-    """Open a transaction that no other writer runs beside, in this process or another."""
+def alone(engine: sql.Engine, *, shared: bool = False) -> Iterator[sql.Connection]:
+    """Open a transaction that no other writer runs beside, in this process or another.
+
+    shared: in PostgreSQL others that say so run beside it.
+    """
     with engine.begin() as connection:
         if is_postgres(engine):
-            connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_WRITER)))
+            connection.execute(_BESIDE if shared else _ALONE, {"lock": _WRITER})
         yield connection
+
+
+def reader(engine: sql.Engine) -> sql.Engine:
+    """Return the engine for transactions that only read: they wait for no writer, and see what was last committed."""
+    return engine.execution_options(**{_READS: True})
 
 
 def _migrate(engine: sql.Engine) -> None:

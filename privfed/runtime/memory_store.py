@@ -151,6 +151,14 @@ class MemoryStore:
             return lease
         return None
 
+    def lease_many(
+        self, now: float, seconds: float, count: int, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> list[Lease]:
+        found: list[Lease] = []
+        while len(found) < count and (lease := self.lease(now, seconds, run_id, nodes)) is not None:
+            found.append(lease)
+        return found
+
     def _next_task(self, key: _Key, now: float) -> _Task | None:
         """Take the first task in a node's queue that is alive and not overdue; forget an empty queue."""
         queue = self._queues[key]
@@ -190,6 +198,9 @@ class MemoryStore:
         self._answer(message_id, reply)
         run.counted[token] = self._counted[token] = Holder(*key, message_id, True)
         return message_id
+
+    def complete_many(self, done: Sequence[tuple[str, Message, NodeState | None]]) -> list[str | None]:
+        return [self.complete(*one) for one in done]
 
     def holder(self, token: str) -> Holder | None:
         entry = self._leases.get(token)

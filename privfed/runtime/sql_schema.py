@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from privfed.errors import AppError
 
 try:
@@ -47,15 +49,31 @@ tasks = sql.Table(
     sql.Column("id", sql.BigInteger().with_variant(sql.Integer, "sqlite"), primary_key=True, autoincrement=True),
     sql.Column("run_id", sql.BigInteger, nullable=False),
     sql.Column("node_id", sql.BigInteger, nullable=False),
-    sql.Column("message_id", sql.Text, nullable=False, index=True),
+    sql.Column("message_id", sql.Text, nullable=False),
     sql.Column("envelope", sql.LargeBinary, nullable=False),
-    sql.Column("expires_at", sql.Float, nullable=False, index=True),
-    sql.Column("token", sql.String(32), index=True),  # of the lease, while the task is out
+    sql.Column("expires_at", sql.Float, nullable=False),
+    sql.Column("token", sql.String(32)),  # of the lease, while the task is out
     sql.Column("lease_until", sql.Float),
     sql.Column("withdrawn", sql.Boolean, nullable=False, default=False),  # while it was out
     sql.Column("reply", sql.LargeBinary),
-    sql.Index("tasks_of_node", "run_id", "node_id"),
+    sql.Index("tasks_of_run", "run_id", "message_id"),
 )
+# A task is in the indexes of where it stands, so that none of them grows with what is elsewhere.
+_OPEN, _OUT = sql.text("reply IS NULL"), sql.text("token IS NOT NULL")
+_QUEUED, _DONE = sql.text("reply IS NULL AND token IS NULL"), sql.text("reply IS NOT NULL")
+
+
+def _while(condition: sql.TextClause, name: str, *columns: sql.Column[Any], unique: bool = False) -> None:
+    sql.Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
+_while(_QUEUED, "tasks_queued", tasks.c.id)
+_while(_OPEN, "tasks_open", tasks.c.node_id, tasks.c.run_id, tasks.c.id)
+_while(_OPEN, "tasks_expiring", tasks.c.expires_at)
+_while(_OUT, "tasks_out", tasks.c.node_id, tasks.c.run_id, unique=True)  # of a node at most one is out
+_while(_OUT, "tasks_token", tasks.c.token)
+_while(_OUT, "tasks_lapsing", tasks.c.lease_until)
+_while(_DONE, "tasks_done", tasks.c.run_id)
 counted = sql.Table(  # leases whose reply was taken, so that a reply sent again is told so
     "counted",
     tables,

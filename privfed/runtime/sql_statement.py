@@ -1,11 +1,19 @@
-"""The statements of the durable store that run for every task: built once, since that takes as long as running them."""
+"""The statements of the durable store that run for every task: built once, since that takes as long as running them.
+
+Those with a list ("its_tasks", "its_tokens", ...) take at most `MANY` values of it at a time (`pieces`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from privfed.runtime.sql_schema import counted, holds, nodes, runs, sql, states, tasks
+from privfed.runtime.sql_schema import buffers, counted, holds, nodes, runs, sql, states, tasks
+
+T = TypeVar("T")
+MANY = 500
+"""Values a statement takes at most: SQLite allows 32,766, and what is prepared once for each length stays little."""
 
 
 class Asked(NamedTuple):
@@ -15,57 +23,98 @@ class Asked(NamedTuple):
     nodes: bool
 
 
+def pieces(values: Iterable[T]) -> Iterator[list[T]]:
+    """Cut a list into those that a statement takes."""
+    found = list(values)
+    return (found[at : at + MANY] for at in range(0, len(found), MANY))
+
+
 def _its(name: str) -> sql.BindParameter[Any]:
     """Return a parameter; a name of its own, since an UPDATE has those of the columns for itself."""
     return sql.bindparam(f"its_{name}")
 
 
+def _one_of(column: sql.Column[Any], name: str) -> sql.ColumnElement[bool]:
+    return column.in_(sql.bindparam(f"its_{name}", expanding=True))
+
+
+_open = tasks.c.reply.is_(None)
+_waiting = _open & ~tasks.c.withdrawn
+_of_run = tasks.c.run_id == _its("run")
+
 RUN = sql.select(runs).where(runs.c.run_id == _its("run"))
-NODE = sql.select(nodes.c.node_id).where((nodes.c.run_id == _its("run")) & (nodes.c.node_id == _its("node")))
-STATE = sql.select(states.c.envelope).where((states.c.run_id == _its("run")) & (states.c.node_id == _its("node")))
-PUSHED = sql.select(tasks.c.id).where(
-    (tasks.c.message_id == _its("message")) & (tasks.c.run_id == _its("run")) & ~tasks.c.withdrawn
+NODES = sql.select(nodes.c.node_id).where((nodes.c.run_id == _its("run")) & _one_of(nodes.c.node_id, "nodes"))
+STATE = sql.select(states).where((states.c.run_id == _its("run")) & (states.c.node_id == _its("node")))
+STATES = sql.select(states).where(_one_of(states.c.run_id, "runs") & _one_of(states.c.node_id, "nodes"))
+PUSHED = sql.select(tasks.c.id, tasks.c.message_id, tasks.c.node_id).where(
+    _one_of(tasks.c.message_id, "messages") & _of_run & ~tasks.c.withdrawn
 )
 PUSH = tasks.insert()
-OF_TOKEN = sql.select(tasks).where(tasks.c.token == _its("token"))
+# In the order of their ids, so that two transactions that want the same ones do not wait for each other.
+OF_TOKENS = (
+    sql.select(tasks.c.id, tasks.c.run_id, tasks.c.node_id, tasks.c.message_id, tasks.c.token, tasks.c.withdrawn)
+    .where(_one_of(tasks.c.token, "tokens"))
+    .order_by(tasks.c.id)
+    .with_for_update()
+)
+OUT = sql.select(tasks.c.run_id, tasks.c.node_id, tasks.c.message_id).where(
+    (tasks.c.token == _its("token")) & ~tasks.c.withdrawn
+)
+COUNTED = sql.select(counted).where(counted.c.token == _its("token"))
 LEND = tasks.update().where(tasks.c.id == _its("task")).values(token=_its("token"), lease_until=_its("until"))
 ANSWER = tasks.update().where(tasks.c.id == _its("task")).values(reply=_its("reply"), token=None, lease_until=None)
 COUNT = counted.insert()
-REPLY = sql.select(tasks.c.reply).where(tasks.c.id == _its("task"))
-DROP = tasks.delete().where(tasks.c.id == _its("task"))
-HELD = sql.select(holds.c.digest).where(holds.c.holder == _its("holder"))
-
-
-@cache
-def _free(asked: Asked) -> sql.ColumnElement[bool]:
-    """Return what holds of a task that may be handed out "now": none of its node's is out."""
-    other = tasks.alias("other")
-    same_node = (other.c.run_id == tasks.c.run_id) & (other.c.node_id == tasks.c.node_id)
-    out = sql.exists().where(same_node & other.c.token.is_not(None))
-    free = tasks.c.reply.is_(None) & tasks.c.token.is_(None) & (tasks.c.expires_at > _its("now")) & ~out
-    if asked.run:
-        free &= tasks.c.run_id == _its("run")
-    if asked.nodes:
-        free &= tasks.c.node_id.in_(sql.bindparam("its_nodes", expanding=True))
-    return free
+DONE = sql.select(tasks.c.id, tasks.c.message_id).where(_of_run & tasks.c.reply.is_not(None))
+REPLIES = (
+    sql.select(tasks.c.id, tasks.c.reply)
+    .where(_one_of(tasks.c.id, "tasks") & tasks.c.reply.is_not(None))
+    .order_by(tasks.c.id)
+    .with_for_update()
+)
+OF_RUN = sql.select(tasks.c.id).where(_of_run)
+NAMED = (
+    sql.select(tasks.c.id, tasks.c.token)
+    .where(_of_run & _one_of(tasks.c.message_id, "messages"))
+    .order_by(tasks.c.id)
+    .with_for_update()
+)
+WITHDRAW = tasks.update().where(_one_of(tasks.c.id, "tasks")).values(withdrawn=True)
+DROP = tasks.delete().where(_one_of(tasks.c.id, "tasks"))
+_LAPSED = tasks.c.token.is_not(None) & (tasks.c.lease_until <= _its("now"))
+LAPSED_WITHDRAWN = sql.select(tasks.c.id).where(_LAPSED & tasks.c.withdrawn)
+REQUEUE_LAPSED = tasks.update().where(_LAPSED).values(token=None, lease_until=None)
+OVERDUE = sql.select(tasks.c.id, tasks.c.message_id, tasks.c.envelope).where(
+    _waiting & (tasks.c.expires_at <= _its("now"))
+)
+DEADLINES = sql.select(
+    sql.select(sql.func.min(tasks.c.expires_at)).where(_waiting).scalar_subquery().label("overdue"),
+    sql.select(sql.func.min(tasks.c.lease_until)).where(tasks.c.token.is_not(None)).scalar_subquery().label("lapsed"),
+)
+HELD = sql.select(holds.c.digest).where(_one_of(holds.c.holder, "holders"))
+LET_GO = holds.delete().where(_one_of(holds.c.holder, "holders"))
+HOLD = holds.insert()
+STILL_HELD = sql.select(holds.c.digest).distinct().where(_one_of(holds.c.digest, "digests"))
+DROP_BUFFERS = buffers.delete().where(_one_of(buffers.c.digest, "digests"))
+KEEP_BUFFER = sql.text("INSERT INTO buffers (digest, data) VALUES (:digest, :data) ON CONFLICT DO NOTHING")
+UNHELD = sql.select(buffers.c.digest).where(~sql.exists().where(holds.c.digest == buffers.c.digest))
 
 
 @cache
 def first_free(asked: Asked) -> sql.Select[Any]:
-    """Select the first task that may be handed out."""
-    return sql.select(tasks).where(_free(asked)).order_by(tasks.c.id).limit(1)
+    """Select, and in PostgreSQL lock, some tasks that may be handed out "now": the first of nodes that have none out.
 
-
-@cache
-def free_node(asked: Asked) -> sql.Select[Any]:
-    """Select and lock, in PostgreSQL, a node with such a task that nobody else has locked."""
-    here = (nodes.c.run_id == tasks.c.run_id) & (nodes.c.node_id == tasks.c.node_id)
-    place = sql.select(tasks.c.run_id, tasks.c.node_id).join(nodes, here).where(_free(asked))
-    return place.order_by(tasks.c.id).limit(1).with_for_update(of=nodes, skip_locked=True)
-
-
-@cache
-def first_free_of_node(asked: Asked) -> sql.Select[Any]:
-    """Select and lock the first such task of a node."""
-    mine = (tasks.c.run_id == sql.bindparam("found_run")) & (tasks.c.node_id == sql.bindparam("found_node"))
-    return first_free(asked).where(mine).with_for_update(of=tasks)
+    Tasks that others have locked are left out. Whoever reads an old state may find a task that is not its node's only
+    one when it comes to take it; the index `tasks_out` refuses that.
+    """
+    other = tasks.alias("other")
+    same_node = (other.c.node_id == tasks.c.node_id) & (other.c.run_id == tasks.c.run_id)
+    out = sql.exists().where(same_node & other.c.token.is_not(None))
+    live = other.c.reply.is_(None) & (other.c.expires_at > _its("now"))
+    before = sql.exists().where(same_node & live & (other.c.id < tasks.c.id))
+    free = _open & tasks.c.token.is_(None) & (tasks.c.expires_at > _its("now")) & ~out & ~before
+    if asked.run:
+        free &= _of_run
+    if asked.nodes:
+        free &= _one_of(tasks.c.node_id, "nodes")
+    found = sql.select(tasks.c.id, tasks.c.run_id, tasks.c.node_id, tasks.c.envelope).where(free)
+    return found.order_by(tasks.c.id).limit(_its("count")).with_for_update(of=tasks, skip_locked=True)

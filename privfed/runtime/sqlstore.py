@@ -1,31 +1,34 @@
 """The durable store: SQLite or PostgreSQL for what is small, content-addressed files for large arrays.
 
-Every method is one transaction that takes the write lock first (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock),
-but for leases in PostgreSQL, which lock a node and skip those that others have locked. A buffer is written in the
-transaction that first refers to it, and its file is removed in a transaction after the one that dropped the last
-reference, so neither a crash nor a rolled-back transaction loses a buffer that is referred to.
+Every method that writes is one transaction. In SQLite it takes the write lock first (BEGIN IMMEDIATE). In PostgreSQL
+it holds an advisory lock: alone, or shared by those that take replies (`complete`) and hand them over (`pull`), which
+lock the rows of their tasks; a lease takes no lock but those of its tasks' rows, and skips what others have locked.
+That no node has two tasks out is an index's to refuse. What only reads waits for nobody.
+
+A large buffer is written before the transaction that first refers to it, and again in it if it is gone by then. What
+nobody refers to is removed in a transaction after the one that dropped the last reference, and alone. So neither a
+crash nor a rolled-back transaction loses a buffer that is referred to.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from privfed import wire
-from privfed.errors import WireError
 from privfed.failpoint import around, reach
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime import sql_statement as statement
 from privfed.runtime.array_folder import Buffer
-from privfed.runtime.array_store import ArrayStore, open_arrays
-from privfed.runtime.database import DatabaseError, alone, describe, is_postgres, open_database
-from privfed.runtime.sql_schema import buffers, counted, facts, holds, nodes, runs, sql, states, tasks
-from privfed.runtime.sql_statement import Asked, first_free, first_free_of_node, free_node
+from privfed.runtime.array_store import open_arrays
+from privfed.runtime.database import DatabaseError, alone, describe, is_postgres, open_database, reader
+from privfed.runtime.sql_schema import counted, facts, nodes, runs, sql, states, tasks
+from privfed.runtime.sql_statement import Asked, pieces
+from privfed.runtime.sql_transaction import LARGE, Transaction
 from privfed.runtime.store import (
     Holder,
     Lease,
@@ -35,13 +38,11 @@ from privfed.runtime.store import (
     check_running,
     check_transition,
     expired_reply,
-    pack_states,
     unknown_node_reply,
-    unpack_states,
 )
 
-LARGE = 1 << 16
-"""Buffers of at least this many bytes are files."""
+_OVERTAKEN = {"23505", "40P01"}
+"""SQLSTATE of a claim that another one was faster than: not unique, deadlock."""
 
 
 class SqlStore:
@@ -60,6 +61,7 @@ class SqlStore:
         fence: Callable[[sql.Connection], None] = lambda connection: None,
     ) -> None:
         self._fence = fence
+        self._lock = threading.Lock()
         path = Path(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engine = open_database(path / "link.db" if database is None else database)
@@ -67,6 +69,8 @@ class SqlStore:
             self._arrays = open_arrays(path, arrays)
             self._know_arrays()
             self._doomed: set[bytes] = set(self._arrays)
+            with self._look() as work:
+                self._doomed.update(work.do(statement.UNHELD).scalars())
         except BaseException:
             self._engine.dispose()
             raise
@@ -91,30 +95,64 @@ class SqlStore:
                 )
 
     @contextmanager
-    def _transaction(self, step: str = "") -> Iterator[_Transaction]:
-        """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads."""
-        with alone(self._engine) as connection:
-            self._fence(connection)
-            transaction = _Transaction(connection, self._arrays)
-            self._doomed -= transaction.sweep(self._doomed)
-            yield transaction
-            if step:
-                reach(f"before-{step}")
+    def _transaction(self, step: str = "", *, shared: bool = False) -> Iterator[Transaction]:
+        """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads.
+
+        shared: others that say so may run beside it, in PostgreSQL.
+        """
+        doomed: set[bytes] = set()
+        shared = shared and is_postgres(self._engine)
+        try:
+            with alone(self._engine, shared=shared) as connection:
+                self._fence(connection)
+                work = Transaction(connection, self._arrays)
+                if not shared and self._doomed:
+                    with self._lock:
+                        doomed, self._doomed = self._doomed, set()
+                    work.sweep(doomed)
+                yield work
+                work.hold_all()
+                if step:
+                    reach(f"before-{step}")
+        except BaseException:
+            self._doom(doomed)
+            raise
         if step:
             reach(f"after-{step}")
-        self._doomed |= transaction.dropped
+        self._doom(work.dropped)
+
+    @contextmanager
+    def _look(self) -> Iterator[Transaction]:
+        """See what was last committed; one that reads twice may see two states."""
+        with reader(self._engine).connect() as connection:
+            self._fence(connection)
+            yield Transaction(connection, self._arrays)
+
+    def _doom(self, digests: Iterable[bytes]) -> None:
+        """Have buffers removed unless somebody refers to them."""
+        with self._lock:
+            self._doomed.update(digests)
+
+    @contextmanager
+    def _kept(self, given: Iterable[Mapping[bytes, Buffer]]) -> Iterator[None]:
+        """Write large buffers before the transaction that refers to them; removed later if it does not."""
+        large = {digest: buffer for parts in given for digest, buffer in parts.items() if len(buffer) >= LARGE}
+        try:
+            for digest, buffer in large.items():
+                self._arrays.write(digest, buffer)
+            yield
+        finally:
+            self._doom(large)
 
     def create_run(self, run_id: int, node_ids: Sequence[int]) -> None:
         with self._transaction("create-run") as work:
-            if work.run(run_id, missing_ok=True) is not None:
+            if work.run(run_id) is not None:
                 raise StoreError(f"run {run_id} exists already")
             work.do(runs.insert().values(run_id=run_id, state="pending", reason=""))
-            rows = [{"run_id": run_id, "node_id": node} for node in node_ids]
-            if rows:
-                work.connection.execute(nodes.insert(), rows)
+            work.do_all(nodes.insert(), [{"run_id": run_id, "node_id": node} for node in node_ids])
 
     def run(self, run_id: int) -> RunInfo:
-        with self._transaction() as work:
+        with self._look() as work:
             return work.known(run_id)
 
     def runs(self) -> list[RunInfo]:
@@ -126,7 +164,7 @@ class SqlStore:
             check_transition(work.known(run_id).state, state)
             work.do(runs.update().where(runs.c.run_id == run_id).values(state=state, reason=reason))
             if state != "running":
-                work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(tasks.c.run_id == run_id))])
+                work.drop_tasks(work.do(statement.OF_RUN, {"its_run": run_id}).scalars().all())
             if state == "completed":
                 work.do(counted.delete().where(counted.c.run_id == run_id))
 
@@ -137,104 +175,126 @@ class SqlStore:
             return [row.node_id for row in work.do(found)]
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
-        answered = []
-        with self._transaction("push") as work:
+        sent = list(messages)
+        given = {message.metadata.message_id: message for message in sent}
+        encoded = {message_id: wire.encode(message) for message_id, message in given.items()}
+        with self._kept(parts for _, parts in encoded.values()), self._transaction("push") as work:
             check_running(work.known(run_id))
-            for message in messages:
-                data = message.metadata
-                again = {"its_message": data.message_id, "its_run": run_id}
-                if work.do(statement.PUSHED, again).first() is not None:
-                    raise StoreError(f"the message {data.message_id} was pushed already")
-                task = work.add_task(run_id, message)
-                if not work.has_node(run_id, data.dst_node_id):
-                    work.answer(task, unknown_node_reply(message))
-                    answered.append(data.message_id)
-        return answered
+            again = [row.message_id for row in work.pushed(run_id, given)]
+            if again or len(given) < len(sent):
+                twice = again or [one.metadata.message_id for one in sent if given[one.metadata.message_id] is not one]
+                raise StoreError(f"the message {twice[0]} was pushed already")
+            work.add_tasks(run_id, [(given[one].metadata, encoded[one][0]) for one in given])
+            known = work.nodes(run_id, {message.metadata.dst_node_id for message in sent})
+            astray = {one for one, message in given.items() if message.metadata.dst_node_id not in known}
+            if astray or any(parts for _, parts in encoded.values()):
+                answers = []
+                for row in work.pushed(run_id, given):
+                    if row.message_id in astray:
+                        answers.append((row.id, wire.encode(unknown_node_reply(given[row.message_id]))))
+                    else:
+                        work.hold(f"task {row.id}", encoded[row.message_id][1])
+                work.answer(answers)
+            return [one for one in given if one in astray]
 
     def lease(
         self, now: float, seconds: float, run_id: int | None = None, nodes: Collection[int] | None = None
     ) -> Lease | None:
+        return next(iter(self.lease_many(now, seconds, 1, run_id, nodes)), None)
+
+    def lease_many(
+        self, now: float, seconds: float, count: int, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> list[Lease]:
         asked = Asked(run_id is not None, nodes is not None)
         given = {"its_now": now, "its_run": run_id, "its_nodes": None if nodes is None else list(nodes)}
-        given = {name: value for name, value in given.items() if value is not None}
-        if is_postgres(self._engine):
-            with around("lease"), self._engine.begin() as connection:
-                self._fence(connection)
-                return _Transaction(connection, self._arrays).claim_locked(asked, given, now + seconds)
-        with self._transaction("lease") as work:
-            row = work.do(first_free(asked), given).first()
-            return None if row is None else work.hand_out(row, now + seconds)
+        given = {name: value for name, value in given.items() if value is not None} | {"its_count": count}
+        if not is_postgres(self._engine):
+            with self._transaction("lease") as work:
+                return work.hand_out(asked, given, now + seconds)
+        while True:
+            try:
+                with around("lease"), self._engine.begin() as connection:
+                    self._fence(connection)
+                    return Transaction(connection, self._arrays).hand_out(asked, given, now + seconds)
+            except sql.exc.DBAPIError as fault:
+                if getattr(fault.orig, "sqlstate", None) not in _OVERTAKEN:
+                    raise
 
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
-        with self._transaction("complete") as work:
-            row = work.do(statement.OF_TOKEN, {"its_token": token}).first()
-            if row is None:
-                return None
-            if row.withdrawn:
-                work.drop_tasks([row.id])
-                return None
-            work.answer(row.id, reply)
-            row_of = {"run_id": row.run_id, "node_id": row.node_id, "message_id": row.message_id}
-            work.do(statement.COUNT, {"token": token, **row_of})
-            if state is not None:
-                work.put_state(row.run_id, row.node_id, state)
-            return str(row.message_id)
+        return self.complete_many([(token, reply, state)])[0]
+
+    def complete_many(self, done: Sequence[tuple[str, Message, NodeState | None]]) -> list[str | None]:
+        encoded = [wire.encode(reply) for _, reply, _ in done]
+        counts: list[str | None] = []
+        with self._kept(parts for _, parts in encoded), self._transaction("complete", shared=True) as work:
+            out = work.of_tokens([token for token, _, _ in done])
+            taken = []
+            for (token, _, state), reply in zip(done, encoded, strict=True):
+                row = out.pop(token, None)
+                counts.append(None if row is None or row.withdrawn else str(row.message_id))
+                if row is not None:
+                    taken.append((row, reply, state))
+            work.drop_tasks([row.id for row, _, _ in taken if row.withdrawn])
+            taken = [(row, reply, state) for row, reply, state in taken if not row.withdrawn]
+            work.answer([(row.id, reply) for row, reply, _ in taken])
+            work.count([row for row, _, _ in taken])
+            for row, _, state in taken:
+                if state is not None:
+                    work.put_state(row.run_id, row.node_id, state)
+        return counts
 
     def holder(self, token: str) -> Holder | None:
-        with self._transaction() as work:
-            done = work.do(sql.select(counted).where(counted.c.token == token)).first()
-            if done is not None:
-                return Holder(done.run_id, done.node_id, done.message_id, True)
-            row = work.do(sql.select(tasks).where((tasks.c.token == token) & ~tasks.c.withdrawn)).first()
-            return None if row is None else Holder(row.run_id, row.node_id, row.message_id, False)
+        with self._look() as work:
+            # In this order: between the two a reply may be counted, and not be taken back.
+            row = work.do(statement.OUT, {"its_token": token}).first()
+            if row is not None:
+                return Holder(row.run_id, row.node_id, row.message_id, False)
+            done = work.do(statement.COUNTED, {"its_token": token}).first()
+            return None if done is None else Holder(done.run_id, done.node_id, done.message_id, True)
 
     def release(self, node_id: int, holding: Collection[str] = ()) -> int:
         out = (tasks.c.node_id == node_id) & tasks.c.token.is_not(None) & tasks.c.token.not_in(holding)
         with self._transaction("release") as work:
-            work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(out & tasks.c.withdrawn))])
+            work.drop_tasks(work.do(sql.select(tasks.c.id).where(out & tasks.c.withdrawn)).scalars().all())
             return int(work.do(tasks.update().where(out).values(token=None, lease_until=None)).rowcount)
 
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
-        with self._transaction("pull") as work:
+        with self._transaction("pull", shared=True) as work:
             found = work.answered(run_id)
-            chosen = [found[one] for one in dict.fromkeys(message_ids) if one in found]
-            replies = [work.message(work.reply(task)) for task in chosen]
-            work.drop_tasks(chosen)
-            return replies
+            replies = work.replies([found[one] for one in dict.fromkeys(message_ids) if one in found])
+            work.drop_tasks(replies)
+            return [work.message(envelope) for envelope in replies.values()]
 
     def arrived(self, run_id: int, message_ids: Iterable[str]) -> bool:
-        with self._transaction() as work:
+        with self._look() as work:
             return not work.answered(run_id).keys().isdisjoint(message_ids)
 
     def forget(self, run_id: int, message_ids: Iterable[str]) -> None:
         with self._transaction("forget") as work:
             work.known(run_id)
-            for message_id in message_ids:
-                mine = (tasks.c.run_id == run_id) & (tasks.c.message_id == message_id)
-                for row in work.do(sql.select(tasks.c.id, tasks.c.token).where(mine).with_for_update()).all():
-                    if row.token is None:
-                        work.drop_tasks([row.id])
-                    else:  # its node stays taken until the worker is done
-                        work.change_task(row.id, withdrawn=True)
+            for some in pieces(message_ids):
+                rows = work.do(statement.NAMED, {"its_run": run_id, "its_messages": some}).all()
+                work.drop_tasks([row.id for row in rows if row.token is None])
+                out = [row.id for row in rows if row.token is not None]
+                if out:  # their nodes stay taken until the workers are done
+                    work.do(statement.WITHDRAW, {"its_tasks": out})
 
     def expire(self, now: float) -> list[str]:
-        lapsed = tasks.c.token.is_not(None) & (tasks.c.lease_until <= now)
-        overdue = tasks.c.reply.is_(None) & ~tasks.c.withdrawn & (tasks.c.expires_at <= now)
+        if self.next_deadline() > now:
+            return []
+        given = {"its_now": now}
         with self._transaction("expire") as work:
-            work.drop_tasks([row.id for row in work.do(sql.select(tasks.c.id).where(lapsed & tasks.c.withdrawn))])
-            work.do(tasks.update().where(lapsed).values(token=None, lease_until=None))
-            answered = []
-            for row in work.do(sql.select(tasks.c.id, tasks.c.message_id, tasks.c.envelope).where(overdue)).all():
-                work.answer(row.id, expired_reply(Message.restore(wire.peek(row.envelope), RecordDict())))
-                answered.append(row.message_id)
-            return answered
+            work.drop_tasks(work.do(statement.LAPSED_WITHDRAWN, given).scalars().all())
+            work.do(statement.REQUEUE_LAPSED, given)
+            overdue = work.do(statement.OVERDUE, given).all()
+            blank = [Message.restore(wire.peek(row.envelope), RecordDict()) for row in overdue]
+            replies = [wire.encode(expired_reply(message)) for message in blank]
+            work.answer([(row.id, reply) for row, reply in zip(overdue, replies, strict=True)])
+            return [row.message_id for row in overdue]
 
     def next_deadline(self) -> float:
-        waiting = tasks.c.reply.is_(None) & ~tasks.c.withdrawn
-        with self._transaction() as work:
-            overdue = work.do(sql.select(sql.func.min(tasks.c.expires_at)).where(waiting)).scalar()
-            lapsed = work.do(sql.select(sql.func.min(tasks.c.lease_until))).scalar()
-            return min((found for found in (overdue, lapsed) if found is not None), default=math.inf)
+        with self._look() as work:
+            return min((found for found in work.do(statement.DEADLINES).one() if found is not None), default=math.inf)
 
     def state(self, run_id: int, node_id: int) -> NodeState:
         with self._transaction() as work:
@@ -244,173 +304,14 @@ class SqlStore:
     def states(self, run_id: int) -> Mapping[int, NodeState]:
         with self._transaction() as work:
             work.known(run_id)
-            found = sql.select(states.c.node_id).where(states.c.run_id == run_id).order_by(states.c.node_id)
-            return {row.node_id: work.state(run_id, row.node_id) for row in work.do(found).all()}
+            found = sql.select(states).where(states.c.run_id == run_id).order_by(states.c.node_id)
+            return {row.node_id: work.unpack(row) for row in work.do(found).all()}
 
     def put_states(self, run_id: int, given: Mapping[int, NodeState]) -> None:
         with self._transaction() as work:
             work.known(run_id)
+            known = work.nodes(run_id, given)
             for node_id, state in given.items():
-                if not work.has_node(run_id, node_id):
+                if node_id not in known:
                     raise StoreError(f"run {run_id} has no node {node_id}")
                 work.put_state(run_id, node_id, state)
-
-
-class _Transaction:
-    """Rows, envelopes and the buffers they hold, inside one transaction."""
-
-    def __init__(self, connection: sql.Connection, arrays: ArrayStore) -> None:
-        self.connection = connection
-        self.dropped: set[bytes] = set()
-        self._arrays = arrays
-
-    def do(self, what: sql.Executable, given: Mapping[str, object] | None = None) -> Any:
-        return self.connection.execute(what, given)
-
-    def run(self, run_id: int, *, missing_ok: bool = False) -> RunInfo | None:
-        row = self.do(statement.RUN, {"its_run": run_id}).first()
-        if row is None and not missing_ok:
-            raise StoreError(f"there is no run {run_id}")
-        return None if row is None else RunInfo(*row)
-
-    def known(self, run_id: int) -> RunInfo:
-        info = self.run(run_id)
-        if info is None:
-            raise StoreError(f"there is no run {run_id}")
-        return info
-
-    def has_node(self, run_id: int, node_id: int) -> bool:
-        return self.do(statement.NODE, {"its_run": run_id, "its_node": node_id}).first() is not None
-
-    def add_task(self, run_id: int, message: Message) -> int:
-        envelope, parts = wire.encode(message)
-        data = message.metadata
-        row = {"run_id": run_id, "node_id": data.dst_node_id, "message_id": data.message_id, "withdrawn": False}
-        inserted = self.do(statement.PUSH, {**row, "envelope": envelope, "expires_at": data.expires_at})
-        task = int(inserted.inserted_primary_key[0])
-        self._hold(f"task {task}", parts)
-        return task
-
-    def hand_out(self, row: Any, until: float) -> Lease:
-        token = secrets.token_hex(16)
-        self.do(statement.LEND, {"its_task": row.id, "its_token": token, "its_until": until})
-        return Lease(token, self.message(row.envelope), self.state(row.run_id, row.node_id), until)
-
-    def claim_locked(self, asked: Asked, given: Mapping[str, object], until: float) -> Lease | None:
-        """Hand out a task in PostgreSQL: lock a node nobody else is looking at, then see again what is free."""
-        while True:
-            node = self.do(free_node(asked), given).first()
-            if node is None:
-                return None
-            # The search may have begun before somebody else's claim of this node ended; this statement begins now, and
-            # no other claim of the node can.
-            mine = {"found_run": node.run_id, "found_node": node.node_id}
-            row = self.do(first_free_of_node(asked), {**given, **mine}).first()
-            if row is not None:
-                return self.hand_out(row, until)
-
-    def change_task(self, task: int, **values: object) -> None:
-        self.do(tasks.update().where(tasks.c.id == task).values(**values))
-
-    def answer(self, task: int, reply: Message) -> None:
-        envelope, parts = wire.encode(reply)
-        self._hold(f"reply {task}", parts)
-        self._release(f"task {task}")
-        self.do(statement.ANSWER, {"its_task": task, "its_reply": envelope})
-
-    def answered(self, run_id: int) -> dict[str, int]:
-        self.known(run_id)
-        done = (tasks.c.run_id == run_id) & tasks.c.reply.is_not(None)
-        return {row.message_id: row.id for row in self.do(sql.select(tasks.c.id, tasks.c.message_id).where(done))}
-
-    def reply(self, task: int) -> bytes:
-        return bytes(self.do(statement.REPLY, {"its_task": task}).scalar_one())
-
-    def drop_tasks(self, task_ids: Iterable[int]) -> None:
-        for task in task_ids:
-            self._release(f"task {task}")
-            self._release(f"reply {task}")
-            self.do(statement.DROP, {"its_task": task})
-
-    def message(self, envelope: bytes) -> Message:
-        value = wire.decode(envelope, _Buffers(self.connection, self._arrays))
-        if not isinstance(value, Message):
-            raise WireError("the store holds records where a message should be")
-        return value
-
-    def state(self, run_id: int, node_id: int) -> NodeState:
-        row = self.do(statement.STATE, {"its_run": run_id, "its_node": node_id}).first()
-        if row is None:
-            return NodeState()
-        packed = wire.decode(row.envelope, _Buffers(self.connection, self._arrays))
-        if not isinstance(packed, RecordDict):
-            raise WireError("the store holds a message where records should be")
-        return unpack_states(packed).get(node_id, NodeState())
-
-    def put_state(self, run_id: int, node_id: int, state: NodeState) -> None:
-        holder = f"state {run_id} {node_id}"
-        before = {row.digest for row in self.do(sql.select(holds.c.digest).where(holds.c.holder == holder))}
-        here = (states.c.run_id == run_id) & (states.c.node_id == node_id)
-        self.do(states.delete().where(here))
-        self.do(holds.delete().where(holds.c.holder == holder))
-        if not state.is_empty():
-            envelope, parts = wire.encode(pack_states({node_id: state}))
-            self.do(states.insert().values(run_id=run_id, node_id=node_id, envelope=envelope))
-            self._hold(holder, parts)
-        self._drop_unheld(before)
-
-    def _hold(self, holder: str, parts: Mapping[bytes, Buffer]) -> None:
-        for digest, buffer in parts.items():
-            if len(buffer) >= LARGE:
-                self._arrays.write(digest, buffer)
-            elif self.do(sql.select(buffers.c.digest).where(buffers.c.digest == digest)).first() is None:
-                self.do(buffers.insert().values(digest=digest, data=bytes(buffer)))
-            self.do(holds.insert().values(holder=holder, digest=digest))
-
-    def _release(self, holder: str) -> None:
-        digests = {row.digest for row in self.do(statement.HELD, {"its_holder": holder})}
-        if digests:
-            self.do(holds.delete().where(holds.c.holder == holder))
-            self._drop_unheld(digests)
-
-    def _held(self, digest: bytes) -> bool:
-        return self.do(sql.select(holds.c.holder).where(holds.c.digest == digest).limit(1)).first() is not None
-
-    def _drop_unheld(self, digests: Iterable[bytes]) -> None:
-        for digest in digests:
-            if not self._held(digest):
-                self.do(buffers.delete().where(buffers.c.digest == digest))
-                self.dropped.add(digest)
-
-    def sweep(self, doomed: Iterable[bytes]) -> set[bytes]:
-        """Remove the files of buffers that nobody held when this transaction began."""
-        done = set(doomed)
-        for digest in done:
-            if not self._held(digest):
-                self._arrays.remove(digest)
-        return done
-
-
-class _Buffers(Mapping[bytes, Buffer]):
-    """The buffers of the store, read when asked for."""
-
-    def __init__(self, connection: sql.Connection, arrays: ArrayStore) -> None:
-        self._connection = connection
-        self._arrays = arrays
-
-    def __getitem__(self, digest: bytes) -> Buffer:
-        found = sql.select(buffers.c.data).where(buffers.c.digest == digest)
-        data = self._connection.execute(found).scalar_one_or_none()
-        if data is not None:
-            return bytes(data)
-        try:
-            return self._arrays.read(digest)
-        except FileNotFoundError:
-            raise KeyError(digest) from None
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._connection.execute(sql.select(buffers.c.digest)).scalars()
-        yield from self._arrays
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

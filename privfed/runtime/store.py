@@ -116,6 +116,12 @@ class Store(Protocol):
         """
         ...
 
+    def lease_many(
+        self, now: float, seconds: float, count: int, run_id: int | None = None, nodes: Collection[int] | None = None
+    ) -> list[Lease]:
+        """Hand out at most `count` tasks as `lease` would, of as many nodes, in one transaction."""
+        ...
+
     def holder(self, token: str) -> Holder | None:
         """Return whose lease this is or, until its run is completed, whose counted reply; None when it was lost.
 
@@ -133,6 +139,10 @@ class Store(Protocol):
 
         Returns the instruction's id, or None when the lease is not valid any more; nothing is changed then.
         """
+        ...
+
+    def complete_many(self, done: Sequence[tuple[str, Message, NodeState | None]]) -> list[str | None]:
+        """Finish leased tasks (token, reply, state) as `complete` would, all in one transaction."""
         ...
 
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
