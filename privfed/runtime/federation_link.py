@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,18 @@ def steady_clock() -> Callable[[], float]:
     """Return a clock that begins with the system's time, and goes on evenly when somebody sets that."""
     began, start = time.time(), time.monotonic()
     return lambda: began + time.monotonic() - start
+
+
+@dataclass(slots=True, eq=False)
+class _Arrived:
+    """A reply that waits to be taken. counted, fault: what came of it, when it is done."""
+
+    token: str
+    run_id: int
+    reply: Message
+    done: bool = False
+    counted: bool = False
+    fault: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +69,7 @@ class FederationLink(Link):
         self.on_end: Callable[[int], None] = lambda run_id: None
         self._asked: dict[int, Awaited] = {}
         self._troubles: dict[str, str] = {}
+        self._arrived: deque[_Arrived] = deque()
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
         """Queue instructions and wake whoever hands them out."""
@@ -118,22 +132,9 @@ class FederationLink(Link):
 
     def lease_for(self, nodes: Collection[int]) -> Sequence[Lease]:
         """Take tasks for these nodes, at most one each and a few at a time."""
-        found: list[Lease] = []
-        left = set(nodes)
         with self._noting("lease"), self._lock:
             self._expire()
-            while left and len(found) < BATCH:
-                try:
-                    lease = self.store.lease(self._clock(), self._lease_seconds, nodes=left)
-                except Exception:
-                    if not found:
-                        raise
-                    break  # what is leased already must go out; the next call meets the fault again
-                if lease is None:
-                    break
-                found.append(lease)
-                left.discard(lease.message.metadata.dst_node_id)
-        return found
+            return self.store.lease_many(self._clock(), self._lease_seconds, BATCH, nodes=nodes)
 
     def rejoin(self, node: int, holding: Collection[str]) -> set[str]:
         """Free what a node had out, but for what it still holds; return the tokens it may go on with."""
@@ -153,11 +154,43 @@ class FederationLink(Link):
             return self.store.holder(token)
 
     def count(self, token: str, run_id: int, reply: Message) -> bool:
-        """Take the reply to a leased task; True when it counts, now or earlier."""
+        """Take the reply to a leased task; True when it counts, now or earlier.
+
+        Replies that come while others are taken are taken together, after those: one commit for all of them.
+        """
+        mine = _Arrived(token, run_id, reply)
+        self._arrived.append(mine)
         with self._noting("count"), self._lock:
-            self._expire()
-            if self.store.complete(token, reply, None) is not None:
-                self._arrival(run_id).notify_all()
-                return True
-            holder = self.store.holder(token)
-            return holder is not None and holder.counted
+            if not mine.done:  # else whoever had the lock before took it along
+                try:
+                    self._expire()
+                except Exception:
+                    self._arrived.remove(mine)
+                    raise
+                self._count([self._arrived.popleft() for _ in range(len(self._arrived))])
+            if mine.fault is not None:
+                raise mine.fault
+            return mine.counted
+
+    def _count(self, some: Sequence[_Arrived]) -> None:
+        """Take replies, together if the store takes them together, else one by one."""
+        try:
+            taken = self.store.complete_many([(one.token, one.reply, None) for one in some])
+            self._note(some, taken)
+        except Exception as fault:  # noqa: BLE001 - raised to whom it belongs
+            if len(some) > 1:
+                for one in some:
+                    self._count([one])
+            else:
+                some[0].fault, some[0].done = fault, True
+
+    def _note(self, some: Sequence[_Arrived], taken: Sequence[str | None]) -> None:
+        """Note which replies were taken, now or before."""
+        for one, message_id in zip(some, taken, strict=True):
+            if message_id is None:
+                holder = self.store.holder(one.token)
+                one.counted = holder is not None and holder.counted
+            else:
+                one.counted = True
+                self._arrival(one.run_id).notify_all()
+            one.done = True

@@ -71,7 +71,7 @@ _while(_QUEUED, "tasks_queued", tasks.c.id)
 _while(_OPEN, "tasks_open", tasks.c.node_id, tasks.c.run_id, tasks.c.id)
 _while(_OPEN, "tasks_expiring", tasks.c.expires_at)
 _while(_OUT, "tasks_out", tasks.c.node_id, tasks.c.run_id, unique=True)  # of a node at most one is out
-_while(_OUT, "tasks_token", tasks.c.token)
+_while(_OUT, "tasks_token", tasks.c.token, unique=True)
 _while(_OUT, "tasks_lapsing", tasks.c.lease_until)
 _while(_DONE, "tasks_done", tasks.c.run_id)
 counted = sql.Table(  # leases whose reply was taken, so that a reply sent again is told so

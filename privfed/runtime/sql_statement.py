@@ -5,7 +5,7 @@ Those with a list ("its_tasks", "its_tokens", ...) take at most `MANY` values of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,7 +53,7 @@ PUSH = tasks.insert()
 # In the order of their ids, so that two transactions that want the same ones do not wait for each other.
 OF_TOKENS = (
     sql.select(tasks.c.id, tasks.c.run_id, tasks.c.node_id, tasks.c.message_id, tasks.c.token, tasks.c.withdrawn)
-    .where(_one_of(tasks.c.token, "tokens"))
+    .where(tasks.c.token.is_not(None) & _one_of(tasks.c.token, "tokens"))
     .order_by(tasks.c.id)
     .with_for_update()
 )
@@ -97,6 +97,45 @@ STILL_HELD = sql.select(holds.c.digest).distinct().where(_one_of(holds.c.digest,
 DROP_BUFFERS = buffers.delete().where(_one_of(buffers.c.digest, "digests"))
 KEEP_BUFFER = sql.text("INSERT INTO buffers (digest, data) VALUES (:digest, :data) ON CONFLICT DO NOTHING")
 UNHELD = sql.select(buffers.c.digest).where(~sql.exists().where(holds.c.digest == buffers.c.digest))
+
+
+TOGETHER: Mapping[sql.Executable, sql.Executable] = {
+    LEND: sql.text(
+        "UPDATE tasks SET token = its_token, lease_until = its_until FROM unnest(CAST(:its_task AS bigint[]), "
+        "CAST(:its_token AS text[]), CAST(:its_until AS float8[])) AS given (its_task, its_token, its_until) "
+        "WHERE tasks.id = its_task"
+    ),
+    ANSWER: sql.text(
+        "UPDATE tasks SET reply = its_reply, token = NULL, lease_until = NULL "
+        "FROM unnest(CAST(:its_task AS bigint[]), CAST(:its_reply AS bytea[])) AS given (its_task, its_reply) "
+        "WHERE tasks.id = its_task"
+    ),
+    COUNT: sql.text(
+        "INSERT INTO counted (token, run_id, node_id, message_id) SELECT * FROM unnest(CAST(:token AS text[]), "
+        "CAST(:run_id AS bigint[]), CAST(:node_id AS bigint[]), CAST(:message_id AS text[]))"
+    ),
+    PUSH: sql.text(
+        "INSERT INTO tasks (run_id, node_id, message_id, withdrawn, envelope, expires_at) SELECT * FROM unnest("
+        "CAST(:run_id AS bigint[]), CAST(:node_id AS bigint[]), CAST(:message_id AS text[]), "
+        "CAST(:withdrawn AS bool[]), CAST(:envelope AS bytea[]), CAST(:expires_at AS float8[]))"
+    ),
+    OF_TOKENS: sql.text(
+        "SELECT id, run_id, node_id, message_id, token, withdrawn FROM tasks WHERE token IS NOT NULL "
+        "AND token = ANY(CAST(:its_tokens AS text[])) ORDER BY id FOR UPDATE"
+    ),
+    STATES: sql.text(
+        "SELECT run_id, node_id, envelope FROM states WHERE run_id = ANY(CAST(:its_runs AS bigint[])) "
+        "AND node_id = ANY(CAST(:its_nodes AS bigint[]))"
+    ),
+    HELD: sql.text("SELECT digest FROM holds WHERE holder = ANY(CAST(:its_holders AS text[]))"),
+    REPLIES: sql.text(
+        "SELECT id, reply FROM tasks WHERE id = ANY(CAST(:its_tasks AS bigint[])) AND reply IS NOT NULL "
+        "ORDER BY id FOR UPDATE"
+    ),
+    DROP: sql.text("DELETE FROM tasks WHERE id = ANY(CAST(:its_tasks AS bigint[]))"),
+}
+"""What PostgreSQL is asked instead: about many rows, which it would be told one by one, or many values, each of which
+would be a parameter. An array is one."""
 
 
 @cache

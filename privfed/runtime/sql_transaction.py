@@ -13,6 +13,7 @@ from privfed.record import RecordDict
 from privfed.runtime import sql_statement as statement
 from privfed.runtime.array_folder import Buffer
 from privfed.runtime.array_store import ArrayStore
+from privfed.runtime.database import is_postgres
 from privfed.runtime.sql_schema import buffers, sql, states
 from privfed.runtime.sql_statement import Asked, pieces
 from privfed.runtime.store import Lease, NodeState, RunInfo, StoreError, pack_states, unpack_states
@@ -29,16 +30,21 @@ class Transaction:
     def __init__(self, connection: sql.Connection, arrays: ArrayStore) -> None:
         self.connection = connection
         self.dropped: set[bytes] = set()
+        self._together = statement.TOGETHER if is_postgres(connection.engine) else {}
         self._arrays = arrays
         self._held: dict[tuple[str, bytes], Buffer] = {}
 
     def do(self, what: sql.Executable, given: Mapping[str, object] | None = None) -> Any:
         """Run a statement."""
-        return self.connection.execute(what, given)
+        return self.connection.execute(self._together.get(what, what), given)
 
     def do_all(self, what: sql.Executable, given: Sequence[Mapping[str, object]]) -> None:
         """Run a statement for each of several rows, in one go."""
-        if given:
+        if not given:
+            return
+        if what in self._together:
+            self.do(what, {name: [row[name] for row in given] for name in given[0]})
+        else:
             self.connection.execute(what, given)
 
     def run(self, run_id: int) -> RunInfo | None:

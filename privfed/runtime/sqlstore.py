@@ -95,10 +95,10 @@ class SqlStore:
                 )
 
     @contextmanager
-    def _transaction(self, step: str = "", *, shared: bool = False) -> Iterator[Transaction]:
+    def _transaction(self, step: str = "", *, shared: bool = False, times: int = 1) -> Iterator[Transaction]:
         """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads.
 
-        shared: others that say so may run beside it, in PostgreSQL.
+        shared: others that say so may run beside it, in PostgreSQL. times: how often it is that step, in one commit.
         """
         doomed: set[bytes] = set()
         shared = shared and is_postgres(self._engine)
@@ -112,12 +112,12 @@ class SqlStore:
                     work.sweep(doomed)
                 yield work
                 work.hold_all()
-                if step:
+                for _ in range(times if step else 0):
                     reach(f"before-{step}")
         except BaseException:
             self._doom(doomed)
             raise
-        if step:
+        for _ in range(times if step else 0):
             reach(f"after-{step}")
         self._doom(work.dropped)
 
@@ -206,8 +206,11 @@ class SqlStore:
         self, now: float, seconds: float, count: int, run_id: int | None = None, nodes: Collection[int] | None = None
     ) -> list[Lease]:
         asked = Asked(run_id is not None, nodes is not None)
-        given = {"its_now": now, "its_run": run_id, "its_nodes": None if nodes is None else list(nodes)}
-        given = {name: value for name, value in given.items() if value is not None} | {"its_count": count}
+        given: dict[str, object] = {"its_now": now, "its_count": count}
+        if run_id is not None:
+            given["its_run"] = run_id
+        if nodes is not None:
+            given["its_nodes"] = list(nodes)
         if not is_postgres(self._engine):
             with self._transaction("lease") as work:
                 return work.hand_out(asked, given, now + seconds)
@@ -226,7 +229,10 @@ class SqlStore:
     def complete_many(self, done: Sequence[tuple[str, Message, NodeState | None]]) -> list[str | None]:
         encoded = [wire.encode(reply) for _, reply, _ in done]
         counts: list[str | None] = []
-        with self._kept(parts for _, parts in encoded), self._transaction("complete", shared=True) as work:
+        with (
+            self._kept(parts for _, parts in encoded),
+            self._transaction("complete", shared=True, times=len(done)) as work,
+        ):
             out = work.of_tokens([token for token, _, _ in done])
             taken = []
             for (token, _, state), reply in zip(done, encoded, strict=True):

@@ -30,10 +30,10 @@ def binary(name: str) -> str:
 
 
 class Postgres:
-    """A running server; it keeps PostgreSQL's own durable settings."""
+    """A running server; it keeps PostgreSQL's own durable settings. place: where its folder is made."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="privfed-pg-"))
+    def __init__(self, place: Path | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="privfed-pg-", dir=place))
         self._as: list[str] = []
         if os.geteuid() == 0:  # PostgreSQL does not run as root
             user = pwd.getpwnam("postgres")

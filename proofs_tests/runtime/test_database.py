@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sql
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
 
-from privfed import Message, RecordDict
+from privfed import Message, RecordDict, wire
+from privfed.runtime import migrations
 from privfed.runtime.database import NEWEST, DatabaseError, open_database
 from privfed.runtime.sql_schema import tables
 from privfed.runtime.sqlstore import SqlStore
@@ -40,6 +44,55 @@ def test_the_migrations_make_the_tables_the_code_uses(name: str, tmp_path: Path)
         assert compare_metadata(context, tables) == []
         assert context.get_current_revision() == NEWEST
     engine.dispose()
+
+
+def migrate_to(revision: str, engine: sql.Engine) -> None:
+    """Migrate an empty database as the version that ended with this revision did."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    scripts = ScriptDirectory.from_config(config)
+    with engine.begin() as connection:
+        options = {"fn": lambda before, context: scripts._upgrade_revs(revision, before)}
+        context = MigrationContext.configure(connection, opts=options)
+        with Operations.context(context):
+            context.run_migrations()
+        assert context.get_current_revision() == revision
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_tasks_of_the_version_before_go_on(name: str, tmp_path: Path) -> None:
+    """Queued, out, withdrawn while out, and answered ones: handed out, completed and pulled by this version."""
+    place = where(name, tmp_path)
+    engine = sql.create_engine(place if isinstance(place, str) else f"sqlite:///{place}")
+    migrate_to("0003", engine)
+    queued, out, gone, done, behind = (instruction(node, mark=node, ttl=1e9) for node in (1, 2, 3, 4, 2))
+    reply = Message(RecordDict(), reply_to=done)
+    with engine.begin() as connection:
+        connection.execute(tables.tables["runs"].insert().values(run_id=RUN, state="running", reason=""))
+        for node in (1, 2, 3, 4):
+            connection.execute(tables.tables["nodes"].insert().values(run_id=RUN, node_id=node))
+        for message in (queued, out, gone, done, behind):
+            token = {id(out): "a" * 32, id(gone): "b" * 32}.get(id(message))
+            row = {
+                "run_id": RUN,
+                "node_id": message.metadata.dst_node_id,
+                "message_id": message.metadata.message_id,
+                "envelope": wire.encode(message)[0],
+                "expires_at": message.metadata.expires_at,
+                "token": token,
+                "lease_until": EPOCH + 50 if token else None,
+                "withdrawn": message is gone,
+                "reply": wire.encode(reply)[0] if message is done else None,
+            }
+            connection.execute(tables.tables["tasks"].insert().values(**row))
+    engine.dispose()
+    store = SqlStore(tmp_path, place if isinstance(place, str) else None)
+    assert [one.message.metadata.message_id for one in store.lease_many(EPOCH, 50, 9)] == ids(queued)
+    assert [one.metadata.reply_to_message_id for one in store.pull(RUN, ids(done, out))] == ids(done)
+    answers = [(token * 32, Message(RecordDict(), reply_to=one), None) for token, one in (("a", out), ("b", gone))]
+    assert store.complete_many(answers) == [*ids(out), None]
+    assert [one.message.metadata.message_id for one in store.lease_many(EPOCH, 50, 9)] == ids(behind)
+    store.close()
 
 
 @pytest.mark.parametrize("name", BOTH)

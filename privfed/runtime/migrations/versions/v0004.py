@@ -10,6 +10,7 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 _OPEN, _OUT = "reply IS NULL", "token IS NOT NULL"
+_UNIQUE = ("tasks_out", "tasks_token")
 _INDEXES = (  # name, condition, columns
     ("tasks_queued", "reply IS NULL AND token IS NULL", ["id"]),
     ("tasks_open", _OPEN, ["node_id", "run_id", "id"]),
@@ -28,4 +29,4 @@ def upgrade() -> None:
     op.create_index("tasks_of_run", "tasks", ["run_id", "message_id"])
     for name, condition, columns in _INDEXES:
         where = sql.text(condition)
-        op.create_index(name, "tasks", columns, unique=name == "tasks_out", sqlite_where=where, postgresql_where=where)
+        op.create_index(name, "tasks", columns, unique=name in _UNIQUE, sqlite_where=where, postgresql_where=where)
