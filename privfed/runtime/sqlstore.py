@@ -138,8 +138,12 @@ class SqlStore:
         """Write large buffers before the transaction that refers to them; removed later if it does not."""
         large = {digest: buffer for parts in given for digest, buffer in parts.items() if len(buffer) >= LARGE}
         try:
-            for digest, buffer in large.items():
-                self._arrays.write(digest, buffer)
+            try:
+                for digest, buffer in large.items():
+                    self._arrays.write(digest, buffer)
+            except FileNotFoundError:
+                with self._look():  # the folder is a successor's: that is the reason to be given
+                    raise
             yield
         finally:
             self._doom(large)
