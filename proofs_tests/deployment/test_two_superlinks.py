@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from privfed import run_simulation
+from privfed import ArrayRecord, Message, RecordDict, run_simulation
 from privfed.cli.remote import follow
 from privfed.privacy.ledger import Ledger
 from privfed.runtime.control import ControlClient, Submission
@@ -273,6 +274,9 @@ def test_a_term_that_is_over_commits_nothing(tmp_path: Path) -> None:
     moved = take_folder(tmp_path / "shared", 2)
     with pytest.raises(FileNotFoundError):
         (folder / "runs" / "x").write_text("late")
+    late = Message(RecordDict({"a": ArrayRecord([np.zeros(1 << 15)])}), 1, "train").with_metadata(run_id=1)
+    with pytest.raises(TenureError, match="this is term 2, not 1"):
+        store.push(1, [late])  # its array has nowhere to go, and that is not what is told
     with pytest.raises(TenureError, match="another SuperLink has taken over"):
         take_folder(tmp_path / "shared", 1)
     successor = SqlStore(moved, second.url, fence=second.fence)
