@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from proofs_tests.deployment.pair import Pair
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.superlink_process import SuperExecProcess
 from proofs_tests.deployment.test_chaos import APP, MANIFEST, NodeProcess
+from proofs_tests.runtime.postgres import Postgres
 
 PRIVATE = (
     APP.replace(
@@ -42,10 +44,14 @@ RECOVERY_SECONDS = 20.0
 """To the next committed round: the lease, the start, and the time of a loaded machine."""
 
 
-def database() -> str:
-    from proofs_tests.runtime.postgres import server
+@cache
+def killed_server() -> Postgres:
+    """Return a server of these tests' own: one that is killed reads every database of its again before it answers."""
+    return Postgres()
 
-    return server().database()
+
+def database() -> str:
+    return killed_server().database()
 
 
 def app_in(folder: Path, text: str) -> Path:
@@ -167,12 +173,9 @@ def freeze_the_active(pair: Pair) -> None:
 
 
 def kill_the_database(pair: Pair) -> None:
-    from proofs_tests.runtime.postgres import server
-
-    server().kill()
+    killed_server().kill()
     time.sleep(0.5)
-    server().start()
-
+    killed_server().start()
     await_one(pair)
     for member in (pair.active, pair.other):
         if member.process is not None and member.process.poll() == LOST:
