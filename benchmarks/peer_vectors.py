@@ -37,7 +37,8 @@ def flwr_multi_krum(X: Any, f: int, keep: int) -> Any:
         RecordDict({"arrays": ArrayRecord([row]), "metrics": MetricRecord({"num-examples": 1, "i": i})})
         for i, row in enumerate(X)
     ]
-    return X[[int(c["metrics"]["i"]) for c in select_multikrum(contents, f, keep)]].mean(axis=0)  # type: ignore
+    kept: Any = select_multikrum(contents, f, keep)
+    return X[[int(content["metrics"]["i"]) for content in kept]].mean(axis=0)
 
 
 def flwr_mean(X: Any, weights: Any) -> Any:

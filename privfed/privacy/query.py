@@ -16,7 +16,7 @@ from privfed.privacy.bound import Bound, exact
 from privfed.privacy.cumulant import Part
 from privfed.privacy.dominating import RENYI_ONLY, gaussian_mu, pairs, silent
 from privfed.privacy.engine import Bracket, Direction
-from privfed.privacy.pair import NormalPair
+from privfed.privacy.pair import NormalPair, Pair
 
 _WIDEST = 550.0  # losses of a block; what lies beyond counts as certain
 _LONG = 64  # uses from which on the lesser of two directions is asked at some counts only
@@ -343,7 +343,7 @@ def _only_renyi(event: ev.Event) -> bool:
     return isinstance(inner, RENYI_ONLY)
 
 
-def _ceiling(pair: object) -> float:
+def _ceiling(pair: Pair) -> float:
     """Return the largest privacy loss of a pair; infinite if any part of it is unbounded in either direction.
 
     Sampled noise has a largest loss in one direction only, and the other one decides.
@@ -356,7 +356,7 @@ def _ceiling(pair: object) -> float:
     inner = getattr(pair, "pair", None) or getattr(pair, "above", None)
     if getattr(pair, "endless", False) or (inner is not None and math.isinf(_ceiling(inner))):
         return math.inf
-    return float(pair.span(0.0)[1])  # type: ignore[attr-defined]
+    return float(pair.span(0.0)[1])
 
 
 def renyi_pair(orders: np.ndarray, divergences: np.ndarray) -> Atoms:
