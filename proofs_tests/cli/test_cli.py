@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,10 @@ def test_json_lines(shell: Shell, slow_app: Path) -> None:
     ],
 )
 def test_mistakes_get_one_clear_message(
-    shell: Shell, slow_app: Path, edit: object, words: tuple[str, ...], message: str
+    shell: Shell, slow_app: Path, edit: Callable[[str], str], words: tuple[str, ...], message: str
 ) -> None:
     manifest = slow_app / "pyproject.toml"
-    manifest.write_text(edit(manifest.read_text()))  # type: ignore[operator]
+    manifest.write_text(edit(manifest.read_text()))
     done = shell("run", str(slow_app), *words, code=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr

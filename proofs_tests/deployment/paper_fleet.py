@@ -62,7 +62,7 @@ class PaperLink:
 
 
 class PaperFleet:
-    """The FleetClient of one node. offline: set it to lose the connection."""
+    """The FleetClient of one node. offline: set it to lose the connection. told: what the node hears of a run."""
 
     def __init__(self, paper: PaperLink, node_id: int) -> None:
         self.paper = paper
@@ -72,6 +72,7 @@ class PaperFleet:
         self.closed = threading.Event()
         self.over: list[int] = []
         self.refuse: Callable[[Message], bool] = lambda reply: False
+        self.told: Callable[[RunGrant], RunGrant] = lambda grant: grant
 
     def receive(self, timeout: float | None = None) -> Task | None:
         try:
@@ -89,7 +90,7 @@ class PaperFleet:
 
     def run(self, run_id: int) -> RunGrant:
         assert run_id == RUN
-        return self.paper.grant
+        return self.told(self.paper.grant)
 
     def bundle(self, digest: str) -> bytes:
         assert digest == self.paper.grant.bundle

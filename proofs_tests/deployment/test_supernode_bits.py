@@ -98,7 +98,7 @@ def test_a_node_that_is_given_other_settings_than_the_rest_gives_nothing(tmp_pat
     places = [Place(paper, node, tmp_path / str(node)) for node in (1, 2, 3, 4)]
     identify = SimulatedIdentities((1, 2, 3, 4))
     with running(*places, wrap=node_wrap(None), identity=identify):
-        places[3].fleet.run = lambda run_id: replace(paper.grant, run_config={"rounds": 1, "local-epochs": 9})  # type: ignore[method-assign]
+        places[3].fleet.told = lambda grant: replace(grant, run_config={"rounds": 1, "local-epochs": 9})
         InlineLauncher().serve(app, grid, Context(run_config=dict(config), seed=1), tmp_path / "server.txt")
     found = grid.recorder.restore()
     assert found is not None

@@ -50,13 +50,14 @@ def identity_of(context: Context) -> Identity:
 
 
 class Federation:
-    """The app adds 1 to the model. arguments: of the mod, beside policy and identity."""
+    """The app adds 1 to the model. arguments: of the mod, beside policy and identity. ask: how a node is asked."""
 
     def __init__(self, protocol: Any, policy: Policy = Policy(), **arguments: Any) -> None:
         self.protocol = protocol
         self.contexts = {node: Context(run_id=RUN, node_id=node) for node in NODES}
         self.trained = 0
         self.weight_key, self.shared = "", b""
+        self.ask: Callable[[Message], Message] = self.answer
         mod = mods.secure_aggregation(policy, identity=identity_of, **arguments)
         self.app = ClientApp(mods=[mod])
         for register in (self.app.train, self.app.evaluate, self.app.query):
@@ -121,7 +122,7 @@ class Federation:
             server.close()
         return server, refusals
 
-    def ask(self, message: Message) -> Message:
+    def answer(self, message: Message) -> Message:
         return self.app(message, self.contexts[message.metadata.dst_node_id])
 
     def message(

@@ -204,7 +204,7 @@ def test_mods_that_break_a_property_fail(mod: Any, check: str) -> None:
 def test_state_in_the_context_is_fine() -> None:
     def remember(message: Message, context: Context, call_next: Any) -> Message:
         state = context.mod_state("remember")
-        count = int(state["n"]["x"]) + 1 if "n" in state else 1  # type: ignore[index]
+        count = int(str(state["n"]["x"])) + 1 if "n" in state else 1
         state["n"] = ConfigRecord({"x": count})
         reply = call_next(message, context)
         if reply.has_content():

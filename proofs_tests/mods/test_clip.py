@@ -152,10 +152,10 @@ def test_the_plan_bounds_as_well() -> None:
 
 def test_clipping_twice_is_clipping_to_the_smaller_bound() -> None:
     received, reply = ArrayRecord([np.zeros(4)]), ArrayRecord([np.arange(4.0)])
-    once = ask(mods.clip(0.5), received, reply).content["arrays"]
+    once = ask(mods.clip(0.5), received, reply).content.array_records["arrays"]
     for outer, inner in [(0.5, 2.0), (2.0, 0.5)]:
-        twice = ask(mods.compose(mods.clip(outer), mods.clip(inner)), received, reply).content["arrays"]
-        np.testing.assert_allclose(flatten(twice), flatten(once), rtol=1e-12)  # type: ignore[arg-type]
+        twice = ask(mods.compose(mods.clip(outer), mods.clip(inner)), received, reply).content.array_records["arrays"]
+        np.testing.assert_allclose(flatten(twice), flatten(once), rtol=1e-12)
 
 
 def test_other_messages_and_errors_pass() -> None:

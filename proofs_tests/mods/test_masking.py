@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,12 +50,16 @@ def test_a_session_of_one_run_is_none_of_another(protocol: Any) -> None:
     assert lab.session(3, told={"run": RUN + 1})[0].result is not None
 
 
+def trained_until(turn: int) -> Callable[[int], str]:
+    return lambda stage: "train" if stage < turn else "evaluate"
+
+
 @KINDS
 def test_the_kind_of_message_is_the_same_at_every_stage(protocol: Any) -> None:
     """Opened as an evaluation, it may not end as training: the marks go by the kind."""
     for turn in range(1, len(protocol.stages)):
         lab = Federation(protocol)
-        server, refusals = lab.session(1, kind_at=lambda stage, turn=turn: "train" if stage < turn else "evaluate")  # type: ignore[misc]
+        server, refusals = lab.session(1, kind_at=trained_until(turn))
         assert server.result is None
         assert refusals <= {"SessionOutOfOrder", "BindingMismatch"}
         assert refusals
@@ -116,7 +121,7 @@ def test_a_redelivery_gets_the_same_bytes_and_the_app_runs_once(protocol: Any) -
         assert repeated.content == reply.content
         return repeated
 
-    lab.ask = again  # type: ignore[method-assign]
+    lab.ask = again
     assert lab.session(1)[0].result is not None
     assert lab.trained == len(first) == 3
 
@@ -142,7 +147,7 @@ def test_what_differs_in_anything_is_no_redelivery(what: str) -> None:
         refusals.append(again.error.reason if again.has_error() else None)
         return reply
 
-    lab.ask = twice  # type: ignore[method-assign]
+    lab.ask = twice
     assert lab.session(1)[0].result is not None
     assert set(refusals) == {"SessionOutOfOrder"}
     assert lab.trained == 3
@@ -186,7 +191,7 @@ def test_a_server_that_broke_a_rule_gets_no_second_try_of_a_node_as_the_runtime_
         states[node] = after if after is not None else states[node]
         return reply
 
-    lab.ask = ask  # type: ignore[method-assign]
+    lab.ask = ask
     lab.shared = Assignment(lambda node: {}).shared
     assert lab.session(1, spoil=3)[1] == {"SessionOutOfOrder"}, "a damaged request, then the right one"
     assert lab.session(2, value=1.0)[1] == set(), "another session is another one"
@@ -233,7 +238,7 @@ def test_the_group_of_the_message_is_bound(protocol: Any) -> None:
             message.metadata = replace(message.metadata, group_id="1000000")
         return original(message)
 
-    lab.ask = later  # type: ignore[method-assign]  # a late answer
+    lab.ask = later
     assert lab.session(1)[1] == {"BindingMismatch"}
     assert lab.trained == 1
 

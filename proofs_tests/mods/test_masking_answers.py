@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,10 @@ def test_a_nodes_values_do_not_show_in_whether_it_refuses(layout: Layout) -> Non
 
 
 def test_an_update_is_checked_like_full_weights() -> None:
-    flag = ConfigRecord({})
     for key, shape, refusal in (("w", 4, set()), ("v", 4, {"UpdateError"}), ("w", 3, {"UpdateError"})):
         update = ArrayRecord({key: Array(np.ones(shape, np.float32))})
-        lab = answering(lambda message, update=update: moved(0, message, arrays=update, **{UPDATE: flag}))  # type: ignore[misc]
+        records: dict[str, Any] = {"arrays": update, UPDATE: ConfigRecord({})}
+        lab = answering(partial(moved, 0, **records))
         assert lab.session(1)[1] == refusal
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from privfed import mods
-from privfed.apps import ClientApp
+from privfed.apps import CallNext, ClientApp
 from privfed.context import Context
 from privfed.message import Error, ErrorCode, Message
 from privfed.protocols import LightSecAgg, OneShot, SecAgg
@@ -70,11 +70,11 @@ def test_what_it_calls_knows_that_it_is_masked_and_what_follows_does_not(breaks:
     policy = Policy(min_cohort=3)
     lab = Federation(SecAgg(threshold=2), policy)
 
-    def inner(message: Message, context: Context, call_next: Any) -> Message:
+    def inner(message: Message, context: Context, call_next: CallNext) -> Message:
         seen.append(context.masked)
         if breaks:
             raise KeyError("inner")
-        return call_next(message, context)  # type: ignore[no-any-return]
+        return call_next(message, context)
 
     lab.app = ClientApp(mods=[mods.secure_aggregation(policy, identity=identity_of), inner])
     lab.app.train()(lambda message, context: moved(1, message))

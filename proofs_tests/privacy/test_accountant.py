@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -167,10 +167,10 @@ def test_what_is_not_proved_is_refused_and_changes_nothing(event: ev.Event, rela
 
 
 def test_bad_arguments_name_themselves() -> None:
-    accountant = Accountant()
+    accountant, no_event = Accountant(), cast(Any, "Gaussian")
     for name, call in {
         "count": lambda: accountant.step(ev.Gaussian(1.0), -1),
-        "event": lambda: accountant.step("Gaussian"),  # type: ignore[arg-type]
+        "event": lambda: accountant.step(no_event),
         "delta": lambda: accountant.epsilon(1.0),
         "epsilon": lambda: accountant.delta(math.nan),
         "relation": lambda: Accountant(relation="add"),
@@ -221,10 +221,13 @@ def test_calibration_is_certified_and_nearly_least(rate: float, count: int, budg
     assert found.upper <= found.lower * (1 + 1e-3)
 
 
+def sampled(rate: float) -> Callable[[float], ev.Event]:
+    return lambda z: ev.PoissonSampled(rate, ev.Gaussian(z))
+
+
 GRID = json.loads((Path(__file__).parents[1] / "vectors" / "dp_grid.json").read_text())["rows"]
 PLANS: list[tuple[Callable[[float], ev.Event], int, float, float, str]] = [
-    (lambda z, q=row["q"]: ev.PoissonSampled(q, ev.Gaussian(z)), int(row["T"]), row["delta"], 2.0, "add_remove")  # type: ignore[misc]
-    for row in GRID
+    (sampled(row["q"]), int(row["T"]), row["delta"], 2.0, "add_remove") for row in GRID
 ] + [
     (ev.Laplace, 1000, 1e-6, 5.0, "add_remove"),
     (ev.DiscreteGaussian, 1000, 1e-6, 5.0, "replace_one"),

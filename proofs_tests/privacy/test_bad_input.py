@@ -173,12 +173,12 @@ def test_no_noise_costs_infinity_and_no_use_costs_nothing(kind: type[ev.Event]) 
     event, relation = kind(**KINDS[kind]), relation_of(kind)
     assert Accountant(relation=relation).step(event, 0).epsilon(0.0).upper == 0
     for name in NOISE & set(KINDS[kind]) - ({"scale"} if "clip" in KINDS[kind] else set()):
-        bare = dataclasses.replace(event, **{name: 0.0})  # type: ignore[type-var]
+        bare = dataclasses.replace(event, **{name: 0.0})
         found = Accountant(relation=relation).step(bare)
         assert found.epsilon(1e-5).upper == math.inf
         assert found.delta(3.0).upper == 1
     for name in FREE.keys() & set(KINDS[kind]) - ({"epsilon"} if "delta" in KINDS[kind] else set()):
-        silent = dataclasses.replace(event, **{name: FREE[name]})  # type: ignore[type-var]
+        silent = dataclasses.replace(event, **{name: FREE[name]})
         assert Accountant(relation=relation).step(silent, 7).epsilon(0.0).upper == 0
 
 

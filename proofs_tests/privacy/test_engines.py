@@ -16,7 +16,7 @@ from privfed.privacy import events as ev
 from privfed.privacy.accountant import Accountant
 from privfed.privacy.cumulant import Cumulants, invert
 from privfed.privacy.dominating import pairs
-from privfed.privacy.pair import ULP, NormalPair
+from privfed.privacy.pair import ULP, NormalPair, Pair
 from privfed.privacy.query import Plan
 
 
@@ -108,12 +108,12 @@ def quadrature_delta(event: ev.Event, count: int, relation: str, epsilon: float)
     return worst
 
 
-def fine_lattice_delta(pair: object, count: int, epsilon: float) -> float:
-    low, high = pair.span(1e-13)  # type: ignore[attr-defined]
+def fine_lattice_delta(pair: Pair, count: int, epsilon: float) -> float:
+    low, high = pair.span(1e-13)
     low, high = low - 1e-9, high + 1e-9
     size = 1 << 15
     edges = np.linspace(low, high, size)
-    p = pair.masses(edges).p  # type: ignore[attr-defined]
+    p = pair.masses(edges).p
     centres = np.concatenate(([low], (edges[1:] + edges[:-1]) / 2, [high]))
     step = edges[1] - edges[0]
     mean = float(p @ centres)

@@ -129,7 +129,9 @@ def renyi_fact(i: Inputs) -> list[float]:
 
 
 def audit_fact(i: Inputs) -> float:
-    n, shift = i["n_in"], float(re.search(r"shift (\d+)", i["scores"]).group(1))  # type: ignore[union-attr]
+    stated = re.search(r"shift (\d+)", i["scores"])
+    assert stated is not None
+    n, shift = i["n_in"], float(stated.group(1))
     quantiles = special.ndtri((np.arange(n) + 0.5) / n)
     method = audit.epsilon_one_run_fdp if "f-DP" in i["method"] else audit.epsilon_one_run
     return method(quantiles + shift, quantiles, significance=i["significance"], delta=i["delta"])

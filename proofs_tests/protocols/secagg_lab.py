@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ PASSIVE = SecAgg(threshold=3)
 class Lab:
     """Honest nodes and a server whose messages a test rewrites."""
 
-    def __init__(self, protocol: Protocol = ACTIVE, *, policy: Policy = Policy(), **changes: object) -> None:
-        self.session = replace(Session(1, 5, "train", NODES, 6, 32, b"m" * 32), **changes)  # type: ignore[arg-type]
+    def __init__(self, protocol: Protocol = ACTIVE, *, policy: Policy = Policy(), **changes: Any) -> None:
+        self.session = replace(Session(1, 5, "train", NODES, 6, 32, b"m" * 32), **changes)
         self.protocol = protocol
         signing = {node: bytes([node]) * 32 for node in NODES}
         self.roster = {node: keys.signing_public(key) for node, key in signing.items()}
@@ -67,7 +68,7 @@ def aborts(lab: Lab, node: int, request: bytes, deviation: str) -> None:
     assert lab.kept[node] == before, "an abort keeps nothing"
 
 
-def confirmations(lab: Lab, change: Callable[[dict[int, bytes]], None]) -> bytes:
+def confirmations(lab: Lab, change: Callable[[dict[int, bytes]], object]) -> bytes:
     def read(reader: Reader) -> tuple[bytes, dict[int, bytes]]:
         reader.take(33)
         return node_list(reader.nodes()), messages.read_signatures(reader)

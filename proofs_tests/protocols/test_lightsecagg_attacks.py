@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_active_security_wants_lying_reveals_noticed() -> None:
         client = protocol.client(3, identity=known[3], policy=policy, random=stream("x"))
         request = first_request(protocol, nodes=nodes)
         if refused:
-            told = refusal(lambda c=client, r=request: c.step(b"", r, lambda: np.zeros(5, np.uint64)))  # type: ignore[misc]
+            told = refusal(partial(client.step, b"", request, lambda: np.zeros(5, np.uint64)))
             assert told == ("reveals-unchecked", (0,))
         else:
             assert client.step(b"", request, lambda: np.zeros(5, np.uint64))[1]
@@ -217,7 +218,7 @@ def test_the_policys_cohort_holds_at_every_stage() -> None:
     """min_cohort 4 of 4 nodes, threshold 3: losing one is enough for the protocol, not for the node."""
     strict = replace(ACTIVE, policy=Policy(min_cohort=4))
     for stage in (0, 1, 2):
-        assert refusal(lambda at=stage: strict.run(vanish={6: at}))[0] == "cohort-too-small"  # type: ignore[misc]
+        assert refusal(partial(strict.run, vanish={6: stage}))[0] == "cohort-too-small"
 
 
 @pytest.mark.parametrize("nodes", [(3, 3, 4, 5), (5, 4, 3), (0, 3, 4, 5)])
@@ -316,7 +317,7 @@ def test_a_sum_is_opened_once(run: Run) -> None:
     opened = role(run, "reveal")
     assert refusal(lambda: opened.after(opened.request)) == ("session-over", (0,))
     for stage in ("advertise", "share", "mask", "confirm"):
-        assert refusal(lambda s=stage: role(run, s).after(role(run, s).request))[0] == "out-of-order"  # type: ignore[misc]
+        assert refusal(partial(role(run, stage).after, role(run, stage).request))[0] == "out-of-order"
 
 
 def test_kept_state_of_something_else_is_the_callers_mistake(run: Run) -> None:

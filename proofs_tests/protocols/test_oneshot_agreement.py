@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,9 +50,9 @@ def test_thresholds_as_shares_and_solved() -> None:
         ({"threshold": 2, "slots": 4}, "slots"),
     ],
 )
-def test_bad_parameters_are_named(parameters: dict[str, object], message: str) -> None:
+def test_bad_parameters_are_named(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OneShot(**parameters)  # type: ignore[arg-type]
+        OneShot(**parameters)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def test_bad_parameters_are_named(parameters: dict[str, object], message: str) -
         ({"nodes": (1, 2, 4)}, "committee"),
     ],
 )
-def test_a_session_that_does_not_fit_is_refused_before_anything_is_sent(facts: dict[str, object], message: str) -> None:
-    base = {"run": 1, "round": 1, "action": "train", "nodes": (1, 2, 3), "dimension": 4, "bits": 20}
+def test_a_session_that_does_not_fit_is_refused_before_anything_is_sent(facts: dict[str, Any], message: str) -> None:
+    base: dict[str, Any] = {"run": 1, "round": 1, "action": "train", "nodes": (1, 2, 3), "dimension": 4, "bits": 20}
     with pytest.raises(LocalError, match=message):
-        OneShot(0.9, committee=(1, 2, 3) if message == "committee" else None).server(Session(**(base | facts)))  # type: ignore[arg-type]
+        OneShot(0.9, committee=(1, 2, 3) if message == "committee" else None).server(Session(**(base | facts)))
 
 
 @pytest.mark.parametrize("threshold", [None, 2, 0.5])
@@ -134,6 +135,7 @@ def test_committee_is_the_same_for_everyone_and_uniform() -> None:
 
 def test_a_committee_may_come_as_a_list() -> None:
     """That is how it travels in a configuration."""
-    listed = OneShot(2, committee=[1, 2, 4])  # type: ignore[arg-type]
+    members: Any = [1, 2, 4]
+    listed = OneShot(2, committee=members)
     assert listed == OneShot(2, committee=(1, 2, 4))
     assert hash(listed) == hash(OneShot(2, committee=(1, 2, 4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations_with_replacement, product
 from typing import Any
 
@@ -129,10 +130,14 @@ def test_a_node_shares_its_secret_only_with_the_committee_it_saw_drawn() -> None
     assert cohort.answer(1, request)
 
 
+def no_input() -> Any:
+    raise AssertionError("the input was asked for")
+
+
 def test_a_node_that_is_neither_member_nor_in_the_session_joins_nothing() -> None:
     cohort = Cohort(6, OneShot(4, committee=DRAWN))
     stranger = drawn().clients[7]
-    refuses("foreign-session", {SERVER}, lambda: stranger.step(b"", cohort.server.outbound()[1], lambda: None))  # type: ignore[arg-type,return-value]
+    refuses("foreign-session", {SERVER}, lambda: stranger.step(b"", cohort.server.outbound()[1], no_input))
 
 
 def test_a_member_without_input_is_held_to_every_floor() -> None:
@@ -146,7 +151,7 @@ def test_a_member_without_input_is_held_to_every_floor() -> None:
         (Policy(corrupt=0.2), "corrupt-too-low"),
     ):
         cohort = drawn(policy=policy)
-        refuses(deviation, {SERVER}, lambda c=cohort: c.answer(9, c.server.outbound()[9]))  # type: ignore[misc]
+        refuses(deviation, {SERVER}, partial(cohort.answer, 9, cohort.server.outbound()[9]))
     cohort = drawn(policy=Policy(min_survivors=7)).until("confirm")
     less = Bundle.decode(cohort.server.outbound()[9], 9)
     less = Bundle(less.survivors[:-1], less.headers[:-1], less.boxes[:-1])
@@ -176,7 +181,7 @@ def test_the_server_takes_attendance_for_this_session_only_and_once() -> None:
     refuses("malformed-reply", {9}, lambda: cohort.server.receive(9, input_))
     refuses("malformed-reply", {2}, lambda: cohort.server.receive(2, there))
     for bad in (b"", there[:-1], there + b"\0"):
-        refuses("malformed-reply", {9}, lambda bad=bad: cohort.server.receive(9, bad))  # type: ignore[misc]
+        refuses("malformed-reply", {9}, partial(cohort.server.receive, 9, bad))
     cohort.server.receive(9, there)
     refuses("second-reply", {9}, lambda: cohort.server.receive(9, there))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_replies_come_once_from_those_asked_and_in_time() -> None:
     refuses("unexpected-reply", {99}, lambda: cohort.server.receive(99, replies[1]))
     for node in (1, 2, 3, 5):
         cohort.server.receive(node, replies[node])
-        refuses("second-reply", {node}, lambda node=node: cohort.server.receive(node, replies[node]))  # type: ignore[misc]
+        refuses("second-reply", {node}, partial(cohort.server.receive, node, replies[node]))
     cohort.server.close()
     refuses("unexpected-reply", {4}, lambda: cohort.server.receive(4, replies[4]))
     refuses("unexpected-reply", {5}, lambda: cohort.server.receive(5, replies[5]))

@@ -19,13 +19,13 @@ INPUTS = {node: np.array([node, -3 * node, 1 << 20, 0]) for node in range(1, 7)}
 
 def patterns(nodes: int, stages: int, *, symmetric: bool) -> Iterator[tuple[int, ...]]:
     """For each node the stage before which it vanishes; `stages` means never."""
-    choose = itertools.combinations_with_replacement if symmetric else itertools.product
-    yield from (
-        choose(range(stages + 1), nodes) if symmetric else itertools.product(range(stages + 1), repeat=nodes)  # type: ignore[arg-type]
-    )
+    if symmetric:
+        yield from itertools.combinations_with_replacement(range(stages + 1), nodes)
+    else:
+        yield from itertools.product(range(stages + 1), repeat=nodes)
 
 
-def run(protocol: Protocol, pattern: tuple[int, ...]) -> None:
+def run(protocol: SecAgg, pattern: tuple[int, ...]) -> None:
     """The sum is that of the nodes that reached the stage after masking, or nobody learns anything."""
     stages, nodes = protocol.stages, range(1, len(pattern) + 1)
     dropped = {
@@ -34,7 +34,8 @@ def run(protocol: Protocol, pattern: tuple[int, ...]) -> None:
     }
     inputs = {node: INPUTS[node] for node in nodes}
     left = [sum(at > place for at in pattern) for place in range(len(stages))]
-    threshold = protocol.threshold  # type: ignore[attr-defined]
+    threshold = protocol.threshold
+    assert isinstance(threshold, int)
     masked = {node for node, at in zip(nodes, pattern, strict=True) if at > stages.index("mask")}
     try:
         result = secure_sum(inputs, protocol, dropped=dropped)
@@ -159,7 +160,7 @@ def test_what_is_refused_before_any_message() -> None:
         SecAggPlus(neighbours=4, threshold=3, mode="active").terms(Session(1, 1, "sum", tuple(range(1, 40)), 1, 32))
     for bad in ({"threshold": 1}, {"threshold": 1.5}, {"mode": "trusting"}, {"corrupt": 1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            SecAgg(**bad)  # type: ignore[arg-type]
+            SecAgg(**bad)
 
 
 def test_thresholds_as_count_share_or_solved() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_active_mode_without_identity_is_the_callers_mistake() -> None:
 # -- share: the keys of the cohort ----------------------------------------------------------------------------------
 
 
-def view(lab: Lab, change: Callable[[dict[int, Advertisement]], None]) -> bytes:
+def view(lab: Lab, change: Callable[[dict[int, Advertisement]], object]) -> bytes:
     request = lab.requests[1]
     rows = decode(request, lambda r: (r.take(65), messages.read_advertisements(r))[1])
     change(rows)
@@ -161,9 +162,9 @@ def shares(lab: Lab, live: tuple[int, ...] | None = None, drop: int = 0, flip: i
         ({"flip": 2}, "bad-share"),
     ],
 )
-def test_relayed_shares_are_checked(changes: dict[str, object], deviation: str) -> None:
+def test_relayed_shares_are_checked(changes: dict[str, Any], deviation: str) -> None:
     lab = Lab().until("mask")
-    aborts(lab, 1, shares(lab, **changes), deviation)  # type: ignore[arg-type]
+    aborts(lab, 1, shares(lab, **changes), deviation)
 
 
 def test_too_few_live_neighbours() -> None:
@@ -178,7 +179,7 @@ def test_split_view_of_the_keys_breaks_every_sealed_share() -> None:
     """Node 1 is shown a cohort without node 5; its neighbours sealed under the whole one."""
     lab = Lab().until("share")
     replies = {node: lab.step(node, lab.requests[node]) for node in NODES if node != 1}
-    replies[1] = lab.step(1, view(lab, lambda rows: rows.pop(5)))  # type: ignore[arg-type, return-value]
+    replies[1] = lab.step(1, view(lab, lambda rows: rows.pop(5)))
     sealed = {
         node: decode(reply, lambda r: (r.take(33), messages.read_sealed(r))[1])[1]
         for node, reply in replies.items()
@@ -217,7 +218,7 @@ def test_a_node_that_shared_nothing_cannot_survive() -> None:
 
 def test_too_few_confirmations() -> None:
     lab = Lab().until("reveal")
-    aborts(lab, 1, confirmations(lab, lambda rows: [rows.pop(n) for n in (3, 4)]), "too-few-confirmations")  # type: ignore[arg-type, return-value]
+    aborts(lab, 1, confirmations(lab, lambda rows: [rows.pop(n) for n in (3, 4)]), "too-few-confirmations")
 
 
 def test_a_confirmation_of_other_survivors() -> None:

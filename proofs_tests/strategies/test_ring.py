@@ -89,9 +89,12 @@ def test_what_lies_beyond_a_range_is_sent_as_its_end(
 
 @pytest.mark.parametrize("value", [5e-324, 1e-200, 1e200, math.inf, math.nan, 0.0, -1.0])
 def test_ranges_from_which_no_scale_follows_are_no_layout(value: float) -> None:
-    for arguments in ({"max_value": value}, {"max_weight": value}, {"metrics": (("loss", 0.0, value),)}):
+    changes: list[dict[str, Any]] = [
+        {"max_value": value}, {"max_weight": value}, {"metrics": (("loss", 0.0, value),)}
+    ]  # fmt: skip
+    for change in changes:
         with pytest.raises(ValueError, match=r"max_value|max_weight|range"):
-            Layout(**{"bits": 32, "cohort": 3, "dimension": 2, "max_value": 1.0, "max_weight": 1.0, **arguments})  # type: ignore[arg-type]
+            Layout(**{"bits": 32, "cohort": 3, "dimension": 2, "max_value": 1.0, "max_weight": 1.0, **change})
 
 
 def test_the_binding_covers_everything_a_node_is_told() -> None:

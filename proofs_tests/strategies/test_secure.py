@@ -55,10 +55,11 @@ ROSTER = {n: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes
 @pytest.mark.parametrize("protocol", [OneShot(threshold=3), SecAgg(threshold=4, mode="active")])
 def test_protocols_with_identities(protocol: Any) -> None:
     app = app_of(identity=lambda context: Identity(context.node_id, KEYS[context.node_id], ROSTER), protocols=None)
-    grid = FlakyGrid(app, 5)
+    recorder = MemoryRecorder()
+    grid = FlakyGrid(app, 5, recorder=recorder)
     result = FedAvg(fraction_evaluate=0, stage=SecureStage(protocol, max_weight=8)).start(grid, MODEL, 1)
     check_model(result.arrays, [1, 2, 3, 4, 5])
-    ran = [fields["stage"] for name, fields in grid.recorder.events if name == "stage"]  # type: ignore[attr-defined]
+    ran = [fields["stage"] for name, fields in recorder.events if name == "stage"]
     assert tuple(ran) == protocol.stages
     with pytest.raises(QuorumError):
         FedAvg(fraction_evaluate=0, stage=SecureStage(protocol)).start(FlakyGrid(app_of(protocols=None), 5), MODEL, 1)
@@ -79,16 +80,15 @@ def test_a_simulation_is_bit_identical_whatever_the_masks_and_threads() -> None:
 
 
 def test_nothing_leaves_a_node_in_the_clear() -> None:
-    grid = FlakyGrid(app_of(), 4)
     replies: list[Message] = []
-    pull = grid.pull_messages
 
-    def spy(message_ids: Any) -> list[Message]:
-        pulled = pull(message_ids)
-        replies.extend(pulled)
-        return pulled
+    class Watched(FlakyGrid):
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            pulled = super().pull_messages(message_ids)
+            replies.extend(pulled)
+            return pulled
 
-    grid.pull_messages = spy  # type: ignore[method-assign]
+    grid = Watched(app_of(), 4)
     FedAvg(fraction_evaluate=0, stage=SecureStage(SecAgg(threshold=3))).start(grid, MODEL, num_rounds=1)
     assert replies
     assert all(list(reply.content) == [REPLY] for reply in replies)
@@ -226,10 +226,11 @@ class Rows(Strategy):
 
 
 def test_groups_give_their_means_and_cover_all_nodes() -> None:
-    strategy = Rows(fraction_evaluate=0, stage=GroupedStage(SecAgg(threshold=2), 3, max_weight=16))
+    stage = GroupedStage(SecAgg(threshold=2), 3, max_weight=16)
+    strategy = Rows(fraction_evaluate=0, stage=stage)
     grid = FlakyGrid(app_of(), 11, seed=5)
     result = strategy.start(grid, MODEL, 1)
-    groups = strategy.stage.groups  # type: ignore[attr-defined]
+    groups = stage.groups
     assert sorted(node for group in groups for node in group) == list(range(1, 12))
     assert sorted(len(group) for group in groups) == [3, 4, 4]
     assert strategy.view.rows.dtype == np.float32
