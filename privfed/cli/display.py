@@ -6,11 +6,27 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
 
 from privfed.privacy.bound import printed
 
 Listener = Callable[[str, Mapping[str, object]], None]
-LOG_FORMAT = "Lines for people, or JSON for machines, on stderr."
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def log_options(command: F) -> F:
+    """Add --log-format and --debug to a command."""
+    form = click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Lines for people, or JSON for machines, on stderr.",
+    )
+    debug = click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+    return form(debug(command))
 
 
 def display(form: str) -> Listener:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from privfed.runtime.confinement import Limits
     from privfed.runtime.launcher import Launcher
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def make_folder(path: Path, option: str) -> Path:
     """Make a folder of this user alone, and return it. Raises AppError naming the option when that cannot be done."""
@@ -22,6 +25,30 @@ def make_folder(path: Path, option: str) -> Path:
     except OSError as fault:
         raise AppError(f"{option} {path} cannot be made: {fault.strerror}; give a folder this user may write") from None
     return path
+
+
+def launching_options(apps: str, home: str) -> Callable[[F], F]:
+    """Return what adds --isolation, --exec-socket and --exec-group. apps, home: what a command calls its own."""
+
+    def add(command: F) -> F:
+        isolation = click.option(
+            "--isolation",
+            type=click.Choice(["inline", "subprocess", "external"]),
+            default="subprocess",
+            show_default=True,
+            help=f"Where {apps} run: in this process, in a confined child, or by a `privfed superexec`.",
+        )
+        socket = click.option(
+            "--exec-socket",
+            type=click.Path(path_type=Path),
+            help=f"Socket of --isolation external [{home}/exec.sock].",
+        )
+        group = click.option(
+            "--exec-group", metavar="NAME|ID", help="Group that the user of the superexec shares with this one."
+        )
+        return isolation(socket(group(command)))
+
+    return add
 
 
 @dataclass(frozen=True, slots=True)

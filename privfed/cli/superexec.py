@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from privfed import failpoint
-from privfed.cli.display import LOG_FORMAT
+from privfed.cli.display import log_options
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ RETRY_SECONDS = 0.25
     help="The most network that apps get, whatever is asked for: none, none where the system can do that, or all.",
 )
 @click.option("--memory-mib", type=click.IntRange(min=64), help="Most memory of one app process [no limit].")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
-@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+@log_options
 def superexec(
     connect: str, token_file: Path, app_network: str, memory_mib: int | None, log_format: str, debug: bool
 ) -> None:

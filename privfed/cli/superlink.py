@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import click
 
 from privfed import failpoint
-from privfed.cli.display import LOG_FORMAT
-from privfed.cli.launching import Launching, make_folder
+from privfed.cli.display import log_options
+from privfed.cli.launching import Launching, launching_options, make_folder
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -63,17 +63,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --shared: after so long without a sign of the one that serves, another one takes over.",
 )
-@click.option(
-    "--isolation",
-    type=click.Choice(["inline", "subprocess", "external"]),
-    default="subprocess",
-    show_default=True,
-    help="Where ServerApps run: in this process, in a confined child, or by a `privfed superexec`.",
-)
-@click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [HOME/exec.sock].")
-@click.option("--exec-group", metavar="NAME|ID", help="Group that the user of the superexec shares with this one.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
-@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+@launching_options("ServerApps", "HOME")
+@log_options
 def superlink(
     fleet: str,
     control: str,

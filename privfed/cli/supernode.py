@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from privfed import __version__, failpoint
-from privfed.cli.display import LOG_FORMAT
-from privfed.cli.launching import Launching, make_folder
+from privfed.cli.display import log_options
+from privfed.cli.launching import Launching, launching_options, make_folder
 from privfed.errors import AppError
 
 if TYPE_CHECKING:
@@ -50,15 +50,7 @@ _LOOK_SECONDS = 0.2
 )
 @click.option("--data", type=FOLDER, default="privfed-node", show_default=True, help="The node's own folder, kept.")
 @click.option("--node-config", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of apps; repeatable.")
-@click.option(
-    "--isolation",
-    type=click.Choice(["inline", "subprocess", "external"]),
-    default="subprocess",
-    show_default=True,
-    help="Where apps run: in this process, in a confined child, or by a `privfed superexec`.",
-)
-@click.option("--exec-socket", type=click.Path(path_type=Path), help="Socket of --isolation external [DATA/exec.sock].")
-@click.option("--exec-group", metavar="NAME|ID", help="Group that the user of the superexec shares with this one.")
+@launching_options("apps", "DATA")
 @click.option(
     "--app-network",
     type=click.Choice(["off", "auto", "on"]),
@@ -77,8 +69,7 @@ _LOOK_SECONDS = 0.2
     help="The longest a task may take.",
 )
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="On SIGTERM.")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help=LOG_FORMAT)
-@click.option("--debug", is_flag=True, help="Log more; show tracebacks.")
+@log_options
 def supernode(**given: Any) -> None:
     """Run a node: it connects to the SuperLink, takes tasks, and runs the apps its policy approves.
 
