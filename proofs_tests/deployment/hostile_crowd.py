@@ -34,9 +34,9 @@ from proofs_tests.deployment.hostile_wire import (
     request,
     resident_kib,
 )
+from proofs_tests.deployment.identity_provider import place
 from proofs_tests.deployment.kill_federation import member
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
-from proofs_tests.deployment.test_oidc import place
 
 STREAMS = 50
 HOLD_SECONDS = 2.0

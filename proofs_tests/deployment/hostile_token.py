@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import json
 import random
 import ssl
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +40,12 @@ from proofs_tests.deployment.hostile_wire import (
     h2,
     message,
     noise,
+    probing,
     request,
-    resident_kib,
+    send,
 )
+from proofs_tests.deployment.identity_provider import KEY, OTHER, bearer_of, claims, token
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
-from proofs_tests.deployment.test_oidc import KEY, OTHER, claims, token
 
 ODD: Sequence[Any] = (
     float("nan"), float("inf"), -1e308, 10**400, -1, True, None, "1", "", "\ud800", [], {}, [[]], [{"a": []}],
@@ -139,37 +138,7 @@ def attack(address: str, tls: ssl.SSLContext, frames: int, seed: int, seen: Seen
         ("writes of random bytes under TLS", 0.1, lambda: bytes_at(rng, address, tls)),
         ("writes of random bytes before TLS", 0.1, lambda: bytes_at(rng, address)),
     )
-    while sum(seen.frames.values()) < frames:
-        name, _, way = min(ways, key=lambda one: seen.frames[one[0]] / one[1])
-        seen.frames[name] += way()
-
-
-@contextlib.contextmanager
-def asking(address: str, user: BearerToken, seen: Seen, pid: int) -> Iterator[None]:
-    """Ask as a user with a good token again and again, and look at the SuperLink's memory."""
-    over = threading.Event()
-    with ControlClient(address, user) as control:
-        for _ in range(20):
-            control.runs()
-        before = resident_kib(pid)
-
-        def ask() -> None:
-            while not over.wait(0.1):
-                began = time.monotonic()
-                try:
-                    control.runs()
-                except Exception:  # noqa: BLE001 - counted
-                    seen.failed += 1
-                seen.probes.append(time.monotonic() - began)
-                seen.growth_kib = max(seen.growth_kib, resident_kib(pid) - before)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    send(ways, frames, seen)
 
 
 def is_answered(address: str, tls: ssl.SSLContext, text: str) -> bool:
@@ -187,9 +156,9 @@ def is_answered(address: str, tls: ssl.SSLContext, text: str) -> bool:
     return found
 
 
-def nodes_of(address: str, held: Path) -> set[tuple[int, str]]:
+def nodes_of(address: str, by: BearerToken) -> set[tuple[int, str]]:
     """Return the nodes a SuperLink knows, and what it makes of them."""
-    with ControlClient(address, BearerToken(held)) as control:
+    with ControlClient(address, by) as control:
         return {(row.node_id, row.state) for row in control.nodes()}
 
 
@@ -199,19 +168,16 @@ def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, str, int]:
     Raises AssertionError unless what is sent by hand is heard: under a good token, and under no other.
     """
     keys, seen = make_keys(folder / "keys"), Seen()
-    held = folder / "user"
-    held.mkdir()
-    (held / "ca.pem").write_bytes((keys / "authority" / "ca.pem").read_bytes())
-    (held / "token").write_text(token(exp=int(time.time()) + 20_000))
+    by = bearer_of(keys, "user", token(exp=int(time.time()) + 20_000))
     options = ["--token-control", "127.0.0.1:0", "--oidc", str(keys / "oidc" / "oidc.toml")]
     with SuperLinkProcess(folder / "link", keys=keys / "main", options=options) as link:
         address = link.addresses["token-control"]
-        before, tls = nodes_of(address, held), context(keys / "main")
+        before, tls = nodes_of(address, by), context(keys / "main")
         assert is_answered(address, tls, token()) and not is_answered(address, tls, token(key=OTHER))
-        with asking(address, BearerToken(held), seen, link.pid):
+        with probing(address, seen, [link.pid], by):
             attack(address, tls, frames, seed, seen)
-        with ControlClient(address, BearerToken(held)) as control:
-            there = len(control.runs()) + len(nodes_of(address, held) ^ before)
+        with ControlClient(address, by) as control:
+            there = len(control.runs()) + len(nodes_of(address, by) ^ before)
         output = link.output
         assert link.end() == 0
     return seen, output, there

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from privfed import Message, RecordDict
 from privfed.runtime.control import ControlClient, Follow, Listing, NodeChange, RunName, Submit
+from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import Answer, Frame, Hello, Progress, RosterQuery, RunQuery, Want, chunk, pack, parcel
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -235,10 +236,12 @@ def resident_kib(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def probing(control: str, seen: Seen, pids: Sequence[int]) -> Iterator[None]:
+def probing(
+    control: str, seen: Seen, pids: Sequence[int], by: Credentials | BearerToken | None = None
+) -> Iterator[None]:
     """Ask as a user again and again, and look at the processes' memory; what is noted is its growth."""
     over = threading.Event()
-    with ControlClient(control) as user:
+    with ControlClient(control, by) as user:
         for _ in range(20):  # what is allocated once does not count
             user.runs()
         before = {pid: resident_kib(pid) for pid in pids}
@@ -262,6 +265,19 @@ def probing(control: str, seen: Seen, pids: Sequence[int]) -> Iterator[None]:
             thread.join()
 
 
+def send(ways: Sequence[tuple[str, float, Callable[[], int]]], frames: int, seen: Seen) -> None:
+    """Send so many frames. ways: of each kind its name, its share, and what sends some and says how many."""
+    while (total := sum(seen.frames.values())) < frames:
+        name, _, way = min(ways, key=lambda one: seen.frames[one[0]] / one[1])
+        try:
+            seen.frames[name] += way()
+        except OSError as fault:  # the backlog is full for a moment
+            sys.stderr.write(f"{name}: {fault}\n")
+            time.sleep(0.1)
+        if total // 50_000 != sum(seen.frames.values()) // 50_000:
+            sys.stderr.write(f"{seen.summary()}\n")
+
+
 def attack(addresses: dict[str, str], exec_socket: Path, frames: int, seed: int, seen: Seen) -> None:
     """Send so many frames of all kinds to all listeners."""
     rng = random.Random(seed)
@@ -273,15 +289,7 @@ def attack(addresses: dict[str, str], exec_socket: Path, frames: int, seed: int,
         ("writes of random bytes", 0.1, lambda: bytes_at(rng, rng.choice(list(addresses.values())))),
         ("datagrams", 0.05, lambda: datagrams(rng, exec_socket)),
     )
-    while (total := sum(seen.frames.values())) < frames:
-        name, _, way = min(ways, key=lambda one: seen.frames[one[0]] / one[1])
-        try:
-            seen.frames[name] += way()
-        except OSError as fault:  # the backlog is full for a moment
-            sys.stderr.write(f"{name}: {fault}\n")
-            time.sleep(0.1)
-        if total // 50_000 != sum(seen.frames.values()) // 50_000:
-            sys.stderr.write(f"{seen.summary()}\n")
+    send(ways, frames, seen)
 
 
 def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, list[str]]:

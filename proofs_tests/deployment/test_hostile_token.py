@@ -9,7 +9,7 @@ import pytest
 
 from privfed.runtime.oidc import TokenRefused, Tokens
 from proofs_tests.deployment.hostile_token import KINDS, campaign
-from proofs_tests.deployment.test_oidc import place, token
+from proofs_tests.deployment.identity_provider import place, token
 from proofs_tests.deployment.test_wire import GROWTH_KIB, PATIENCE
 
 

@@ -6,7 +6,6 @@ import base64
 import hmac
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jwt
-from joserfc.jwk import ECKey, KeySet, OctKey, RSAKey
+from joserfc.jwk import KeySet, OctKey, RSAKey
 
 from privfed.errors import AppError
 from privfed.runtime.oidc import TokenRefused, Tokens, bearer
-
-ISSUER = "https://login.example.org"
-KEY = ECKey.generate_key("P-256", {"kid": "one"})
-OTHER = ECKey.generate_key("P-256", {"kid": "one"})
-POLICY = f"""
-issuer = "{ISSUER}"
-audience = "privfed"
-jwks = "jwks.json"
-name-claim = "preferred_username"
-[roles]
-operator = ["admins"]
-viewer = ["staff"]
-"""
-
-
-def place(folder: Path, policy: str = POLICY, keys: KeySet | None = None) -> Path:
-    (folder / "jwks.json").write_text(json.dumps((keys or KeySet([KEY])).as_dict(private=False)))
-    (folder / "oidc.toml").write_text(policy)
-    return folder / "oidc.toml"
-
-
-def claims(**changes: Any) -> dict[str, Any]:
-    now = int(time.time())
-    good = {
-        "iss": ISSUER,
-        "aud": ["privfed", "other"],
-        "iat": now,
-        "exp": now + 600,
-        "preferred_username": "Alice@example.org",
-        "groups": ["staff"],
-    }
-    return {key: value for key, value in (good | changes).items() if value is not None}
-
-
-def token(key: Any = KEY, algorithm: str = "ES256", **changes: Any) -> str:
-    return jwt.encode({"alg": algorithm, "kid": "one"}, claims(**changes), key, algorithms=[algorithm])
+from proofs_tests.deployment.identity_provider import ISSUER, KEY, OTHER, POLICY, claims, place, token
 
 
 def test_a_good_token_makes_a_user_of_its_role(tmp_path: Path) -> None:

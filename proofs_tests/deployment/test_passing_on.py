@@ -19,12 +19,11 @@ from privfed.runtime.frame import Hello, Waiting, Welcome, pack, unpack_down
 from privfed.runtime.handshake import CALLER, TERM, NetworkError, agree, greeting
 from privfed.runtime.oidc import Tokens
 from privfed.runtime.run_folder import ENDED, RunFolder
+from proofs_tests.deployment.identity_provider import bearer_of, place, token
 from proofs_tests.deployment.local_link import eventually, nodes_at
 from proofs_tests.deployment.local_pair import LocalPair
 from proofs_tests.deployment.small_node import fresh
-from proofs_tests.deployment.test_oidc import place, token
 from proofs_tests.deployment.test_roles import Members
-from proofs_tests.deployment.test_token_control import user
 from proofs_tests.deployment.test_two_superlinks import app_in
 
 pytestmark = pytest.mark.postgres
@@ -229,10 +228,10 @@ def test_a_waiting_node_is_told_so_through_either(guarded: Guarded) -> None:
 
 def test_tokens_are_passed_on_as_they_are(guarded: Guarded) -> None:
     address = guarded.pair.passing["token-control"]
-    with ControlClient(address, user(guarded.folder, "bearer", token())) as control:
+    with ControlClient(address, bearer_of(guarded.folder, "bearer", token())) as control:
         assert control.runs() == ()
     for number, (text, cause) in enumerate(((token(exp=1_000_000_000, iat=999_999_000), "expired"), ("x", "signed"))):
-        bearer = user(guarded.folder, f"bad-{number}", text)
+        bearer = bearer_of(guarded.folder, f"bad-{number}", text)
         with ControlClient(address, bearer) as control, pytest.raises(NetworkError, match=cause):
             control.runs()
 

@@ -15,11 +15,11 @@ from privfed import run_simulation
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.audit_log import verify_log
 from privfed.runtime.run_folder import ENDED
+from proofs_tests.deployment.identity_provider import bearer_of, place, token
 from proofs_tests.deployment.kill_campaign import RANDOMNESS, write_app
 from proofs_tests.deployment.kill_federation import Federation, eventually
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
-from proofs_tests.deployment.test_oidc import place, token
 from proofs_tests.deployment.test_roles import Members
 
 SAID = {
@@ -70,14 +70,11 @@ def test_users_who_sign_in_elsewhere_use_the_same_commands(tmp_path: Path) -> No
     policy = place(tmp_path / "oidc")
     options = ["--oidc", str(policy), "--token-control", "127.0.0.1:0"]
     for name, groups in (("vera", ["staff"]), ("adam", ["admins"])):
-        held = tmp_path / name
-        held.mkdir()
-        (held / "ca.pem").write_bytes((tmp_path / "keys" / "authority" / "ca.pem").read_bytes())
-        (held / "token").write_text(token(groups=groups))
+        bearer_of(tmp_path / "keys", name, token(groups=groups))
 
     def say(name: str, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "privfed.cli.main", *words]
-        there = ["--superlink", link.addresses["token-control"], "--keys", str(tmp_path / name)]
+        there = ["--superlink", link.addresses["token-control"], "--keys", str(tmp_path / "keys" / name)]
         return subprocess.run([*command, *there], capture_output=True, text=True, check=False, env=dict(os.environ))
 
     app = str(write_app(tmp_path / "app", False))

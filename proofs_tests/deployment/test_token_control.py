@@ -6,35 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
-import msgspec
 import pytest
 
-from privfed.runtime.authority import Authority, make_request
+from privfed.runtime.authority import Authority
 from privfed.runtime.control import ControlClient, Submission
-from privfed.runtime.credentials import BearerToken, Credentials, accept_answer
+from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.federation import open_app
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.oidc import Tokens
 from privfed.runtime.superlink import SuperLinkError
+from proofs_tests.deployment.identity_provider import OTHER, bearer_of, place, token
+from proofs_tests.deployment.kill_federation import member
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink
-from proofs_tests.deployment.test_oidc import OTHER, place, token
 
 
 def link_keys(folder: Path) -> Credentials:
-    authority = Authority.create(folder / "authority", "test")
-    make_request(folder / "link", "link", "main", ["127.0.0.1", "localhost"])
-    _, answer = authority.answer((folder / "link" / "request.json").read_bytes())
-    accept_answer(folder / "link", msgspec.json.encode(answer))
-    return Credentials.load(folder / "link")
-
-
-def user(folder: Path, name: str, text: str) -> BearerToken:
-    held = folder / name
-    held.mkdir()
-    (held / "ca.pem").write_bytes((folder / "authority" / "ca.pem").read_bytes())
-    (held / "token").write_text(text + "\n")
-    assert BearerToken.holds(held)
-    return BearerToken(held)
+    return member(Authority.create(folder / "authority", "test"), folder / "link", "link", "main")
 
 
 def test_tokens_let_their_roles_in_and_nobody_else(tmp_path: Path) -> None:
@@ -45,11 +32,11 @@ def test_tokens_let_their_roles_in_and_nobody_else(tmp_path: Path) -> None:
     with link:
         address = link.link.addresses["token-control"]
         submission = Submission(open_app(EXAMPLES / "minimal"), {}, seed=1, nodes=2)
-        with ControlClient(address, user(tmp_path, "viewer", token())) as control:
+        with ControlClient(address, bearer_of(tmp_path, "viewer", token())) as control:
             assert len(control.runs(10)) == 0
             with pytest.raises(NetworkError, match="viewer"):
                 control.submit(submission)
-        with ControlClient(address, user(tmp_path, "admin", token(groups=["admins"]))) as control:
+        with ControlClient(address, bearer_of(tmp_path, "admin", token(groups=["admins"]))) as control:
             row = control.submit(submission)
             assert row.by == "user-alice.at.example.org"
             control.stop(row.name)
@@ -60,7 +47,7 @@ def test_tokens_let_their_roles_in_and_nobody_else(tmp_path: Path) -> None:
             ("empty", "x", "not signed"),
         ):
             with (
-                ControlClient(address, user(tmp_path, name, text)) as control,
+                ControlClient(address, bearer_of(tmp_path, name, text)) as control,
                 pytest.raises(NetworkError, match=cause),
             ):
                 control.runs(10)
