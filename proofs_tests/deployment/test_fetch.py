@@ -16,8 +16,8 @@ from privfed.runtime.handshake import NetworkError
 from privfed.runtime.result import ResultFile, ResultRows
 from privfed.runtime.run_folder import RunFolder, load_checkpoint
 from privfed.runtime.take_home import MODEL, FetchError, fetch
-from proofs_tests.deployment.cutting_proxy import CuttingProxy
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.proxy import CuttingProxy
 from proofs_tests.deployment.test_roles import Members
 
 LARGE_APP = """

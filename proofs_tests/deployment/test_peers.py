@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,41 +16,9 @@ from privfed.runtime.control import ControlClient
 from privfed.runtime.handshake import NetworkError
 from proofs_tests.deployment.hostile_wire import Wire
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.proxy import Recorder
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.test_roles import Members
-
-
-class Recorder:
-    """A proxy that keeps what every connection said to the SuperLink."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.said: list[bytearray] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
-                heard = bytearray()
-                self.said.append(heard)
-                for source, sink, kept in ((near, far, heard), (far, near, bytearray())):
-                    threading.Thread(target=self._copy, args=(source, sink, kept), daemon=True).start()
-
-    def _copy(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                kept += data
-                sink.sendall(data)
-        for one in (source, sink):
-            one.close()
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.fixture
@@ -78,7 +43,7 @@ def test_whole_connections_sent_again_change_no_model(link: LocalLink) -> None:
     assert answers == 2 * rounds
     for said in recorder.said:
         wire = Wire(link.fleet)
-        wire.send(bytes(said))
+        wire.send(said)
         wire.hear(0.3)
         wire.close()
     eventually(lambda: not link.link.dispatcher.sessions)
@@ -87,7 +52,7 @@ def test_whole_connections_sent_again_change_no_model(link: LocalLink) -> None:
         second = link.submit(EXAMPLES / "minimal", 2, num_rounds=rounds)
         for said in recorder.said:
             wire = Wire(link.fleet)
-            wire.send(bytes(said))
+            wire.send(said)
             wire.close()
         assert link.wait(second, 60).state == "completed"
     for name in (first, second):
@@ -104,7 +69,7 @@ def test_recorded_connections_under_tls_do_not_get_past_the_handshake(tmp_path: 
         recorder.close()
         for said in recorder.said:
             wire = Wire(link.control)
-            wire.send(bytes(said))
+            wire.send(said)
             heard = wire.hear(0.5)
             assert b"privfed-protocol" not in heard and len(heard) < 8_000, "an alert, not an answer"
             wire.close()

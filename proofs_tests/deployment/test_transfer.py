@@ -13,8 +13,8 @@ from privfed import ArrayRecord, Message, MetricRecord, RecordDict
 from privfed.runtime import frame
 from privfed.runtime.fleet import FleetClient, FleetOptions, Task
 from privfed.runtime.frame import chunk_size
-from proofs_tests.deployment.cutting_proxy import CuttingProxy
 from proofs_tests.deployment.local_link import LocalLink
+from proofs_tests.deployment.proxy import CuttingProxy
 
 SIZE = 12_000_000
 """Bytes of the model."""
