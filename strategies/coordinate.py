@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority, screen
-from privfed.strategies.matrix import Floats, Matrix, as_matrix, flat_vector, run_blocks
+from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, flat_vector, run_blocks
 from privfed.strategies.network import by_rank
 
 
@@ -104,25 +103,25 @@ def median_rows(rows: Matrix) -> Floats:
     n = rows.count
     low, high = (n - 1) // 2, n // 2
 
-    def few(ranked: list[Floats]) -> Floats:
-        return ranked[low] if low == high else _middle(ranked[low], ranked[high])
+    def few(ranked: Floats) -> Floats:
+        return ranked[0] if low == high else _middle(ranked[0], ranked[1])
 
     def many(ranked: Floats) -> Floats:
         return ranked[:, low] if low == high else _middle(ranked[:, low], ranked[:, high])
 
-    return by_rank(rows, (low, high), few, many)
+    return by_rank(rows, (low,) if low == high else (low, high), few, many, together=True)
 
 
 def trimmed_rows(rows: Matrix, f: int) -> Floats:
     """Return the mean of ranks f..n-f-1 of every column."""
     n = rows.count
-    share = 1.0 / (n - 2 * f)
+    share, room = 1.0 / (n - 2 * f), Room()
 
-    def few(ranked: list[Floats]) -> Floats:
-        return _sum_rows(ranked[f : n - f]) * share
+    def few(ranked: Floats) -> Floats:
+        return _sum_rows(ranked) * share
 
     def many(ranked: Floats) -> Floats:
-        return _sum_ranks(ranked[:, f : n - f]) * share
+        return _sum_ranks(ranked[:, f : n - f], room) * share
 
     return by_rank(rows, tuple(range(f, n - f)), few, many, together=True)
 
@@ -130,58 +129,68 @@ def trimmed_rows(rows: Matrix, f: int) -> Floats:
 def around(rows: Matrix, keep: int, reference: str, f: int) -> Floats:
     """Return the mean of the `keep` values of every column nearest to its median, or its f-trimmed mean.
 
-    They are neighbours in rank order: a window, which moves up while the value above it is nearer than its
-    lowest. Values are selected, never subtracted from running sums, where one outlier would cancel the rest.
+    They are neighbours in rank order: a window, which moves up while the value above it is nearer than its lowest.
+    The reference lies between two ranks, one of which is in the window: ranks too far from both are not looked for.
+    Values are selected, never subtracted from running sums, where one outlier would cancel the rest.
     """
     n = rows.count
-    shifts = n - keep
+    low, high = ((n - 1) // 2, n // 2) if reference == "median" else (f, n - f - 1)
+    first = max(low - keep + 1, 0)
+    shifts = min(n - keep, high) - first
+    ranks = tuple(range(first, first + keep + shifts))
+    room = Room()
 
-    def few(ranked: list[Floats]) -> Floats:
+    def few(ranked: Floats) -> Floats:
         if reference == "median":
-            low, high = ranked[(n - 1) // 2], ranked[n // 2]
-            middle = low if n % 2 else _middle(low, high)
+            lower, upper = ranked[low - first], ranked[high - first]
+            middle = lower if n % 2 else _middle(lower, upper)
         else:
-            middle = (_sum_rows(ranked[f : n - f]) * (1.0 / (n - 2 * f))).astype(rows.work)
-        window = ranked[:keep]
+            middle = (_sum_rows(ranked[low - first : high - first + 1]) * (1.0 / (n - 2 * f))).astype(rows.work)
+        window = room.take("window", (keep, len(middle)), rows.work)
+        window[:] = ranked[:keep]
         for i in range(shifts):
-            entering = ranked[i + keep]
             # a later move implies all earlier ones, so a slot's newest value is the right one
-            moved = entering - middle < middle - ranked[i]
-            window[i % keep] = np.where(moved, entering, window[i % keep])
+            _replace_if_nearer(window[i % keep], ranked[i], ranked[i + keep], middle, room)
         return _sum_rows(window) * (1.0 / keep)
 
     def many(ranked: Floats) -> Floats:
-        return few(list(np.array(ranked.T, order="C")))
+        return few(np.array(ranked[:, ranks[0] : ranks[-1] + 1].T, order="C"))
 
-    return by_rank(rows, tuple(range(n)), few, many)
+    return by_rank(rows, ranks, few, many)
+
+
+def _replace_if_nearer(slot: Floats, low: Floats, high: Floats, middle: Floats, room: Room) -> None:
+    """Write high to the slot where it is nearer to the middle than low.
+
+    By the sign of the difference, as a mask of bits: numpy's `where` costs more than the rest of a window together.
+    """
+    bits = np.dtype(f"i{low.itemsize}")
+    above, below = room.take("above", low.shape, low.dtype), room.take("below", low.shape, low.dtype)
+    np.subtract(high, middle, out=above)
+    np.subtract(middle, low, out=below)
+    np.subtract(above, below, out=above)
+    mask, change = above.view(bits), below.view(bits)
+    np.right_shift(mask, 8 * low.itemsize - 1, out=mask)
+    np.bitwise_xor(high.view(bits), slot.view(bits), out=change)
+    np.bitwise_and(change, mask, out=change)
+    np.bitwise_xor(slot.view(bits), change, out=slot.view(bits))
 
 
 def _middle(low: Floats, high: Floats) -> Floats:
     return low * low.dtype.type(0.5) + high * high.dtype.type(0.5)
 
 
-def _sum_rows(rows: list[Floats]) -> Floats:
-    """Return the sum of equally long rows: sums of eight in their own dtype, those in float64."""
-    total = np.zeros(rows[0].shape)
-    for low in range(0, len(rows), 8):
-        group = rows[low : low + 8]
-        part = group[0] if len(group) == 1 else group[0] + group[1]
-        for row in group[2:]:
-            np.add(part, row, out=part)
-        total += part
+def _sum_rows(rows: Floats) -> Floats:
+    """Return the sum of the rows, in float64."""
+    return np.asarray(np.add.reduce(rows, axis=0, dtype=np.float64))
+
+
+def _sum_ranks(ranked: Floats, room: Room) -> Floats:
+    """Return the sum of each row, in float64."""
+    ones, total = np.ones(ranked.shape[1]), np.empty(len(ranked))
+    for low in range(0, len(ranked), 512):  # what is converted stays in cache until it is added
+        part = ranked[low : low + 512]
+        wide = room.take("wide", part.shape, np.float64)
+        wide[...] = part
+        np.matmul(wide, ones, out=total[low : low + 512])
     return total
-
-
-def _sum_ranks(ranked: Floats) -> Floats:
-    """Return the sum of each row: sums of 32 in their own dtype, those in float64."""
-    ones = _ones(ranked.dtype)
-    total = (ranked[:, :32] @ ones[: min(32, ranked.shape[1])]).astype(np.float64)
-    for low in range(32, ranked.shape[1], 32):
-        part = ranked[:, low : low + 32]
-        total += part @ ones[: part.shape[1]]
-    return total
-
-
-@lru_cache(maxsize=4)
-def _ones(dtype: np.dtype[Any]) -> Floats:
-    return np.ones(32, dtype)

@@ -107,9 +107,13 @@ class Matrix:
         """Return columns start..stop of all rows less one vector, and that vector's part; None stands for zero."""
         return self.block(start, stop), None
 
-    def turned(self, start: int, stop: int, out: Floats) -> Floats | None:
-        """Write columns start..stop, shifted, as the rows of `out`; return what they were shifted by."""
+    def turned(self, start: int, stop: int, out: Floats, look: Callable[[Floats], None]) -> Floats | None:
+        """Write columns start..stop, shifted, as the rows of `out`; return what they were shifted by.
+
+        look: sees the block first, and brings it into the cache by that.
+        """
         block, part = self.shifted(start, stop)
+        look(block)
         out[...] = block.T
         return part
 
@@ -172,11 +176,11 @@ class Mixed(Matrix):
         """Return columns start..stop of the mixed rows less the origin, and its part."""
         return self._make(self.source, self.weights, start, stop)
 
-    def turned(self, start: int, stop: int, out: Floats) -> Floats | None:
-        """Write columns start..stop, less the origin, as the rows of `out`: one product, no transposition."""
+    def turned(self, start: int, stop: int, out: Floats, look: Callable[[Floats], None]) -> Floats | None:
+        """Write columns start..stop, less the origin, as the rows of `out`: one product, no transposition, no look."""
         assert self.source is not None
         if self.weights.ndim == 1:
-            return super().turned(start, stop, out)
+            return super().turned(start, stop, out, look)
         centred, origin = centred_block(self.source, start, stop, self.origin)
         np.matmul(centred.T, self.weights.T.astype(self.work), out=out)
         return origin

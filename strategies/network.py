@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
 
-from privfed.strategies.guard import ends_check, taint_check
+from privfed.strategies.guard import taint_check
 from privfed.strategies.matrix import SCRATCH_BYTES, Floats, Matrix, Room, run_blocks
 
-Comparator: TypeAlias = tuple[int, int, bool, bool]  # rows a < b; keep the minimum in a, the maximum in b
-Finish: TypeAlias = Callable[[list[Floats]], Floats]
+Comparator: TypeAlias = tuple[int, int, bool, bool]  # wires a, b; keep the minimum in a, the maximum in b
+Step: TypeAlias = tuple[bool, int, int, int]  # maximum or minimum, of two registers, into a third
+Finish: TypeAlias = Callable[[Floats], Floats]
 
 # Above this many rows the comparators cost more than numpy's vectorised sort of contiguous rows.
-NETWORK_ROWS = 48
+NETWORK_ROWS = 64
 # Columns of a block of the network: fewer, and the calls cost more than the cache saves.
-NETWORK_COLUMNS = 16384
+NETWORK_COLUMNS = 24576
+TURNED_COLUMNS = 2048  # columns of a block that is transposed and sorted by rows
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as calls on registers: the rows, never written to, then scratch, where the ranks come first."""
+
+    steps: tuple[Step, ...]
+    scratch: int
+
+
+def pairwise(size: int) -> list[tuple[int, int]]:
+    """Return the sorting network of [Par92] for a power of two of inputs: pruned, it leaves least to do."""
+    pairs: list[tuple[int, int]] = []
+
+    def sort(wires: list[int]) -> None:
+        half = len(wires) // 2
+        pairs.extend((wires[2 * i], wires[2 * i + 1]) for i in range(half))
+        if half > 1:
+            sort(wires[0::2])
+            sort(wires[1::2])
+        reach = half // 2
+        while reach:
+            pairs.extend((wires[2 * i + 1], wires[2 * (i + reach)]) for i in range(half - reach))
+            reach //= 2
+
+    sort(list(range(size)))
+    return pairs
 
 
 @lru_cache(maxsize=128)
 def comparators(n: int, ranks: tuple[int, ...], together: bool = False) -> tuple[Comparator, ...]:
-    """Return Batcher's odd-even merge network for n inputs, less what the output ranks do not need [Bat68].
+    """Return a network of n wires that brings rank r to wire r, less what the output ranks do not need.
 
-    together: the ranks are wanted as a set, in any order among themselves, as for a sum.
+    together: the ranks are wanted as a set, in any order among themselves, as for a sum. It is a pairwise network some
+    of whose inputs are fixed below or above all others, whichever split of them leaves least to do.
     """
+    size = 1 << (n - 1).bit_length()
+    whole = pairwise(size)
+    spare = size - n
+    below = sorted({0, 1, 2, 4, spare // 2, spare} & set(range(spare + 1)))
+    made = (_pruned(_narrowed(whole, size, low, n), ranks, together) for low in below)
+    return min(made, key=lambda network: sum(low + high for _, _, low, high in network))
+
+
+def _narrowed(network: list[tuple[int, int]], size: int, below: int, n: int) -> list[tuple[int, int]]:
+    """Return the network for n inputs: its first `below` are held below all of them, the rest above."""
+    held = [min(max(wire - below, -1), n) for wire in range(size)]  # which input a wire carries; -1 and n are no inputs
     pairs = []
-    p = 1
-    while p < n:
-        k = p
-        while k >= 1:
-            for j in range(k % p, n - k, 2 * k):
-                for i in range(j, min(j + k, n - k)):
-                    if i // (2 * p) == (i + k) // (2 * p):
-                        pairs.append((i, i + k))
-            k //= 2
-        p *= 2
+    for a, b in network:
+        first, second = held[a], held[b]
+        if 0 <= first < n and 0 <= second < n:
+            pairs.append((first, second))
+        elif first > second:
+            held[a], held[b] = second, first
+    rank = {wire: r for r, wire in enumerate(wire for wire in held if 0 <= wire < n)}
+    return [(rank[a], rank[b]) for a, b in pairs]
+
+
+def _pruned(pairs: list[tuple[int, int]], ranks: tuple[int, ...], together: bool) -> tuple[Comparator, ...]:
     needed, kept = set(ranks), []
     loose = set(ranks) if together else set()  # wires that still go to the set as they are
     for a, b in reversed(pairs):
@@ -49,53 +92,69 @@ def comparators(n: int, ranks: tuple[int, ...], together: bool = False) -> tuple
     return tuple(reversed(kept))
 
 
-def run_network(network: tuple[Comparator, ...], rows: list[Floats], spare: list[Floats]) -> list[Floats]:
-    """Return the rows in rank order. `spare` is scratch, one row more than there are; the rows are left as they are."""
-    rows, spare = list(rows), list(spare)
-    own = [False] * len(rows)  # rows in scratch may be written over, the first comparators write into it
-    for a, b, low, high in network:
-        first, second = rows[a], rows[b]
+@lru_cache(maxsize=128)
+def program(n: int, ranks: tuple[int, ...], together: bool = False) -> Program:
+    """Return the calls of `comparators`, each with the register it writes to: one that nothing needs any more."""
+    held, free, steps, scratch = list(range(n)), list[int](), list[Step](), 0
+
+    def fresh() -> int:
+        nonlocal scratch
+        scratch += not free
+        return free.pop() if free else n + scratch - 1
+
+    for a, b, low, high in comparators(n, ranks, together):
+        read = held[a], held[b]
         if low and high:
-            rows[a] = np.minimum(first, second, out=spare.pop())
-            rows[b] = np.maximum(first, second, out=second if own[b] else spare.pop())
-            if own[a]:
-                spare.append(first)
-        elif low:
-            rows[a] = np.minimum(first, second, out=first if own[a] else spare.pop())
-        else:
-            rows[b] = np.maximum(first, second, out=second if own[b] else spare.pop())
-        own[a] = own[a] or low
-        own[b] = own[b] or high
-    return rows
+            held[a] = fresh()
+            steps.append((False, *read, held[a]))
+        done = [register for register in read if register >= n]  # rows of the input are not written to
+        last = done.pop() if done else fresh()
+        free += done
+        steps.append((high, *read, last))
+        held[b if high else a] = last
+    for rank in ranks:
+        if held[rank] < n:  # never compared
+            steps.append((True, held[rank], held[rank], fresh()))
+            held[rank] = steps[-1][-1]
+    place = {register: register for register in range(n)} | {held[rank]: n + i for i, rank in enumerate(ranks)}
+    for register in range(n, n + scratch):
+        place.setdefault(register, len(place))
+    return Program(tuple((high, place[x], place[y], place[to]) for high, x, y, to in steps), scratch)
 
 
-def by_rank(
-    matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Callable[[Floats], Floats], *, together: bool = False
-) -> Floats:
+def run_program(made: Program, rows: Floats, scratch: Floats) -> None:
+    """Bring what the program is for into the first rows of the scratch, in order; the rows are left as they are."""
+    at = [*rows, *scratch]
+    least, most = np.minimum, np.maximum
+    for high, a, b, to in made.steps:  # some hundred calls a block: nothing else is done here
+        (most if high else least)(at[a], at[b], out=at[to])
+
+
+def by_rank(matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Finish, *, together: bool = False) -> Floats:
     """Sort every column and return what a finisher makes of it: one number a column.
 
     What it makes must move along with the column, since columns may come less a number that is added afterwards.
-    few: takes the rows in rank order (only `ranks` are right), each one block wide, and must not write to them.
+    few: takes the rows of `ranks`, shape (ranks, columns of the block), as its own.
     many: takes columns as sorted rows, shape (columns of the block, n). together: see `comparators`.
     """
     out = np.empty(matrix.size, matrix.work)
     n = matrix.count
     small = n <= NETWORK_ROWS
-    network = comparators(n, ranks, together) if small else ()
-    width = matrix.width(NETWORK_COLUMNS, 2 * SCRATCH_BYTES) if small else matrix.width(2048)
+    made = program(n, ranks, together) if small else None
+    width = matrix.width(NETWORK_COLUMNS, 2 * SCRATCH_BYTES) if small else matrix.width(TURNED_COLUMNS)
     room = Room()
 
     def columns(start: int, stop: int) -> None:
-        if small:
+        if made is not None:
             block, part = matrix.shifted(start, stop)
             taint_check(matrix, block)
-            spare = room.take("ranked", (n + 1, stop - start), matrix.work)
-            out[start:stop] = few(run_network(network, list(block), list(spare)))
+            scratch = room.take("ranked", (made.scratch, stop - start), matrix.work)
+            run_program(made, block, scratch)
+            out[start:stop] = few(scratch[: len(ranks)])
         else:
             turned = room.take("ranked", (stop - start, n), matrix.work)
-            part = matrix.turned(start, stop, turned)
+            part = matrix.turned(start, stop, turned, lambda block: taint_check(matrix, block))
             turned.sort(axis=1)
-            ends_check(matrix, turned)
             out[start:stop] = many(turned)
         if part is not None:
             out[start:stop] += part
