@@ -5,6 +5,7 @@ A rule of this kind is `weights(G, f) -> w`, then `w @ X`: two reads of the inpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,7 +18,6 @@ from privfed.strategies.matrix import (
     Matrix,
     Mixed,
     Room,
-    centred,
     centred_block,
     flat_vector,
     full_row,
@@ -30,8 +30,8 @@ Vector: TypeAlias = NDArray[np.float64]
 # A squared distance below this share of the two squared norms has lost the digits the rules need: recentre.
 RESOLVED = 1e-3
 BLOCK = 8192
-COLUMNS = 65536  # a block of a weighted sum: its scratch stays in cache, and a call costs little beside it
-TOGETHER, CENTRED = 32, 8  # rows of a weighted sum added in their own dtype, before float64 takes over
+# A weighted sum converts this many rows and columns to float64 at a time, which takes most of its time.
+TOGETHER, COLUMNS = 10, 24576
 # Products of up to a million multiplications need no packing in OpenBLAS, which is half the time of a thin one.
 PANEL_ROWS, PANEL_PRODUCTS, PANEL_MOST = 8, 10**6, 128
 SEGMENTS = 4  # sums run in this fixed tree, so that results do not depend on the number of threads
@@ -197,46 +197,50 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
         origin = full_row(matrix, origin)
     everything = len(chosen) == matrix.count
     rows = matrix if everything else matrix.take(chosen)
-    factor = weights[chosen].astype(matrix.work)
-    room = Room()
+    factor, room = weights[chosen], Room()
 
     def add(start: int, stop: int) -> None:
         part = None if origin is None else origin[start:stop]
         weighted_sum(rows.block(start, stop), factor, out[start:stop], room, about=part)
 
     if len(chosen):
-        run_blocks(matrix.size, (COLUMNS if origin is None else COLUMNS // 4) if rows.direct else rows.width(), add)
+        run_blocks(matrix.size, rows.width(COLUMNS) if not rows.direct else COLUMNS, add)
     elif origin is not None:
         out[:] = origin
     return out
 
 
 def weighted_sum(
-    block: Floats, factor: Floats, out: Floats, room: Room, *, about: Floats | None = None, check: bool = False
+    block: Floats,
+    factor: Vector,
+    out: Floats,
+    room: Room,
+    *,
+    about: Floats | None = None,
+    look: Callable[[Floats], None] | None = None,
 ) -> None:
-    """Write o + factor @ (block - o), o = `about`, zero by default; sums of 32 rows (8 about o) are added in float64.
+    """Write o + factor @ (block - o), o = `about`, zero by default, every product and sum of it in float64.
 
-    check: raise Tainted when one of those sums is not finite or huge.
+    Error: at most (n + 2) 2^-53 sum |factor (block - o)|, and half a last digit of `out`, whatever cancels. look: sees
+    every group of rows before it is added, and brings it into the cache by that.
     """
     rows, columns = block.shape
-    together = TOGETHER if about is None else CENTRED
-    once = about is None and rows <= together
-    total = None if once else room.take("total", (columns,), np.float64)
-    part = out if once else room.take("part", (columns,), block.dtype)
-    least = float(factor[factor > 0].min(initial=1.0)) if check else 1.0
-    bound = (limit(block.dtype) * least) ** 2
-    with np.errstate(all="ignore"):
-        for low in range(0, rows, together):
-            group = block[low : low + together]
-            if about is not None:
-                group = centred(group, about, room.take("centred", group.shape, block.dtype))
-            np.matmul(factor[low : low + together], group, out=part)  # np.dot would copy the rows first
-            if check and not np.dot(part, part) <= bound:
-                raise Tainted
-            if total is not None:
-                np.add(total if low else 0.0, part, out=total)
-        if total is not None:
-            out[...] = total if about is None else np.add(total, about, out=total)
+    total, part = (room.take(name, (columns,), np.float64) for name in ("total", "part"))
+    for low in range(0, rows, TOGETHER):
+        group = block[low : low + TOGETHER]
+        if look is not None:
+            look(group)
+        wide = group
+        if about is not None or group.dtype != np.float64:
+            wide = room.take("wide", group.shape, np.float64)
+            if about is None:
+                wide[...] = group
+            else:
+                np.subtract(group, about, out=wide, dtype=np.float64)
+        np.matmul(factor[low : low + TOGETHER], wide, out=part if low else total)
+        if low:
+            np.add(total, part, out=total)
+    out[...] = total if about is None else np.add(total, about, out=total)
 
 
 def _unresolved(G: Square, D: Square) -> list[NDArray[np.intp]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from privfed.strategies.gram import (
     near_origin,
     weighted_sum,
 )
-from privfed.strategies.guard import Refusal, Screened, guarded, require_majority
+from privfed.strategies.guard import Refusal, Screened, guarded, require_majority, taint_check
 from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, run_blocks
 
 CONVERGED = 1e-9
@@ -45,10 +46,10 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
 
     def body(rows: Matrix, f: int) -> Floats:
         out = np.empty(rows.size, rows.work)
-        scaled, room = factor.astype(rows.work), Room()
+        room, look = Room(), partial(taint_check, rows)
 
         def columns(start: int, stop: int) -> None:
-            weighted_sum(rows.block(start, stop), scaled, out[start:stop], room, check=not rows.clean)
+            weighted_sum(rows.block(start, stop), factor, out[start:stop], room, look=look)
 
         run_blocks(rows.size, COLUMNS if rows.direct else rows.width(COLUMNS), columns)
         return out

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from privfed.strategies import rules
-from privfed.strategies.gram import combine, gram
+from privfed.strategies.gram import TOGETHER, combine, gram
 from privfed.strategies.matrix import as_matrix
 
 ROBUST = sorted(name for name, law in rules.LAWS.items() if law.robust)
@@ -180,18 +183,71 @@ def test_a_bad_number_is_found_in_every_part_of_a_gram_matrix_and_of_a_sum(row: 
 
 
 @pytest.mark.parametrize("about", [0.0, 1e4])
-@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 65, 100])  # sums of up to 32 rows are added in float64
+@pytest.mark.parametrize("n", [1, 2, TOGETHER - 1, TOGETHER, TOGETHER + 1, 3 * TOGETHER, 100])
 def test_a_weighted_sum_keeps_its_digits_at_every_number_of_rows(n: int, about: float) -> None:
     rng = np.random.default_rng(n)
     X = (rng.standard_normal((n, 500)) + about).astype(np.float32)
     weights = rng.uniform(0.5, 2.0, n)
     share = weights / weights.sum()
     exact = share @ X.astype(np.float64)
-    bound = 40 * 2.0**-24 * (share @ np.abs(X.astype(np.float64)))
-    assert (np.abs(rules.weighted_mean(X, weights) - exact) <= bound).all()
-    assert (np.abs(rules.weighted_mean(list(X), weights) - exact) <= bound).all()
-    near = combine(as_matrix(X), share, np.full(500, about))
-    assert (np.abs(near - exact) <= 2.0**-23 * np.abs(exact) + 20 * 2.0**-24 * (share @ np.abs(X - about))).all()
+    bound = 1.01 * 2.0**-24 * np.abs(exact) + 1e-12 * about + 1e-14
+    for found in (
+        rules.weighted_mean(X, weights),
+        rules.weighted_mean(list(X), weights),
+        combine(as_matrix(X), share),
+        combine(as_matrix(X), share, np.full(500, about)),
+    ):
+        assert found.dtype == np.float32
+        assert (np.abs(found - exact) <= bound).all()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    data=st.data(),
+    n=st.integers(1, 3 * TOGETHER),
+    kind=st.sampled_from([np.float16, np.float32, np.float64]),
+    about=st.sampled_from([None, 0.0, 1.0, 1e6]),
+)
+def test_a_sum_is_right_whatever_cancels_in_it(data: Any, n: int, kind: type, about: float | None) -> None:
+    """Beside the exact sum: half a last digit of the result, and (n + 2) 2^-53 of what was added."""
+    largest = 2.0**15 if kind == np.float16 else 2.0**56
+    width = {np.float16: 16, np.float32: 32, np.float64: 64}[kind]
+    numbers = st.floats(-largest, largest, width=width, allow_nan=False)
+    column = data.draw(st.lists(numbers, min_size=n, max_size=n))
+    column += [-value for value in column] * data.draw(st.booleans())  # nothing is left but what comes next
+    column += data.draw(st.lists(st.floats(-1, 1, width=width), max_size=3))
+    weights = data.draw(st.lists(st.floats(0.25, 4), min_size=len(column), max_size=len(column)))
+    X = np.array(column, kind)[:, None]
+    share = np.array(weights) / np.array(weights).sum()
+    found = (
+        rules.weighted_mean(X, share)
+        if about is None
+        else combine(as_matrix(X), share, np.array([about], as_matrix(X).work))
+    )
+    o = 0.0 if about is None else about
+    terms = [float(w) * (float(x) - o) for w, x in zip(share, column, strict=True)]
+    exact = math.fsum([o, *terms])
+    slack = (len(column) + 3) * 2.0**-52 * (math.fsum(map(abs, terms)) + abs(o))
+    work = as_matrix(X).work
+    rounded = {work} if about is not None else {work, X.dtype}
+    half = sum(0.5 * float(np.spacing(np.array(abs(exact) * (1 + 1e-9), kind))) for kind in rounded)
+    assert abs(float(found[0]) - exact) <= half + slack
+
+
+def test_a_small_row_between_two_large_ones_counts() -> None:
+    X = np.zeros((3, 4), np.float32)
+    X[:, 1:] = np.float32([[1e8], [1], [-1e8]])
+    np.testing.assert_array_equal(rules.mean(X), np.float32([0, 1 / 3, 1 / 3, 1 / 3]))
+    many = np.repeat(X, 40, axis=0)
+    np.testing.assert_allclose(rules.mean(many), np.float32([0, 1 / 3, 1 / 3, 1 / 3]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("large", [1e18, 1e20, 3e38])
+def test_huge_rows_that_cancel_are_still_found(large: float) -> None:
+    X = np.ones((3, 5), np.float32)
+    X[0, 3], X[2, 3] = large, -large
+    with pytest.raises(rules.Refusal, match="row 0 exceeds"):
+        rules.mean(X)
 
 
 @pytest.mark.parametrize("about", [0.0, 3e4])
