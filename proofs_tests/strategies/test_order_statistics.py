@@ -71,6 +71,15 @@ def test_a_window_about_a_middle_holds_what_is_nearest(n: int, seed: int, ties: 
         np.testing.assert_allclose(found, exact, rtol=1e-6 if single else 1e-9, atol=1e-12 * np.abs(ranked).max())
 
 
+@pytest.mark.parametrize("n", [2, 6, NETWORK_ROWS + 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_least_and_the_largest_numbers_that_are_let_in_have_a_median(n: int, dtype: type) -> None:
+    for value in (np.finfo(dtype).smallest_subnormal, 2.0**57):
+        X = np.full((n, 3), value, dtype)
+        np.testing.assert_array_equal(rules.median(X), X[0])
+        np.testing.assert_array_equal(rules.trimmed_mean(X, (n - 1) // 2), X[0])
+
+
 @pytest.mark.parametrize("n", [7, 20, NETWORK_ROWS + 3])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), decades=st.integers(0, 16), f=st.integers(0, 3))
