@@ -32,6 +32,7 @@ from privfed.runtime.audit_log import verify_log
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment.kill_federation import Federation, Program, eventually
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.stateful_app import write_app
 
 RANDOMNESS = 5
 APPS = ("server-app", "client-app")
@@ -54,53 +55,6 @@ COLD = {
     "client-app": ("ready",),
 }
 """Moments that are reached when something starts: another process is killed first."""
-APP = """
-import numpy as np
-from privfed import ArrayRecord, ClientApp, MetricRecord, Message, PrivacyPlan, RecordDict, SecureStage, ServerApp
-from privfed.mods import clip, secure_aggregation
-from privfed.protocols import SecAgg
-from privfed.strategies import FedAvg
-
-PRIVATE = PRIVATE_
-client, server = ClientApp(mods=[secure_aggregation(), clip(4.0)] if PRIVATE else []), ServerApp()
-
-@client.train()
-def train(message, context):
-    # What a node did before weighs in: a round answered twice, or from the wrong state, shows in the model.
-    kept = context.state.get("kept", ArrayRecord([np.zeros(40)])).to_numpy_ndarrays()[0]
-    (weight,) = message.content["arrays"].to_numpy_ndarrays()
-    kept = kept * 0.5 + 0.1 * np.tanh(weight) + context.rng("train").random(40)
-    context.state["kept"] = ArrayRecord([kept])
-    arrays = ArrayRecord([weight + 0.1 * kept + 0.01 * context.node_config["partition-id"]])
-    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
-
-@server.main()
-def main(grid, context):
-    private = {}
-    if PRIVATE:
-        plan = PrivacyPlan(clip=4.0, noise_multiplier=1.0, delta=1e-5)
-        private = {"stage": SecureStage(SecAgg(threshold=3)), "privacy": plan}
-    strategy = FedAvg(fraction_evaluate=0.0, **private)
-    strategy.start(grid, ArrayRecord([np.zeros(40)]), num_rounds=context.run_config["num-rounds"])
-"""
-MANIFEST = """
-[project]
-name = "NAME"
-[tool.privfed.app.components]
-serverapp = "NAME_app:server"
-clientapp = "NAME_app:client"
-[tool.privfed.app.config]
-num-rounds = 3
-"""
-
-
-def write_app(folder: Path, private: bool) -> Path:
-    """Write the app, in the clear or under secure aggregation and a plan."""
-    name = "masked" if private else "stateful"
-    folder.mkdir(parents=True)
-    (folder / f"{name}_app.py").write_text(APP.replace("PRIVATE_", str(private)))
-    (folder / "pyproject.toml").write_text(MANIFEST.replace("NAME", name))
-    return folder
 
 
 @dataclass
@@ -139,7 +93,7 @@ class Campaign:
 
     def __init__(self, place: Federation, kind: str, rng: random.Random, tally: Tally, together: int = 1) -> None:
         self.place, self.kind, self.rng, self.tally, self.together = place, kind, rng, tally, together
-        self.app = write_app(place.folder / "app", kind != "plain")
+        self.app = write_app(place.folder / "app", "plain" if kind == "plain" else "masked")
 
     def run(self, kills: int) -> None:
         """Submit a run, kill so often, let it end, and check what it left."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from privfed import failpoint
@@ -90,6 +91,17 @@ class NodeProcess:
     def __exit__(self, *fault: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
+
+
+@contextlib.contextmanager
+def nodes_in(folder: Path, addresses: Sequence[str]) -> Iterator[list[NodeProcess]]:
+    """Run node 1 at the first address, and so on; they run apps in themselves, and do not wait when they are to end."""
+    options = ["--isolation", "inline", "--drain-seconds", "1"]
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(NodeProcess(folder / f"node-{number}", address, number, options))
+            for number, address in enumerate(addresses, 1)
+        ]
 
 
 def alive(pid: int) -> bool:

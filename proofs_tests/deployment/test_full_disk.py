@@ -31,7 +31,7 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment.local_link import EXAMPLES, eventually
-from proofs_tests.deployment.node_process import NodeProcess
+from proofs_tests.deployment.node_process import NodeProcess, nodes_in
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 
@@ -66,20 +66,10 @@ def lines_decode(run: RunFolder) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def two_nodes(folder: Path, address: str) -> Iterator[list[NodeProcess]]:
-    nodes = [
-        NodeProcess(folder / f"node-{one}", address, one, ["--isolation", "inline", "--drain-seconds", "1"])
-        for one in (1, 2)
-    ]
-    with nodes[0], nodes[1]:
-        yield nodes
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="another process's limits can be set on Linux alone")
 def test_a_superlink_and_a_node_whose_files_may_not_grow_wait_and_go_on_to_the_same_bits(tmp_path: Path) -> None:
     link = SuperLinkProcess(tmp_path / "link")
-    with link, two_nodes(tmp_path, link.fleet) as nodes, ControlClient(link.control) as control:
+    with link, nodes_in(tmp_path, [link.fleet] * 2) as nodes, ControlClient(link.control) as control:
         name = submit(control, ROUNDS)
         eventually(lambda: control.show(name).round > 2)
         let_files_grow_to(link.pid, 0)

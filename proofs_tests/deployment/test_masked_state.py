@@ -9,9 +9,10 @@ import pytest
 from privfed import run_simulation
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.run_folder import ENDED
-from proofs_tests.deployment.kill_campaign import RANDOMNESS, write_app
+from proofs_tests.deployment.kill_campaign import RANDOMNESS
 from proofs_tests.deployment.kill_federation import Federation, eventually
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.stateful_app import write_app
 
 STAGE, ROUND = 3, 12
 """Answers of a stage, and of a round, of three nodes."""
@@ -28,7 +29,7 @@ SEED = 9
 )
 def test_what_an_app_kept_goes_with_its_masked_input(moment: str, count: int, tmp_path: Path) -> None:
     rounds = 5
-    app = write_app(tmp_path / "app", True)
+    app = write_app(tmp_path / "app", "masked")
     with Federation(tmp_path / "f", RANDOMNESS) as federation:
         (federation.points / f"superlink.{moment}").write_text(str(count))
         run = federation.submit(app, SEED, rounds)

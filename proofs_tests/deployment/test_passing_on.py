@@ -23,8 +23,8 @@ from proofs_tests.deployment.identity_provider import bearer_of, place, token
 from proofs_tests.deployment.local_link import eventually, nodes_at
 from proofs_tests.deployment.local_pair import LocalPair
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.stateful_app import write_source
 from proofs_tests.deployment.test_roles import Members
-from proofs_tests.deployment.test_two_superlinks import app_in
 
 pytestmark = pytest.mark.postgres
 RUNS, SESSION = "/privfed.Control/Runs", "/privfed.Fleet/Session"
@@ -267,7 +267,7 @@ def test_a_superlink_that_is_revoked_is_cut_off_and_passes_nothing_on(guarded: G
 
 def test_large_arrays_pass_both_ways_and_the_model_is_the_same(tmp_path: Path) -> None:
     """12 MB a round to and from each of two nodes, in acknowledged chunks, each byte once."""
-    app = app_in(tmp_path / "app", LARGE)
+    app = write_source(tmp_path / "app", LARGE, "large")
     with LocalPair(tmp_path, None, None) as pair:
         with nodes_at(pair.passing["fleet"], 2):
             name = pair.submit(app, 2, num_rounds=2)

@@ -16,9 +16,10 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.audit_log import verify_log
 from privfed.runtime.run_folder import ENDED
 from proofs_tests.deployment.identity_provider import bearer_of, place, token
-from proofs_tests.deployment.kill_campaign import RANDOMNESS, write_app
+from proofs_tests.deployment.kill_campaign import RANDOMNESS
 from proofs_tests.deployment.kill_federation import Federation, eventually
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.stateful_app import write_app
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_roles import Members
 
@@ -36,7 +37,7 @@ SAID = {
 
 
 def test_runs_of_two_apps_share_a_federation_and_each_has_the_bits_of_its_simulation(tmp_path: Path) -> None:
-    apps = [write_app(tmp_path / "plain", False), write_app(tmp_path / "masked", True)]
+    apps = [write_app(tmp_path / "plain"), write_app(tmp_path / "masked", "masked")]
     asked = [(apps[0], 1), (apps[1], 2), (apps[0], 3)]
     with Federation(tmp_path / "f", RANDOMNESS) as federation:
         eventually(lambda: all("connected" in node.output for node in federation.nodes), 60)
@@ -77,7 +78,7 @@ def test_users_who_sign_in_elsewhere_use_the_same_commands(tmp_path: Path) -> No
         there = ["--superlink", link.addresses["token-control"], "--keys", str(tmp_path / "keys" / name)]
         return subprocess.run([*command, *there], capture_output=True, text=True, check=False, env=dict(os.environ))
 
-    app = str(write_app(tmp_path / "app", False))
+    app = str(write_app(tmp_path / "app"))
     with SuperLinkProcess(tmp_path / "home", keys=tmp_path / "keys" / "main", options=options) as link:
         assert say("vera", "ls").returncode == 0
         refused = say("vera", "run", app, "--nodes", "3", "--detach")

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -25,21 +25,13 @@ from privfed.runtime.tenure import LOST, Tenure, TenureError
 from privfed.runtime.term_folder import take_folder
 from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, probing
 from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
+from proofs_tests.deployment.node_process import nodes_in
 from proofs_tests.deployment.pair import Pair
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.stateful_app import write_app
 from proofs_tests.deployment.superlink_process import SuperExecProcess
-from proofs_tests.deployment.test_chaos import APP, MANIFEST, NodeProcess
 from proofs_tests.runtime.postgres import Postgres
 
-PRIVATE = (
-    APP.replace(
-        "strategy = FedAvg(fraction_evaluate=0.0)",
-        "plan = PrivacyPlan(clip=1.0, noise_multiplier=2.0, delta=1e-5)\n"
-        "    strategy = FedAvg(fraction_evaluate=0.0, privacy=plan)",
-    )
-    .replace("import ArrayRecord", "import mods, PrivacyPlan, ArrayRecord")
-    .replace("ClientApp(),", "ClientApp(mods=[mods.clip(1.0)]),")
-)
 RECOVERY_SECONDS = 20.0
 """To the next committed round: the lease, the start, and the time of a loaded machine."""
 
@@ -54,28 +46,21 @@ def database() -> str:
     return killed_server().database()
 
 
-def app_in(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    (folder / "stateful_app.py").write_text(text)
-    (folder / "pyproject.toml").write_text(MANIFEST)
-    return folder
-
-
 def through(
-    folder: Path, rounds: int, blows: list[Callable[[Pair], None]], text: str = APP, isolation: str = "inline"
+    folder: Path, rounds: int, blows: list[Callable[[Pair], None]], kind: str = "plain", isolation: str = "inline"
 ) -> tuple[list[float], Path]:
     """Run a stateful app over two nodes while the SuperLinks suffer; see that nothing shows. Return the recoveries.
 
     Each node prefers another SuperLink, and the run is submitted to the one that passes calls on. isolation: of both;
     with "external" each has a superexec of its own.
     """
-    app = app_in(folder / "app", text)
+    app = write_app(folder / "app", kind)
     recoveries = []
     with ExitStack() as stack:
         pair = stack.enter_context(Pair(folder, database(), isolation))
         for home in (pair.active.home, pair.other.home) if isolation == "external" else ():
             stack.enter_context(SuperExecProcess(home, home / "exec.txt"))
-        stack.enter_context(nodes_of(folder, pair.fleets))
+        stack.enter_context(nodes_in(folder, pair.fleets))
         with ControlClient(pair.other.control) as control:
             settings = {"num-rounds": str(rounds)}
             name = control.submit(Submission(open_app(app), settings, seed=3, nodes=2)).name
@@ -94,22 +79,12 @@ def through(
         run = pair.run(name)
         found = run.restore()
         assert found is not None and found.round == rounds and run.config["run-id"] == identity
-        if text == APP:  # what a node keeps weighs in: a reply counted twice, or none, would show
+        if kind == "plain":  # what a node keeps weighs in: a reply counted twice, or none, would show
             server, client = fresh(app)
             expected = run_simulation(server, client, 2, run_config={"num-rounds": rounds}, seed=3).checkpoint
             assert expected is not None
             assert found.arrays == expected.arrays and found.metrics == expected.metrics
     return recoveries, run.path
-
-
-@contextmanager
-def nodes_of(folder: Path, addresses: Sequence[str]) -> Iterator[None]:
-    nodes = [NodeProcess(folder, address, node, len(addresses)) for node, address in enumerate(addresses, 1)]
-    try:
-        yield
-    finally:
-        for node in nodes:
-            node.kill()
 
 
 def kill_the_active(pair: Pair) -> None:
@@ -190,7 +165,7 @@ def test_either_may_be_killed_or_frozen_and_its_database_too(tmp_path: Path) -> 
 
 @pytest.mark.postgres
 def test_the_one_that_takes_over_has_its_apps_run_by_a_superexec_of_its_own(tmp_path: Path) -> None:
-    _, run = through(tmp_path, 12, [kill_the_active], PRIVATE, "external")
+    _, run = through(tmp_path, 12, [kill_the_active], "private", "external")
     assert_charged(run, 12)
     launches = [(tmp_path / name / "exec.txt").read_text().count("started process") for name in ("a", "b")]
     assert all(launches), "first one's, then the other's"
@@ -199,7 +174,7 @@ def test_the_one_that_takes_over_has_its_apps_run_by_a_superexec_of_its_own(tmp_
 @pytest.mark.postgres
 def test_privacy_is_charged_for_every_round_that_was_released(tmp_path: Path) -> None:
     rounds = 30
-    _, path = through(tmp_path, rounds, [freeze_the_active, kill_the_active], PRIVATE)
+    _, path = through(tmp_path, rounds, [freeze_the_active, kill_the_active], "private")
     assert_charged(path, rounds)
 
 
@@ -229,7 +204,7 @@ def test_killed_at_every_moment_of_taking_turns(tmp_path: Path, private: bool) -
     # Only a run with a ledger or journals has anything that a successor copies.
     steps = ["term-sessions", "term", "term-folder", *(["term-copy"] if private else []), "term-renewal", "term-end"]
     blows = [kill_at(f"{when}-{step}") for step in steps for when in ("before", "after")]
-    recoveries, path = through(tmp_path, 84, blows, PRIVATE if private else APP)
+    recoveries, path = through(tmp_path, 84, blows, "private" if private else "plain")
     assert len(recoveries) == len(blows)
     if private:
         assert_charged(path, 84)
