@@ -19,6 +19,7 @@ import pytest
 import sqlalchemy as sql
 
 from privfed import Array, ArrayRecord, Message, RecordDict, failpoint
+from privfed.runtime.database import alone
 from privfed.runtime.sqlstore import SqlStore
 from privfed.runtime.store import Lease, NodeState
 from proofs_tests.runtime.store_case import EPOCH, RUN, ids, instruction, running, state
@@ -236,6 +237,24 @@ def test_a_claim_that_is_not_committed_hides_its_node_and_holds_nobody_up(two: T
         assert two[1].holder(out.token) is not None
     assert future.result(PATIENCE) == ids(*sent)[0]
     assert two[1].arrived(RUN, ids(*sent))
+
+
+@pytest.mark.parametrize("two", DATABASES, indirect=True)
+def test_what_only_reads_waits_for_no_writer_and_sees_nothing_of_it(two: Two) -> None:
+    message = instruction(1)
+    two[0].push(RUN, [message])
+    lease = leased(two[0], seconds=10)
+    with alone(two[0]._engine) as connection:
+        connection.execute(sql.text("UPDATE tasks SET token = NULL, lease_until = NULL, expires_at = 1"))
+        connection.execute(sql.text("UPDATE runs SET state = 'stopped'"))
+        # Each of these would wait for that one, and this thread for itself: in SQLite for ten seconds, then in vain.
+        assert two[1].run(RUN).state == "running"
+        assert two[1].holder(lease.token) is not None
+        assert two[1].next_deadline() == EPOCH + 10
+        assert not two[1].arrived(RUN, ids(message))
+        assert two[1].expire(EPOCH + 9) == []
+    assert two[1].run(RUN).state == "stopped"
+    assert two[1].holder(lease.token) is None
 
 
 @pytest.mark.parametrize("two", DATABASES, indirect=True)
