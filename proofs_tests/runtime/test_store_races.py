@@ -312,6 +312,28 @@ def test_a_buffer_that_one_lets_go_while_another_takes_it_up_is_kept(two: Two) -
     assert list(two[0]._arrays) == []
 
 
+@pytest.mark.postgres
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("two", ["postgres"], indirect=True)
+@pytest.mark.parametrize("size", [4, 1 << 14], ids=["row", "file"])
+def test_nobody_removes_a_buffer_that_is_taken_up_and_not_committed_yet(two: Two, size: int) -> None:
+    sent = [instruction(node) for node in (1, 2)]
+    two[0].push(RUN, sent)
+    old, new = two[0].lease_many(EPOCH, 50, 2)
+    two[0].complete(old.token, reply_to(old, size), None)
+    two[1].pull(RUN, ids(*sent))  # nobody refers to its buffer now, and this one is to remove it
+    with stopped_before("complete") as begin:
+        future = begin(lambda: two[0].complete(new.token, reply_to(new, size), None))
+        assert two[1].pull(RUN, ids(*sent)) == []
+        assert two[1].complete(old.token, Message(RecordDict(), reply_to=old.message), None) is None
+    assert future.result(PATIENCE) == ids(*sent)[1]
+    two[1].runs()
+    (reply,) = two[1].pull(RUN, ids(*sent))
+    assert reply.content == reply_to(new, size).content
+    two[1].runs()
+    assert list(two[0]._arrays) == []
+
+
 def test_what_a_reply_that_is_refused_brought_is_removed(two: Two) -> None:
     message = instruction(1)
     two[0].push(RUN, [message])
