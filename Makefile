@@ -17,7 +17,7 @@ help:
 	@echo "make test-torch run the tests that need torch and Opacus"
 	@echo "make test-postgres  run the tests that need PostgreSQL"
 	@echo "make test-s3    run the tests that need an S3 server (it is installed)"
-	@echo "make check      lint, types, floors"
+	@echo "make check      lint, types, floors, house rules"
 	@echo "make bench      measure speed and memory"
 	@echo "make clean      remove the virtual environment and caches"
 
@@ -75,6 +75,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(PYTEST) -q -k house_rules proofs_tests/test_floors.py
 
 bench: $(VENV)/.dev
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
