@@ -294,8 +294,9 @@ def attack(addresses: dict[str, str], exec_socket: Path, frames: int, seed: int,
 
 def campaign(folder: Path, frames: int, seed: int) -> tuple[Seen, list[str]]:
     """Attack a SuperLink and a node in processes of their own; return what came of it, and what their logs say."""
-    from proofs_tests.deployment.node_process import NodeProcess, eventually
+    from proofs_tests.deployment.node_process import NodeProcess
     from proofs_tests.deployment.superlink_process import SuperLinkProcess
+    from proofs_tests.deployment.waiting import eventually
 
     seen = Seen()
     link = SuperLinkProcess(folder / "link", options=["--monitor", "127.0.0.1:0"])

@@ -30,9 +30,10 @@ from privfed.privacy.ledger import Ledger
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.audit_log import verify_log
 from privfed.runtime.run_folder import ENDED, RunFolder
-from proofs_tests.deployment.kill_federation import Federation, Program, eventually
+from proofs_tests.deployment.kill_federation import Federation, Program
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_app
+from proofs_tests.deployment.waiting import eventually
 
 RANDOMNESS = 5
 APPS = ("server-app", "client-app")

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.credentials import Credentials, accept_answer
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import RunFolder
+from proofs_tests.deployment.waiting import eventually
 
 POLICY = """
 [apps]
@@ -168,11 +168,3 @@ class Federation:
         asked = Submission(open_app(app, self.user), {"num-rounds": str(rounds)}, seed=seed, nodes=3)
         with ControlClient(self.control, self.user) as control:
             return RunFolder.open(self.folder / "home" / "runs" / control.submit(asked).name)
-
-
-def eventually(check: Callable[[], object], seconds: float, program: Program | None = None) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"it did not come about; {program.output if program else ''}"
-        time.sleep(0.01)

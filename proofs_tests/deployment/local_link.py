@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from privfed.runtime.launcher import InlineLauncher
 from privfed.runtime.run_folder import ENDED, RunFolder
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
 from proofs_tests.deployment.small_node import SmallNode, fresh
+from proofs_tests.deployment.waiting import eventually
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -131,11 +131,3 @@ def nodes_at(address: str, count: int) -> Iterator[list[SmallNode]]:
             node.client.close()
             thread.join(10)
             node.close()
-
-
-def eventually(check: Callable[[], object], seconds: float = 15.0) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)

@@ -16,7 +16,8 @@ from privfed.runtime.oidc import Tokens
 from privfed.runtime.standby import Standby
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
 from privfed.runtime.tenure import Tenure
-from proofs_tests.deployment.local_link import FreshLauncher, eventually
+from proofs_tests.deployment.local_link import FreshLauncher
+from proofs_tests.deployment.waiting import eventually
 from proofs_tests.runtime.postgres import server
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -110,11 +109,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def eventually(check: object, seconds: float = 30.0) -> None:
-    """Wait until a function returns something true."""
-    deadline = time.monotonic() + seconds
-    while not check():  # type: ignore[operator]  # a function
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from privfed import failpoint
 from privfed.runtime.run_folder import RunFolder
-from proofs_tests.deployment.local_link import eventually
 from proofs_tests.deployment.test_page import free_ports
+from proofs_tests.deployment.waiting import eventually
 
 LEASE_SECONDS = 2.0
 

@@ -13,11 +13,11 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import RunFolder
-from proofs_tests.deployment.local_link import eventually
 from proofs_tests.deployment.node_process import nodes_in
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_app
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.waiting import eventually
 
 SEED = 11
 

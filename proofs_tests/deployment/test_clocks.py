@@ -23,11 +23,12 @@ from privfed.runtime.fleet import FleetClient, FleetOptions
 from privfed.runtime.memory_store import MemoryStore
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment.kill_federation import member
-from proofs_tests.deployment.local_link import LocalLink, eventually
+from proofs_tests.deployment.local_link import LocalLink
 from proofs_tests.deployment.node_process import NodeProcess
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_full_disk import submit, undisturbed
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 HOURS = 3
 ROUNDS = 5

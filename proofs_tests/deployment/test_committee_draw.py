@@ -11,9 +11,10 @@ from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment import odd_app
-from proofs_tests.deployment.node_process import NodeProcess, eventually
+from proofs_tests.deployment.node_process import NodeProcess
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 NODES, ROUNDS = 4, 6
 SERVER = odd_app.ACTIVE_SERVER.replace("import SecAgg", "import OneShot").replace(

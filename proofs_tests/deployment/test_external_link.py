@@ -22,9 +22,10 @@ from privfed.cli.remote import connect
 from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
-from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, nodes_at
 from proofs_tests.deployment.node_process import NodeProcess
 from proofs_tests.deployment.superlink_process import SuperExecProcess, SuperLinkProcess
+from proofs_tests.deployment.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_USER, EXEC_USER, GROUP = 54_321, 54_322, 54_320

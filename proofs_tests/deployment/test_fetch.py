@@ -16,9 +16,10 @@ from privfed.runtime.handshake import NetworkError
 from privfed.runtime.result import ResultFile, ResultRows
 from privfed.runtime.run_folder import RunFolder, load_checkpoint
 from privfed.runtime.take_home import MODEL, FetchError, fetch
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.proxy import CuttingProxy
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 LARGE_APP = """
 import numpy as np

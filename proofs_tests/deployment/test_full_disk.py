@@ -30,10 +30,11 @@ from privfed.runtime.disk import append, disk_fault
 from privfed.runtime.federation import open_app
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.run_folder import ENDED, RunFolder
-from proofs_tests.deployment.local_link import EXAMPLES, eventually
+from proofs_tests.deployment.local_link import EXAMPLES
 from proofs_tests.deployment.node_process import NodeProcess, nodes_in
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS = 25
 UNLIMITED = resource.RLIM_INFINITY

@@ -14,9 +14,10 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient, Follow
 from privfed.runtime.frame import pack
 from proofs_tests.deployment.hostile_wire import ACK, DATA, PREFACE, SETTINGS, Wire, h2, message, request
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.proxy import StallingProxy
 from proofs_tests.deployment.small_node import SmallNode, fresh
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS = 15
 SECONDS = 3

@@ -35,7 +35,8 @@ from privfed.runtime.frame import (
 from privfed.runtime.handshake import NetworkError, Refused, greeting
 from privfed.runtime.result import ResultFile, ResultPart, ResultQuery
 from proofs_tests.deployment.hostile_crowd import growths
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
+from proofs_tests.deployment.waiting import eventually
 
 CALM = {
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -16,7 +16,8 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment import odd_app
 from proofs_tests.deployment.kill_federation import Federation
-from proofs_tests.deployment.local_link import EXAMPLES, eventually
+from proofs_tests.deployment.local_link import EXAMPLES
+from proofs_tests.deployment.waiting import eventually
 
 TRY = '''
 import json, os, socket, signal

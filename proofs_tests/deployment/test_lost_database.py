@@ -10,9 +10,10 @@ import pytest
 from privfed.runtime import database
 from privfed.runtime.control import ControlClient
 from privfed.runtime.run_folder import ENDED, RunFolder
-from proofs_tests.deployment.local_link import LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import LocalLink, nodes_at
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_full_disk import submit, undisturbed
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS = 12
 WAITS = "waits for its storage: the database fails: "

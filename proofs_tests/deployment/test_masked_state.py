@@ -10,9 +10,10 @@ from privfed import run_simulation
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.run_folder import ENDED
 from proofs_tests.deployment.kill_campaign import RANDOMNESS
-from proofs_tests.deployment.kill_federation import Federation, eventually
+from proofs_tests.deployment.kill_federation import Federation
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_app
+from proofs_tests.deployment.waiting import eventually
 
 STAGE, ROUND = 3, 12
 """Answers of a stage, and of a round, of three nodes."""

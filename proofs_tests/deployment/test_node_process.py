@@ -17,8 +17,9 @@ from privfed.runtime.control import ControlClient, RunRow, Submission
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment import odd_app
-from proofs_tests.deployment.node_process import NodeProcess, alive, eventually
+from proofs_tests.deployment.node_process import NodeProcess, alive
 from proofs_tests.deployment.superlink_process import SuperExecProcess, SuperLinkProcess
+from proofs_tests.deployment.waiting import eventually
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

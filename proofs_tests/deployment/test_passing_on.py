@@ -20,11 +20,12 @@ from privfed.runtime.handshake import CALLER, TERM, NetworkError, agree, greetin
 from privfed.runtime.oidc import Tokens
 from privfed.runtime.run_folder import ENDED, RunFolder
 from proofs_tests.deployment.identity_provider import bearer_of, place, token
-from proofs_tests.deployment.local_link import eventually, nodes_at
+from proofs_tests.deployment.local_link import nodes_at
 from proofs_tests.deployment.local_pair import LocalPair
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_source
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 pytestmark = pytest.mark.postgres
 RUNS, SESSION = "/privfed.Control/Runs", "/privfed.Fleet/Session"

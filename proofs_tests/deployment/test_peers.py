@@ -15,10 +15,11 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient
 from privfed.runtime.handshake import NetworkError
 from proofs_tests.deployment.hostile_wire import Wire
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.proxy import Recorder
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 
 @pytest.fixture

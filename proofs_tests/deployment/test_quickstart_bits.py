@@ -9,9 +9,10 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.federation import open_app
 from privfed.runtime.run_folder import ENDED, RunFolder
-from proofs_tests.deployment.kill_federation import Federation, eventually
+from proofs_tests.deployment.kill_federation import Federation
 from proofs_tests.deployment.local_link import EXAMPLES
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS, SEED, RANDOMNESS = 3, 7, 5
 

@@ -17,8 +17,9 @@ from privfed.runtime.blob import BlobError
 from privfed.runtime.fleet import FleetClient, FleetOptions
 from privfed.runtime.frame import Offer, Welcome, parcel
 from privfed.runtime.handshake import NetworkError
-from proofs_tests.deployment.local_link import LocalLink, eventually
+from proofs_tests.deployment.local_link import LocalLink
 from proofs_tests.deployment.test_page import free_ports
+from proofs_tests.deployment.waiting import eventually
 
 
 def test_a_welcome_ends_the_wait_of_every_caller_and_so_does_closing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,10 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.run_folder import RunFolder
 from privfed.runtime.superlink import SuperLinkError
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
+from proofs_tests.deployment.waiting import eventually
 
 RECOVERY_SECONDS = 10.0
 

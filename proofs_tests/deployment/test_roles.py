@@ -18,7 +18,8 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.fleet import FleetClient, FleetOptions
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.superlink import SuperLink, SuperLinkError, SuperLinkOptions
-from proofs_tests.deployment.local_link import EXAMPLES, FreshLauncher, LocalLink, eventually
+from proofs_tests.deployment.local_link import EXAMPLES, FreshLauncher, LocalLink
+from proofs_tests.deployment.waiting import eventually
 
 
 class Members:

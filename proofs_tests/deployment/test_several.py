@@ -17,11 +17,12 @@ from privfed.runtime.audit_log import verify_log
 from privfed.runtime.run_folder import ENDED
 from proofs_tests.deployment.identity_provider import bearer_of, place, token
 from proofs_tests.deployment.kill_campaign import RANDOMNESS
-from proofs_tests.deployment.kill_federation import Federation, eventually
+from proofs_tests.deployment.kill_federation import Federation
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_app
 from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_roles import Members
+from proofs_tests.deployment.waiting import eventually
 
 SAID = {
     "log-opened": {"key"},

@@ -18,8 +18,9 @@ from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient
 from privfed.runtime.patience import GivenUp, Patience, storage_fault
 from privfed.runtime.store import Store
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS = 12
 

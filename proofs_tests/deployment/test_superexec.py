@@ -19,7 +19,8 @@ from privfed.runtime.confinement import Limits
 from privfed.runtime.launcher import ProcessLauncher
 from privfed.runtime.superexec import ExecAbsent, ExecError, ExecHost, SuperExec
 from proofs_tests.deployment import odd_app
-from proofs_tests.deployment.node_process import alive, eventually
+from proofs_tests.deployment.node_process import alive
+from proofs_tests.deployment.waiting import eventually
 
 
 class Pair:

@@ -24,12 +24,13 @@ from privfed.runtime.federation import open_app
 from privfed.runtime.tenure import LOST, Tenure, TenureError
 from privfed.runtime.term_folder import take_folder
 from proofs_tests.deployment.hostile_wire import Seen, bytes_at, calls, noise, probing
-from proofs_tests.deployment.local_link import EXAMPLES, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, nodes_at
 from proofs_tests.deployment.node_process import nodes_in
 from proofs_tests.deployment.pair import Pair
 from proofs_tests.deployment.small_node import fresh
 from proofs_tests.deployment.stateful_app import write_app
 from proofs_tests.deployment.superlink_process import SuperExecProcess
+from proofs_tests.deployment.waiting import eventually
 from proofs_tests.runtime.postgres import Postgres
 
 RECOVERY_SECONDS = 20.0

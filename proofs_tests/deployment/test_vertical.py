@@ -13,8 +13,9 @@ from privfed import run_simulation
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.control import ControlClient
 from privfed.runtime.handshake import NetworkError
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.small_node import fresh
+from proofs_tests.deployment.waiting import eventually
 
 ROUNDS = 3
 

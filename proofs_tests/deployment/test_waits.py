@@ -22,7 +22,8 @@ from privfed.runtime.certificate import Peer
 from privfed.runtime.control import ControlClient
 from privfed.runtime.dispatch import Session
 from privfed.strategies import FedAvg, SecureStage
-from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, eventually, nodes_at
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
+from proofs_tests.deployment.waiting import eventually
 
 CODE = """
 import numpy as np
