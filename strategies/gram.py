@@ -201,46 +201,64 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
 
     def add(start: int, stop: int) -> None:
         part = None if origin is None else origin[start:stop]
-        weighted_sum(rows.block(start, stop), factor, out[start:stop], room, about=part)
+        weighted_sum(rows, start, stop, factor, out[start:stop], room, about=part)
 
     if len(chosen):
-        run_blocks(matrix.size, rows.width(COLUMNS) if not rows.direct else COLUMNS, add)
+        run_blocks(matrix.size, sum_width(rows), add)
     elif origin is not None:
         out[:] = origin
     return out
 
 
+def sum_width(matrix: Matrix) -> int:
+    """Return how many columns a block of a weighted sum has."""
+    return matrix.width(COLUMNS) if isinstance(matrix, Mixed) else COLUMNS
+
+
 def weighted_sum(
-    block: Floats,
+    matrix: Matrix,
+    start: int,
+    stop: int,
     factor: Vector,
     out: Floats,
     room: Room,
     *,
     about: Floats | None = None,
-    look: Callable[[Floats], None] | None = None,
+    look: Callable[[Matrix, Floats | list[Floats]], None] | None = None,
 ) -> None:
-    """Write o + factor @ (block - o), o = `about`, zero by default, every product and sum of it in float64.
+    """Write o + factor @ (X - o) of columns start..stop, o = `about`, zero by default, all of it in float64.
 
-    Error: at most (n + 2) 2^-53 sum |factor (block - o)|, and half a last digit of `out`, whatever cancels. look: sees
+    Error: at most (n + 2) 2^-53 sum |factor (X - o)|, and half a last digit of `out`, whatever cancels. look: sees
     every group of rows before it is added, and brings it into the cache by that.
     """
-    rows, columns = block.shape
-    total, part = (room.take(name, (columns,), np.float64) for name in ("total", "part"))
-    for low in range(0, rows, TOGETHER):
-        group = block[low : low + TOGETHER]
+    # rows of their own are views, and need not be gathered before they are converted
+    block = matrix.block(start, stop) if matrix.direct or isinstance(matrix, Mixed) else None
+    total, part = (room.take(name, (stop - start,), np.float64) for name in ("total", "part"))
+    for low in range(0, matrix.count, TOGETHER):
+        high = min(low + TOGETHER, matrix.count)
+        group = [matrix.row(i, start, stop) for i in range(low, high)] if block is None else block[low:high]
         if look is not None:
-            look(group)
-        wide = group
-        if about is not None or group.dtype != np.float64:
-            wide = room.take("wide", group.shape, np.float64)
-            if about is None:
-                wide[...] = group
-            else:
-                np.subtract(group, about, out=wide, dtype=np.float64)
-        np.matmul(factor[low : low + TOGETHER], wide, out=part if low else total)
+            look(matrix, group)
+        if isinstance(group, list) or about is not None or group.dtype != np.float64:
+            wide = room.take("wide", (high - low, stop - start), np.float64)
+            _widen(group, about, wide)
+        else:
+            wide = group
+        np.matmul(factor[low:high], wide, out=part if low else total)
         if low:
             np.add(total, part, out=total)
     out[...] = total if about is None else np.add(total, about, out=total)
+
+
+def _widen(rows: Floats | list[Floats], about: Floats | None, out: Floats) -> None:
+    if about is not None:
+        for row, target in zip(rows, out, strict=True):
+            np.subtract(row, about, out=target, dtype=np.float64)
+    elif isinstance(rows, list):
+        for row, target in zip(rows, out, strict=True):
+            target[...] = row
+    else:
+        out[...] = rows
 
 
 def _unresolved(G: Square, D: Square) -> list[NDArray[np.intp]]:

@@ -72,13 +72,16 @@ def require_majority(rule: str, n: int, f: int) -> None:
     require(rule, n, f, 2 * f + 1, "2f + 1")
 
 
-def taint_check(matrix: Matrix, block: Floats) -> None:
-    """Raise Tainted when a row of the block may be non-finite or huge; one dot product a row."""
+def taint_check(matrix: Matrix, rows: Floats | list[Floats]) -> None:
+    """Raise Tainted when a part of a row may be non-finite or huge; one dot product a row."""
     if matrix.clean:
         return
     with np.errstate(all="ignore"):  # overflow and NaN are the answer
-        squares = np.matmul(block[:, None, :], block[:, :, None])
-        if not (squares <= limit(block.dtype) ** 2).all():
+        if isinstance(rows, list):
+            squares = np.array([np.dot(row, row) for row in rows])
+        else:
+            squares = np.matmul(rows[:, None, :], rows[:, :, None])
+        if not (squares <= limit(matrix.work) ** 2).all():
             raise Tainted
 
 

@@ -107,6 +107,10 @@ class Matrix:
         """Return columns start..stop of all rows less one vector, and that vector's part; None stands for zero."""
         return self.block(start, stop), None
 
+    def apart(self, start: int, stop: int) -> tuple[list[Floats], Floats | None]:
+        """Return what `shifted` does row by row: views also of rows that are no one array, never to be written to."""
+        return [self.row(i, start, stop) for i in range(self.count)], None
+
     def turned(self, start: int, stop: int, out: Floats, look: Callable[[Floats], None]) -> Floats | None:
         """Write columns start..stop, shifted, as the rows of `out`; return what they were shifted by.
 
@@ -118,9 +122,14 @@ class Matrix:
         return part
 
     def row(self, index: int, start: int, stop: int) -> Floats:
-        """Return columns start..stop of one row."""
+        """Return columns start..stop of one row: a view where possible, never to be written to."""
         if self.array is not None:
             return self.array[index, start:stop].astype(self.work, copy=False)
+        at = 0
+        for segment in self.rows[index]:
+            if at <= start and stop <= at + segment.size:
+                return segment[start - at : stop - at].astype(self.work, copy=False)
+            at += segment.size
         out = np.empty(stop - start, self.work)
         self._copy(index, start, stop, out)
         return out
@@ -175,6 +184,11 @@ class Mixed(Matrix):
     def shifted(self, start: int, stop: int) -> tuple[Floats, Floats | None]:
         """Return columns start..stop of the mixed rows less the origin, and its part."""
         return self._make(self.source, self.weights, start, stop)
+
+    def apart(self, start: int, stop: int) -> tuple[list[Floats], Floats | None]:
+        """Return what `shifted` does row by row."""
+        made, origin = self.shifted(start, stop)
+        return list(made), origin
 
     def turned(self, start: int, stop: int, out: Floats, look: Callable[[Floats], None]) -> Floats | None:
         """Write columns start..stop, less the origin, as the rows of `out`: one product, no transposition, no look."""

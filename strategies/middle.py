@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from privfed.strategies.gram import (
-    COLUMNS,
     Gram,
     Square,
     Vector,
@@ -17,6 +15,7 @@ from privfed.strategies.gram import (
     combine,
     gram,
     near_origin,
+    sum_width,
     weighted_sum,
 )
 from privfed.strategies.guard import Refusal, Screened, guarded, require_majority, taint_check
@@ -46,12 +45,12 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
 
     def body(rows: Matrix, f: int) -> Floats:
         out = np.empty(rows.size, rows.work)
-        room, look = Room(), partial(taint_check, rows)
+        room = Room()
 
         def columns(start: int, stop: int) -> None:
-            weighted_sum(rows.block(start, stop), factor, out[start:stop], room, look=look)
+            weighted_sum(rows, start, stop, factor, out[start:stop], room, look=taint_check)
 
-        run_blocks(rows.size, COLUMNS if rows.direct else rows.width(COLUMNS), columns)
+        run_blocks(rows.size, sum_width(rows), columns)
         return out
 
     return guarded(given, None if isinstance(given, Screened) else 0, body)

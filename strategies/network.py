@@ -122,7 +122,7 @@ def program(n: int, ranks: tuple[int, ...], together: bool = False) -> Program:
     return Program(tuple((high, place[x], place[y], place[to]) for high, x, y, to in steps), scratch)
 
 
-def run_program(made: Program, rows: Floats, scratch: Floats) -> None:
+def run_program(made: Program, rows: Floats | list[Floats], scratch: Floats) -> None:
     """Bring what the program is for into the first rows of the scratch, in order; the rows are left as they are."""
     at = [*rows, *scratch]
     least, most = np.minimum, np.maximum
@@ -146,10 +146,10 @@ def by_rank(matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Finish, *
 
     def columns(start: int, stop: int) -> None:
         if made is not None:
-            block, part = matrix.shifted(start, stop)
-            taint_check(matrix, block)
+            rows, part = matrix.apart(start, stop)
+            taint_check(matrix, rows)
             scratch = room.take("ranked", (made.scratch, stop - start), matrix.work)
-            run_program(made, block, scratch)
+            run_program(made, rows, scratch)
             out[start:stop] = few(scratch[: len(ranks)])
         else:
             turned = room.take("ranked", (stop - start, n), matrix.work)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.strategies import rules
-from privfed.strategies.gram import TOGETHER, combine, gram
+from privfed.strategies.gram import COLUMNS, TOGETHER, combine, gram
 from privfed.strategies.matrix import as_matrix
 
 ROBUST = sorted(name for name, law in rules.LAWS.items() if law.robust)
@@ -319,6 +319,27 @@ def test_every_form_of_input_gives_its_own_form_back(tmp_path: Path) -> None:
     assert [layer.shape for layer in made[0]] == [(1, 2), (2, 2)]
     assert rules.median([np.array(1.0), np.array(3.0), np.array(2.0)]).shape == ()
     assert np.ndim(rules.median(np.array([1.0, 3.0, 2.0]))) == 0
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_rows_in_pieces_give_what_one_array_gives_and_stay_as_they_are(kind: type) -> None:
+    """Pieces end inside of blocks, at their edges and across several."""
+    sizes = (3, COLUMNS - 3, 5, 2 * COLUMNS, 700)
+    X = np.random.default_rng(6).standard_normal((11, sum(sizes))).astype(kind)
+    pieces = [np.split(row.copy(), np.cumsum(sizes)[:-1]) for row in X]
+    for rule in (
+        rules.mean,
+        rules.median,
+        rules.geometric_median,
+        lambda X: rules.trimmed_mean(X, 2),
+        lambda X: rules.multi_krum(X, 2),
+        lambda X: rules.bulyan(X, 2),
+    ):
+        found = np.concatenate(rule(pieces))
+        assert found.dtype == kind
+        np.testing.assert_array_equal(found, rule(list(X)))
+        np.testing.assert_allclose(found, rule(X), rtol=2e-3 if kind == np.float16 else 1e-6, atol=1e-7)
+    np.testing.assert_array_equal(np.stack([np.concatenate(row) for row in pieces]), X)
 
 
 def test_inputs_are_not_changed() -> None:
