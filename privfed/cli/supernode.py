@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import resource
 import signal
@@ -125,6 +127,7 @@ def _serve(asked: _Asked) -> None:
             "the way: give --keys (see `privfed keys`), or --force-insecure"
         )
     policy, data = _policy(asked.policy_file, asked.insecure), asked.data
+    digest = hashlib.sha256(asked.policy_file.read_bytes()).hexdigest() if asked.policy_file is not None else "none"
     make_folder(data, "--data")
     limits = _limits(policy, asked.app_network, data, asked.keys, asked.app_writable)
     store = NodeStore(data / "state")
@@ -138,7 +141,7 @@ def _serve(asked: _Asked) -> None:
         approve=_approve(policy, credentials, audit),
         task_seconds=min(asked.task_seconds, longest),
         drain_seconds=asked.drain_seconds,
-        remind=_reminder(credentials),
+        remind=_reminder(credentials, audit),
     )
     connection = FleetOptions(
         slots=asked.slots,
@@ -149,7 +152,8 @@ def _serve(asked: _Asked) -> None:
     )
     stopping = threading.Event()
     _stop_on_signals(stopping.set)
-    audit.record("node-started", version=__version__, superlink=asked.address, isolation=asked.isolation)
+    facts = {"version": __version__, "superlink": asked.address, "isolation": asked.isolation, "policy": digest}
+    audit.record("node-started", **facts)
     try:
         if connection.holding or connection.runs or _await_launcher(launcher, stopping):
             fleet = FleetClient(asked.address, credentials, asked.node_id, connection)
@@ -176,11 +180,19 @@ def _await_launcher(launcher: Launcher, stopping: threading.Event) -> bool:
     return not stopping.is_set()
 
 
-def _reminder(credentials: Credentials | None) -> Callable[[], None]:
-    """Return what warns, once each, of certificates that expire within a month."""
+def _reminder(credentials: Credentials | None, audit: AuditLog) -> Callable[[], None]:
+    """Return what warns, once each, of certificates that expire within a month, and notes which keys are in use."""
     told: set[str] = set()
+    seen: tuple[int, int] | None = None
 
     def remind() -> None:
+        nonlocal seen
+        if credentials is not None:
+            keys = credentials.peer.serial, credentials.trust.roster.version
+            with contextlib.suppress(OSError):  # the disk does not take it: it is noted the next time
+                if keys != seen:
+                    audit.record("keys-in-use", serial=f"{keys[0]:x}", roster=keys[1])
+                    seen = keys
         for warning in map(str, credentials.warnings() if credentials is not None else ()):
             if warning not in told:
                 told.add(warning)

@@ -150,8 +150,11 @@ class AuditLog:
         return msgspec.json.encode(msgspec.structs.replace(bare, signature=signature)) + b"\n"
 
     def close(self) -> None:
-        """Release the file."""
-        os.close(self._file)
+        """Release the file; nothing can be recorded any more."""
+        with self._lock:
+            held, self._file = self._file, -1  # a number that the system gives to another file must not be written to
+            if held >= 0:
+                os.close(held)
 
     def __enter__(self) -> AuditLog:
         return self

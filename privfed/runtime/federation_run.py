@@ -17,7 +17,7 @@ from structlog.contextvars import bound_contextvars
 from privfed.context import Context, shared_settings
 from privfed.errors import PrivfedError, RunFailed, RunStopped
 from privfed.failpoint import around
-from privfed.grid import Grid
+from privfed.grid import Checkpoint, Grid
 from privfed.message import SERVER_NODE_ID
 from privfed.runtime.app_process import LaunchLost, NobodyLaunches
 from privfed.runtime.channel import ChannelError
@@ -148,8 +148,11 @@ class FederationRun:
         except Exception as fault:
             log.exception("run %s broke", self.folder.name)
             reason = f"{type(fault).__name__}: {fault}"
-        with contextlib.suppress(GivenUp):
+        try:
             self._patiently(lambda: self._end(state, reason))
+        except Exception as fault:
+            if not (self._closing or isinstance(fault, GivenUp)):  # else it ends when the SuperLink is back
+                raise
 
     def _end(self, state: str, reason: str) -> None:
         with contextlib.suppress(StoreError):  # a run that never began is not in the store, or has ended there
@@ -258,7 +261,7 @@ class FederationRun:
         self.folder.check_stop()  # one that was asked for while nobody was there to stop
         if kept is not None:
             context.state, context.mod_states = kept.app, kept.mods
-        self._recorder = PatientRecorder(self.folder, self._patiently, self.began[-1])
+        self._recorder = PatientRecorder(self.folder, self._patiently, self.began[-1], self._note_round)
         nodes = tuple(self._link.nodes(self.run_id))
         shared = shared_settings(self.config["run-config"], seed, self.config["bundle"], nodes)
         bare = LinkGrid(self._link, self.run_id, self.folder, seed, shared)
@@ -269,6 +272,10 @@ class FederationRun:
         if traffic.errors and traffic.messages_up == before:
             causes = "; ".join(f"{count} x {cause}" for cause, count in traffic.errors.most_common(5))
             raise RunFailed(f"no node gave a valid reply: {causes}")
+
+    def _note_round(self, checkpoint: Checkpoint) -> None:
+        told = round_facts(checkpoint.metrics[-1] if checkpoint.metrics else {})
+        self._noted("round-committed", run=self.folder.name, round=checkpoint.round, **told)
 
     def _begin(self, snapshot: Snapshot) -> Mapping[int, NodeState]:
         """Begin another attempt; what was out in an earlier one is withdrawn."""
@@ -329,6 +336,26 @@ class FederationRun:
         came, what = awaited.asked - len(awaited.out), self._asking or awaited.kind
         where = f" of round {awaited.group}" if awaited.group.isdecimal() else ""
         return f"{text}: {came} of {awaited.asked} to {what}{where} have come"
+
+
+def round_facts(metrics: Mapping[str, object]) -> dict[str, int | str]:
+    """Return what the audit log says of a round: how many were asked and answered, and what the plan has charged.
+
+    metrics: as the app's process tells them, whatever they are.
+    """
+    found: dict[str, int | str] = {}
+    for kind in ("train", "evaluate", "query"):
+        replies = metrics.get(f"{kind}-replies")
+        for name in ("nodes", "valid") if isinstance(replies, Mapping) else ():
+            count = replies.get(name)
+            if type(count) is int and 0 <= count < 1 << 53:
+                found[f"{kind}-{name}"] = count
+    charged = metrics.get("privacy")
+    for name in ("epsilon", "delta", "noise-multiplier", "cohort") if isinstance(charged, Mapping) else ():
+        number = charged.get(name)
+        if type(number) in (int, float):
+            found[f"plan-{name}"] = f"{float(number):.9g}"  # as text: it may be infinite
+    return found
 
 
 def _plain(value: object) -> object:

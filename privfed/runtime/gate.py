@@ -7,7 +7,7 @@ import dataclasses
 import hmac
 import logging
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeAlias, cast
 
@@ -35,6 +35,11 @@ Conversing = Callable[[Peer, AsyncIterator[bytes], Context], Awaitable[None]]
 MAX_NODE = 1 << 62
 MAX_KNOWN = 20_000
 REQUEST_SECONDS = 60.0
+MAX_REASON, MAX_REASONS = 300, 8
+"""Different refusals that are told apart at a time; whoever is turned away must not fill a log."""
+_TURNED_AWAY = frozenset(
+    {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION}
+)
 
 
 class Denied(PrivfedError):
@@ -63,6 +68,18 @@ class Gate:
         self._roles = frozenset(roles)
         self._known: OrderedDict[bytes, tuple[Roster, Peer]] = OrderedDict()
         self.refusals = 0
+        self._reasons: Counter[str] = Counter()
+
+    def take_reasons(self) -> dict[str, int]:
+        """Return why callers were turned away since the last call, and how often."""
+        found, self._reasons = self._reasons, Counter()
+        return dict(found)
+
+    def _note(self, fault: Denied) -> None:
+        if fault.code in _TURNED_AWAY:
+            reason = str(fault)[:MAX_REASON].encode(errors="replace").decode()
+            known = reason in self._reasons or len(self._reasons) < MAX_REASONS
+            self._reasons[reason if known else "for other reasons"] += 1
 
     def admit(self, context: Context) -> Peer:
         """Return who calls. Raises Denied."""
@@ -197,6 +214,7 @@ class Gate:
             bind_contextvars(peer=peer.common_name)  # for this request alone: it has a task of its own
             return await serve(peer)
         except Denied as fault:
+            self._note(fault)
             await context.abort(fault.code, str(fault))
         except PrivfedError as fault:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))

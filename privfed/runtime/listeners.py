@@ -96,7 +96,7 @@ class Listeners:
     """Everything a SuperLink listens with.
 
     addresses: by listener, once it listens; "monitor" among them. values, fault: what the monitor shows.
-    roster_changed: called when the credentials have a newer roster.
+    roster_changed: called when the credentials have a newer roster; renewed: when they have another certificate.
     """
 
     def __init__(self, options: SuperLinkOptions) -> None:
@@ -124,6 +124,7 @@ class Listeners:
         self.values: Callable[[], Mapping[str, float]] = dict
         self.fault = "it is starting"
         self.roster_changed: Callable[[], None] = lambda: None
+        self.renewed: Callable[[], None] = lambda: None
         self._exchanges: dict[str, _Exchange] = {}
         self._servers: list[grpc.aio.Server] = []
         self._health: list[tuple[health.aio.HealthServicer, str]] = []
@@ -188,6 +189,7 @@ class Listeners:
         credentials = self.options.credentials
         told: set[str] = set()
         seen = credentials.trust.roster.version if credentials is not None else 0
+        shown = credentials.peer.serial if credentials is not None else 0
         while credentials is not None:
             try:
                 await asyncio.to_thread(credentials.reload)
@@ -195,6 +197,9 @@ class Listeners:
                 if credentials.trust.roster.version != seen:
                     seen = credentials.trust.roster.version
                     self.roster_changed()
+                if credentials.peer.serial != shown:
+                    shown = credentials.peer.serial
+                    self.renewed()
             except CertificateError as fault:
                 log.warning("the new certificates are not used: %s", fault)
             for warning in credentials.warnings():

@@ -66,10 +66,17 @@ class Patience:
 
 
 class PatientRecorder:
-    """A recorder that waits for its disk; knows the last committed round."""
+    """A recorder that waits for its disk; knows the last committed round. committed: told of each that is."""
 
-    def __init__(self, recorder: Recorder, patience: Patience, commit: int) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        patience: Patience,
+        commit: int,
+        committed: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> None:
         self._recorder = recorder
+        self._committed = committed
         self._patience = patience
         self.last = commit
         self.ledger_path: Path | None = recorder.ledger_path
@@ -85,9 +92,13 @@ class PatientRecorder:
         try:
             self._patience(lambda: self._recorder.commit(checkpoint))
         except RunStopped:
-            self.last = checkpoint.round  # it is committed all the same
+            self._note(checkpoint)  # it is committed all the same
             raise
+        self._note(checkpoint)
+
+    def _note(self, checkpoint: Checkpoint) -> None:
         self.last = checkpoint.round
+        self._patience(lambda: self._committed(checkpoint))
 
     def report(self, event: str, **fields: object) -> None:
         self._recorder.report(event, **fields)  # it waits for each of its files by itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ __all__ = ["SuperLink", "SuperLinkError", "SuperLinkOptions"]
 
 log = logging.getLogger("privfed.superlink")
 STORE_THREADS = 8
+REFUSALS_SECONDS = 60.0
+"""Between two notes in the audit log of who was turned away."""
 
 
 class SuperLink:
@@ -74,7 +77,7 @@ class SuperLink:
         decide = self._take_roster, self.fleet.reconsider, self.audit
         control = ControlService(self.federation, self.register, self.dispatcher, *decide)
         self._tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._part_with_expired())]
-        self.listeners.roster_changed = self._roster_changed
+        self.listeners.roster_changed, self.listeners.renewed = self._roster_changed, self._renewed
         # Before anybody is served: a node would be told that a run that is not there has ended.
         count = self.federation.take_up()
         handlers = {
@@ -88,9 +91,32 @@ class SuperLink:
         log.info("serving %s; %d runs go on", self.addresses, count)
 
     async def _part_with_expired(self) -> None:
+        noted = time.monotonic()
         while True:
             self.fleet.part_with_expired()
+            if time.monotonic() - noted >= REFUSALS_SECONDS:
+                noted = time.monotonic()
+                await self.dispatcher.in_thread(self._note_refusals)
             await asyncio.sleep(RELOAD_SECONDS)
+
+    def _note_refusals(self) -> None:
+        for listener, gate in self._gates.items():
+            for reason, count in gate.take_reasons().items():
+                self._note("callers-refused", listener=listener, reason=reason, count=count)
+
+    def _note(self, event: str, **fields: str | int) -> None:
+        """Write what nobody waits for into the audit log, if the disk takes it."""
+        try:
+            self.audit.record(event, **fields)
+        except OSError as fault:
+            log.warning("the audit log lacks %s: %s", event, fault)
+
+    def _renewed(self) -> None:
+        if self.options.credentials is not None:
+            peer = self.options.credentials.peer
+            expires = f"{peer.expires:%Y-%m-%d}" if peer.expires is not None else ""
+            note = functools.partial(self._note, "certificate-renewed", serial=f"{peer.serial:x}", expires=expires)
+            self._loop.run_in_executor(self._threads, note)
 
     def _take_roster(self, document: bytes) -> int:
         """Keep a newer signed roster; return its version. Raises PrivfedError."""
@@ -103,6 +129,9 @@ class SuperLink:
 
     def _roster_changed(self) -> None:
         log.info("there is a new roster")
+        if self.options.credentials is not None:
+            version = self.options.credentials.trust.roster.version
+            self._loop.run_in_executor(self._threads, functools.partial(self._note, "roster-taken", version=version))
         self._share_roster()
         self.federation.nodes_changed()
         self.fleet.roster_changed()
@@ -143,10 +172,8 @@ class SuperLink:
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)
         self._store.close()
-        try:
-            self.audit.record("superlink-ended")
-        except OSError as fault:
-            log.warning("the audit log does not say that it ended: %s", fault)
+        self._note_refusals()
+        self._note("superlink-ended")
         self.audit.close()
         if self.options.tenure is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.options.tenure.resign)

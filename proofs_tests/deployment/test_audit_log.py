@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.runtime.audit_log import AuditError, AuditLog, Verified, verify_log
+from privfed.runtime.federation_run import round_facts
+from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 
 KEY = bytes(range(32))
 
@@ -203,3 +206,48 @@ def test_an_unfinished_line_is_cut_and_said(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(whole)
     assert b'"tail-cut"' in path.read_bytes()
     assert verify_log(path).lines == 8
+
+
+def test_a_log_that_was_closed_writes_into_no_other_file(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl", KEY)
+    log.close()
+    with (tmp_path / "other").open("wb") as other:  # it may get the number that the log's file had
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            log.record("late")
+        log.close()
+        other.write(b"x")
+    assert (tmp_path / "other").read_bytes() == b"x"
+    assert verify_log(tmp_path / "audit.jsonl").lines == 1
+
+
+def test_a_superlink_notes_each_round_its_cohort_and_its_charge(tmp_path: Path) -> None:
+    with LocalLink(tmp_path) as link, nodes_at(link.fleet, 2):
+        name = link.submit(EXAMPLES / "minimal", 2, num_rounds=3)
+        assert link.wait(name).state == "completed"
+    lines = [msgspec.json.decode(line) for line in (tmp_path / "audit.jsonl").read_bytes().splitlines()]
+    rounds = [line["fields"] for line in lines if line["event"] == "round-committed"]
+    assert rounds[0] == {"run": name, "round": 0}, "the model that it begins with"
+    asked = {"train-nodes": 2, "train-valid": 2}
+    assert rounds[1:] == [{"run": name, "round": number, **asked} for number in (1, 2, 3)]
+    assert verify_log(tmp_path / "audit.jsonl").lines == len(lines)
+
+
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.text(max_size=4) | st.none() | st.lists(st.integers())
+REPLIES = st.dictionaries(st.sampled_from(["nodes", "valid", "excluded"]), NUMBERS)
+CHARGES = st.dictionaries(st.sampled_from(["epsilon", "delta", "cohort", "noise-multiplier", "clip"]), NUMBERS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(train=REPLIES | NUMBERS, privacy=CHARGES | NUMBERS)
+def test_whatever_an_app_tells_of_a_round_fits_a_line(
+    tmp_path_factory: pytest.TempPathFactory, train: object, privacy: object
+) -> None:
+    told = round_facts({"train-replies": train, "privacy": privacy, "train": {"loss": 1.0}})
+    assert set(told) <= {"train-nodes", "train-valid", *(f"plan-{name}" for name in PLAN)}, "nothing else of the app's"
+    path = tmp_path_factory.mktemp("told") / "audit.jsonl"
+    with AuditLog(path, KEY) as log:
+        log.record("round-committed", run="r", round=1, **told)
+    assert verify_log(path).lines == 2
+
+
+PLAN = ("epsilon", "delta", "noise-multiplier", "cohort")

@@ -16,6 +16,7 @@ from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.credentials import Credentials, accept_answer
 from privfed.runtime.federation import open_app
 from privfed.runtime.fleet import FleetClient, FleetOptions
+from privfed.runtime.gate import MAX_REASONS
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.superlink import SuperLink, SuperLinkError, SuperLinkOptions
 from proofs_tests.deployment.local_link import EXAMPLES, FreshLauncher, LocalLink
@@ -185,3 +186,31 @@ def test_noise_is_never_seeded_where_others_may_connect(tmp_path: Path, where: d
     with pytest.raises(SuperLinkError, match="insecure_test_randomness is for tests on this machine"):
         SuperLink(options, FreshLauncher())
     assert not (tmp_path / "lock").exists()
+
+
+def test_the_audit_log_says_who_was_turned_away_how_often_and_which_roster_is_in_use(
+    link: LocalLink, members: Members
+) -> None:
+    app = Submission(open_app(EXAMPLES / "minimal"), {}, nodes=1)
+    with (
+        control(link, members.join("operator", "olga")) as olga,
+        control(link, members.join("viewer", "vera")) as vera,
+    ):
+        for _ in range(3):
+            with pytest.raises(NetworkError, match="user-vera is a viewer"):
+                vera.submit(app)
+        members.join("node", "hospital-a")
+        version = olga.hand_roster(members.authority.roster_document)
+        for user in range(12):  # each for another reason: the log must not grow by what strangers do
+            with control(link, members.join("viewer", f"v{user}")) as one, pytest.raises(NetworkError):
+                one.submit(app)
+    link.end()
+    lines = [msgspec.json.decode(line) for line in (link.options.home / "audit.jsonl").read_bytes().splitlines()]
+    refused = [line["fields"] for line in lines if line["event"] == "callers-refused"]
+    assert sum(one["count"] for one in refused) == 15 and len(refused) <= MAX_REASONS + 1
+    assert [one["count"] for one in refused if "user-vera is a viewer" in one["reason"]] == [3]
+    assert {one["listener"] for one in refused} == {"control"}
+    assert [line["fields"] for line in lines if line["event"] == "roster-taken"] == [{"version": version}]
+    assert {"event": "roster-handed-on", "by": "user-olga"} in [
+        {"event": line["event"], "by": line["fields"].get("by")} for line in lines
+    ]
