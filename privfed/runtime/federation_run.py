@@ -345,17 +345,21 @@ def round_facts(metrics: Mapping[str, object]) -> dict[str, int | str]:
     """
     found: dict[str, int | str] = {}
     for kind in ("train", "evaluate", "query"):
-        replies = metrics.get(f"{kind}-replies")
-        for name in ("nodes", "valid") if isinstance(replies, Mapping) else ():
+        replies = _table(metrics.get(f"{kind}-replies"))
+        for name in ("nodes", "valid"):
             count = replies.get(name)
             if type(count) is int and 0 <= count < 1 << 53:
                 found[f"{kind}-{name}"] = count
-    charged = metrics.get("privacy")
-    for name in ("epsilon", "delta", "noise-multiplier", "cohort") if isinstance(charged, Mapping) else ():
+    charged = _table(metrics.get("privacy"))
+    for name in ("epsilon", "delta", "noise-multiplier", "cohort"):
         number = charged.get(name)
-        if type(number) in (int, float):
-            found[f"plan-{name}"] = f"{float(number):.9g}"  # as text: it may be infinite
+        if isinstance(number, float) or (type(number) is int and abs(number) < 1 << 53):
+            found[f"plan-{name}"] = f"{number:.9g}"  # as text: it may be infinite
     return found
+
+
+def _table(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _plain(value: object) -> object:

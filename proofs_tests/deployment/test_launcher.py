@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privfed import ArrayRecord, ClientApp, ConfigRecord, Context, LocalGrid, Message, RecordDict, RunFailed
+from privfed import ArrayRecord, ClientApp, ConfigRecord, Context, LocalGrid, Message, RecordDict, RunFailed, failpoint
 from privfed.errors import AppError, QuorumError, RunStopped
 from privfed.grid import Grid, MemoryRecorder
 from privfed.protocols.session import Identity, Policy
@@ -54,7 +54,7 @@ def told(reply: Message) -> dict[str, object]:
 
 def gone(pid: int) -> bool:
     """Wait for a process to be gone, or a zombie that its parent has not read."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -122,6 +122,25 @@ def test_a_dead_worker_is_an_error_and_the_next_message_gets_a_new_one(
     again = worker.execute(ask(), context).content.metric_records["metrics"]
     assert again["pid"] != first
     assert again["seen"] == 2
+    worker.close()
+
+
+@pytest.mark.parametrize("moment", ["before-ready", "after-reply"])
+def test_a_confined_worker_ends_at_a_failpoint_and_its_message_is_answered_once(
+    processes: ProcessLauncher,
+    app: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+) -> None:
+    monkeypatch.setenv(failpoint.VARIABLE, str(tmp_path))
+    (tmp_path / f"client-app.{moment}").touch()
+    worker, context = processes.client(app, tmp_path / "log.txt"), Context(node_id=1)
+    for seen in (1, 2):
+        assert worker.execute(ask(), context).content.metric_records["metrics"]["seen"] == seen
+    assert not (tmp_path / f"client-app.{moment}").exists()
+    assert caplog.text.count("killed by SIGKILL") == 1
     worker.close()
 
 

@@ -24,13 +24,17 @@ from proofs_tests.deployment.superlink_process import SuperLinkProcess
 from proofs_tests.deployment.test_roles import Members
 from proofs_tests.deployment.waiting import eventually
 
+PLAN = ("epsilon", "delta", "noise-multiplier", "cohort")
 SAID = {
     "log-opened": {"key"},
     "superlink-started": {"name", "runs", "insecure"},
     "run-submitted": {"run", "app", "archive", "nodes", "by"},
     "run-attempted": {"run", "attempt", "round", "nodes"},
+    "round-committed": {"run", "round", "train-nodes", "train-valid", *(f"plan-{name}" for name in PLAN)},
     "run-ended": {"run", "state", "rounds", "reason"},
-    "node-started": {"version", "superlink", "isolation"},
+    "callers-refused": {"listener", "reason", "count"},
+    "node-started": {"version", "superlink", "isolation", "policy"},
+    "keys-in-use": {"serial", "roster"},
     "app-approved": {"run", "app", "bundle", "reason"},
     "answered": {"run", "round", "kind", "plan", "masked", "reason"},
 }
@@ -52,6 +56,10 @@ def test_runs_of_two_apps_share_a_federation_and_each_has_the_bits_of_its_simula
             for raw in path.read_bytes().splitlines():
                 line = msgspec.json.decode(raw)
                 assert set(line["fields"]) <= SAID.get(line["event"], set()), line
+        own = [msgspec.json.decode(raw) for raw in logs[-1].read_bytes().splitlines()]
+        rounds = [line["fields"] for line in own if line["event"] == "round-committed"]
+        charged = [(one["run"], one["round"]) for one in rounds if "plan-epsilon" in one]
+        assert charged == [(runs[1].name, number) for number in range(1, 7)], "and the run without a plan has no charge"
     spans = [(run.recorded_status.started, run.recorded_status.updated) for run in runs]
     assert max(start for start, _ in spans) < min(end for _, end in spans), "they ran side by side"
     for run, (app, seed) in zip(runs, asked, strict=True):
