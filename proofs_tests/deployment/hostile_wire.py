@@ -27,6 +27,7 @@ from privfed import Message, RecordDict
 from privfed.runtime.control import ControlClient, Follow, Listing, NodeChange, RunName, Submit
 from privfed.runtime.credentials import BearerToken, Credentials
 from privfed.runtime.frame import Answer, Frame, Hello, Progress, RosterQuery, RunQuery, Want, chunk, pack, parcel
+from privfed.runtime.result import ResultFile, ResultPart, ResultQuery
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, SETTINGS, ACK, END_STREAM, END_HEADERS = 0, 1, 4, 1, 1, 4
@@ -59,7 +60,10 @@ SEEDS: Sequence[Frame] = (
     NodeChange(node_id=3, approve=True),
     RunName(name="nobody"),
     Listing(limit=3),
+    ResultQuery(name="x", models="all"),
+    ResultPart(run="x", file=ResultFile(path="format", size=1, digest=bytes(32)), offset=0),
 )
+"""Frames as a node or a user sends them, for a test to change."""
 
 
 def h2(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

@@ -17,11 +17,10 @@ import pytest
 
 from privfed import ArrayRecord, Message, MetricRecord, RecordDict
 from privfed.runtime.bundle import build
-from privfed.runtime.control import ControlClient, Follow, Listing, NodeChange, RunName, Submission, Submit
+from privfed.runtime.control import ControlClient, Listing, Submission
 from privfed.runtime.fleet import FleetClient, FleetOptions, Task
 from privfed.runtime.frame import (
     Answer,
-    Frame,
     Hello,
     Progress,
     RunQuery,
@@ -33,8 +32,8 @@ from privfed.runtime.frame import (
     unpack,
 )
 from privfed.runtime.handshake import NetworkError, Refused, greeting
-from privfed.runtime.result import ResultFile, ResultPart, ResultQuery
 from proofs_tests.deployment.hostile_crowd import growths
+from proofs_tests.deployment.hostile_wire import PREFACE, SEEDS
 from proofs_tests.deployment.local_link import EXAMPLES, LocalLink, nodes_at
 from proofs_tests.deployment.waiting import eventually
 
@@ -104,7 +103,7 @@ def test_random_bytes_at_every_port_change_nothing(link: LocalLink) -> None:
         for trial in range(100):
             with socket.create_connection((host, int(port))) as stream:
                 if trial % 2:
-                    stream.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                    stream.sendall(PREFACE)
                 try:
                     stream.sendall(rng.randbytes(rng.randrange(5000)))
                 except OSError:
@@ -115,19 +114,6 @@ def test_random_bytes_at_every_port_change_nothing(link: LocalLink) -> None:
 
 def test_malformed_frames_at_every_method_are_refused_by_name(link: LocalLink) -> None:
     rng = random.Random(2)
-    seeds: list[Frame] = [
-        Hello(slots=4, holding=("a",), runs=(1,)),
-        RunQuery(run_id=5),
-        Want(parts=(Progress(digest=bytes(32), size=5),)),
-        Answer(token="x", parcel=parcel(Message(RecordDict(), 1, "train"))[0]),
-        Submit(digest=bytes(32), size=10, settings={"a": "b"}, seed=1, nodes=1, keep="last:3"),
-        Follow(name="x", what="log", offset=0, follow=True),
-        NodeChange(node_id=3, approve=True),
-        RunName(name="nobody"),
-        Listing(limit=3),
-        ResultQuery(name="x", models="all"),
-        ResultPart(run="x", file=ResultFile(path="format", size=1, digest=bytes(32)), offset=0),
-    ]
     codes: set[grpc.StatusCode] = set()
     with (
         nodes_at(link.fleet, 1),
@@ -138,7 +124,7 @@ def test_malformed_frames_at_every_method_are_refused_by_name(link: LocalLink) -
         for method in UNARY + STREAMING + RECEIVING + CONVERSING[1:]:
             channel = fleet if "Fleet" in method else users
             for _ in range(60):
-                raw = bytearray(pack(rng.choice(seeds)))
+                raw = bytearray(pack(rng.choice(SEEDS)))
                 for _ in range(rng.randrange(3)):
                     raw[rng.randrange(len(raw))] = rng.randrange(256)
                 requests = [bytes(raw[: rng.randrange(len(raw) + 1)]) for _ in range(2)]
