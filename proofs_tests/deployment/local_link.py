@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from privfed.context import Context
 from privfed.grid import Grid
@@ -18,6 +16,7 @@ from privfed.runtime.fleet_service import FleetLimits
 from privfed.runtime.launcher import InlineLauncher
 from privfed.runtime.run_folder import ENDED, RunFolder
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
+from proofs_tests.deployment.loop_thread import LoopThread
 from proofs_tests.deployment.small_node import SmallNode, fresh
 from proofs_tests.deployment.waiting import eventually
 
@@ -32,7 +31,7 @@ class FreshLauncher(InlineLauncher):
         return fresh(app_dir)[0](grid, context)
 
 
-class LocalLink:
+class LocalLink(LoopThread):
     """A context: the SuperLink runs inside it."""
 
     def __init__(
@@ -51,45 +50,14 @@ class LocalLink:
             credentials=credentials,
             limits=limits or FleetLimits(nodes=100),
         )
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self.fault: BaseException | None = None
+        super().__init__()
 
-    def _run(self) -> None:
-        asyncio.run(self._serve())
+    async def _start(self) -> None:
+        self.link = SuperLink(self.options, FreshLauncher())
+        await self.link.start()
 
-    async def _serve(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._end = asyncio.Event()
-        try:
-            self.link = SuperLink(self.options, FreshLauncher())
-            await self.link.start()
-        except BaseException as fault:  # noqa: BLE001 - raised again by the test that waits
-            self.fault = fault
-            return
-        finally:
-            self._ready.set()
-        await self._end.wait()
+    async def _stop(self) -> None:
         await self.link.stop()
-
-    def __enter__(self) -> LocalLink:
-        self._thread.start()
-        assert self._ready.wait(20)
-        if self.fault is not None:
-            raise self.fault
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End in good order."""
-        if self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self._end.set)
-            self._thread.join(20)
-            assert not self._thread.is_alive()
 
     @property
     def fleet(self) -> str:

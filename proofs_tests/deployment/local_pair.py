@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from privfed.runtime.control import ControlClient, Submission
 from privfed.runtime.credentials import Credentials
@@ -17,11 +15,11 @@ from privfed.runtime.standby import Standby
 from privfed.runtime.superlink import SuperLink, SuperLinkOptions
 from privfed.runtime.tenure import Tenure
 from proofs_tests.deployment.local_link import FreshLauncher
-from proofs_tests.deployment.waiting import eventually
+from proofs_tests.deployment.loop_thread import LoopThread
 from proofs_tests.runtime.postgres import server
 
 
-class LocalPair:
+class LocalPair(LoopThread):
     """A context: both run inside it. `serving` and `passing` are their listeners' addresses."""
 
     def __init__(
@@ -42,34 +40,26 @@ class LocalPair:
             )
             for number, name in enumerate(("first", "second"))
         ]
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self.fault: BaseException | None = None
+        super().__init__()
 
-    async def _serve(self) -> None:
-        self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        try:
-            self.listeners = [Listeners(options) for options in self._options]
-            for options, listeners in zip(self._options, self.listeners, strict=True):
-                assert options.tenure is not None
-                standby = Standby(options, options.tenure, listeners)
-                await standby.start()
-                if options is self._options[0]:
-                    state = await standby.await_turn(self.folder / "shared")
-                    self.link = SuperLink(replace(options, state=state), FreshLauncher(), listeners)
-                    await self.link.start()
-            turn = asyncio.create_task(standby.await_turn(self.folder / "shared"))
-            while self.listeners[1].fault:
-                await asyncio.sleep(0.02)
-        except BaseException as fault:  # noqa: BLE001 - raised again by the test that waits
-            self.fault = fault
-            return
-        finally:
-            self._ready.set()
-        await self._end.wait()
+    async def _start(self) -> None:
+        self.listeners = [Listeners(options) for options in self._options]
+        for options, listeners in zip(self._options, self.listeners, strict=True):
+            assert options.tenure is not None
+            standby = Standby(options, options.tenure, listeners)
+            await standby.start()
+            if options is self._options[0]:
+                state = await standby.await_turn(self.folder / "shared")
+                self.link = SuperLink(replace(options, state=state), FreshLauncher(), listeners)
+                await self.link.start()
+        self._turn = asyncio.create_task(standby.await_turn(self.folder / "shared"))
+        while self.listeners[1].fault:
+            await asyncio.sleep(0.02)
+
+    async def _stop(self) -> None:
         assert self._options[1].tenure is not None
         await asyncio.to_thread(self._options[1].tenure.resign)
-        await asyncio.gather(turn, return_exceptions=True)
+        await asyncio.gather(self._turn, return_exceptions=True)
         await self.listeners[1].stop()
         self.listeners[1].close()
         await self.link.stop()
@@ -93,16 +83,3 @@ class LocalPair:
         with ControlClient(self.passing["control"], by) as control:
             texts = {name.replace("_", "-"): str(value) for name, value in settings.items()}
             return control.submit(Submission(open_app(app), texts, seed=1, nodes=nodes)).name
-
-    def __enter__(self) -> LocalPair:
-        self._thread.start()
-        assert self._ready.wait(60)
-        if self.fault is not None:
-            raise self.fault
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.loop.call_soon_threadsafe(self._end.set)
-        eventually(lambda: not self._thread.is_alive(), 30)
