@@ -6,9 +6,10 @@ trusted further than its run: it names messages, and the Grid it is given knows 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from privfed.context import Context
@@ -36,6 +37,7 @@ class GridHost:
         self._grid = grid
         self._context = context
         self._gone = False
+        self._at_work: set[Future[None]] = set()
         self._kept: dict[str, dict[bytes, Buffer]] = {}
         self._calls: Mapping[str, Callable[[Packet], Packet]] = {
             "nodes": self._nodes,
@@ -70,10 +72,23 @@ class GridHost:
                     return self._ended(packet)
                 if packet.head.get("name") in KEPT:
                     self._kept[packet.head["name"]] = large_buffers(packet)
-                pool.submit(self._answer, packet)
+                call = pool.submit(self._answer, packet)
+                if packet.head.get("name") != "wait":
+                    self._at_work.add(call)
+                    call.add_done_callback(self._at_work.discard)
         finally:
             self._gone = True
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def settle(self) -> None:
+        """Wait for calls that the process had made before it ended; call it when the process is dead.
+
+        A push or a commit that was done after the next attempt began would hand out its messages in that one, or move
+        the round it goes on from: nodes would do a round twice, or forget one.
+        """
+        for call in list(self._at_work):
+            with contextlib.suppress(CancelledError):
+                call.exception()
 
     def _ended(self, packet: Packet) -> object:
         take_state(self._context, packet, 0)

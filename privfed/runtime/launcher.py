@@ -173,6 +173,8 @@ class ProcessLauncher:
         finally:
             if process is not None:
                 process.kill()
+                if process.host is not None:
+                    process.host.settle()
 
     def _start(
         self,

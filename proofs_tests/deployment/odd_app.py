@@ -212,6 +212,14 @@ def dies(grid, context):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dies_in_a_call(grid, context):
+    if context.run_config["call"] == "push":
+        grid.push_messages(ask(grid, process=os.getpid()))
+    else:
+        state = RecordDict({"s": ConfigRecord({"process": os.getpid()})})
+        grid.recorder.commit(Checkpoint(1, ArrayRecord([np.zeros(4, np.float32)]), state, ({"round": 1},)))
+
+
 def waits(grid, context):
     ids = grid.push_messages(ask(grid))
     started = time.monotonic()
