@@ -209,8 +209,8 @@ class Campaign:
     def _fault(self, folder: RunFolder, found: Checkpoint, seed: int) -> str:
         if [one["round"] for one in found.metrics] != list(range(1, found.round + 1)):
             return "a round is missing or twice"
-        replies = [{**dict(one.get("train", {}))} for one in found.metrics] if self.kind == "plain" else []
-        if any(one.get("valid", 3) != 3 for one in replies):
+        replies = [dict(one["train-replies"]) for one in found.metrics] if self.kind == "plain" else []
+        if any(one["valid"] != 3 for one in replies):
             return "a round has fewer than its three results"
         if self.kind == "charged":
             return self._ledger_fault(folder, found)
