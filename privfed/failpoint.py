@@ -35,7 +35,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "superexec": ("hello", "start", "launched", "ended", "failed"),
     "server-app": ("call", "result", "journal", "charge"),
-    "client-app": ("ready", "reply"),
+    "client-app": ("ready", "taken", "reply"),
 }
 """What each kind of process commits and sends; each has a moment before-STEP and one after-STEP."""
 

@@ -84,7 +84,8 @@ def start_process(home: Path, log: int, limits: Limits) -> tuple[subprocess.Pope
         except BaseException:
             ours.close()
             raise
-    ours.sendall(json.dumps(limits.to_head()).encode() + b"\n")
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: the channel says so, and how is told
+        ours.sendall(json.dumps(limits.to_head()).encode() + b"\n")
     return process, ours
 
 

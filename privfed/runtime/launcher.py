@@ -36,7 +36,12 @@ START_SECONDS = 120.0
 LOOK_SECONDS = 0.1
 """Between two looks at whether there is somebody to start a process."""
 MAX_TRIES = 3
-"""Processes of a client app that may die over one message before that is told as the app's failure."""
+"""Processes of a client app that may die over one message they had taken before that is told as the app's failure."""
+MAX_LOSSES = 10
+"""Processes that may end before they had taken the message: while they start or load the app, or while they were idle.
+That is seldom the app's doing, so there are more of them, with pauses."""
+FIRST_PAUSE, MAX_PAUSE = 0.1, 2.0
+"""Seconds between the second such process and the third, which double; the first is replaced at once."""
 logger = logging.getLogger("privfed.launcher")
 
 
@@ -277,19 +282,24 @@ class _ProcessWorker:
         self._start = start
         self._waiting = waiting
         self._running: _Running | None = None
+        self._taken = False
 
     def execute(
         self, message: Message, context: Context, timeout: float | None = None, wanted: Wanted = lambda: True
     ) -> Message:
         """Run the app. What a process that died was asked is asked of another one: nothing of it has left the node."""
         ends = math.inf if timeout is None else time.monotonic() + timeout
-        for _ in range(MAX_TRIES):
+        deaths = losses = 0
+        while deaths < MAX_TRIES and losses < MAX_LOSSES:
+            if losses > 1:
+                time.sleep(max(0.0, min(FIRST_PAUSE * 2 ** (losses - 2), MAX_PAUSE, ends - time.monotonic())))
             if self._running is None and not self._await_launcher(ends, wanted):
                 return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, NobodyLaunches.__name__)
-            left = None if timeout is None else max(0.0, ends - time.monotonic())
-            reply = self._try(message, context, left)
+            self._taken = False
+            reply = self._try(message, context, ends)
             if reply is not None:
                 return reply
+            deaths, losses = deaths + self._taken, losses + (not self._taken)
         return _refusal(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, WorkerDied.__name__)
 
     def _await_launcher(self, ends: float, wanted: Wanted) -> bool:
@@ -309,17 +319,22 @@ class _ProcessWorker:
             logger.info("the task goes on")
         return True
 
-    def _try(self, message: Message, context: Context, timeout: float | None) -> Message | None:
-        """Return the answer of the app's process, started if there is none; None when the process died over it."""
+    def _try(self, message: Message, context: Context, ends: float) -> Message | None:
+        """Return the answer of the app's process, started if there is none; None when it ended, `_taken` or not."""
         try:
             if self._running is None:
                 self._running = self._start()
-                ready = self._running.receive(START_SECONDS if timeout is None else timeout)
+                ready = self._running.receive(START_SECONDS if ends == math.inf else _left(ends))
                 if ready.head.get("op") != "ready":
                     self.close()
                     return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ready.head.get("kind"))
             self._running.channel.send(pack_context({"op": "execute"}, context, message))
-            return self._reply(message, context, self._running.receive(timeout))
+            packet = self._running.receive(_left(ends))
+            # That it could be sent says nothing: it may lie unread in the socket of a process that is gone.
+            if packet.head.get("op") == "taken":
+                self._taken = True
+                packet = self._running.receive(_left(ends))
+            return self._reply(message, context, packet)
         except TimeoutError:
             logger.error("the app did not answer message %s within its time", message.metadata.message_id)
             self.close()
@@ -352,6 +367,11 @@ class _ProcessWorker:
             with contextlib.suppress(OSError):
                 self._running.kill()
             self._running = None
+
+
+def _left(ends: float) -> float | None:
+    """Return the seconds until then; None when it never comes."""
+    return None if ends == math.inf else max(0.0, ends - time.monotonic())
 
 
 def _refusal(message: Message, code: int, kind: object) -> Message:

@@ -46,7 +46,7 @@ HOT = {
     "superlink": ("push", "lease", "complete", "pull", "file", "round", "event", "offer", "grid-answer", "answer"),
     "node": ("begin", "commit", "settle", "audit-line", "send"),
     "server-app": ("call",),
-    "client-app": ("reply",),
+    "client-app": ("taken", "reply"),
 }
 SECURE = ("journal", "charge")
 COLD = {
