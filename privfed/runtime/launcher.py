@@ -328,7 +328,7 @@ class _ProcessWorker:
                 if ready.head.get("op") != "ready":
                     self.close()
                     return _refusal(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ready.head.get("kind"))
-            self._running.channel.send(pack_context({"op": "execute"}, context, message))
+            self._running.channel.send(pack_context({"op": "execute", "tell-taken": True}, context, message))
             packet = self._running.receive(_left(ends))
             # That it could be sent says nothing: it may lie unread in the socket of a process that is gone.
             if packet.head.get("op") == "taken":

@@ -118,8 +118,9 @@ def _serve_client(channel: Channel, inbox: queue.SimpleQueue[Packet], folder: Pa
         _send(channel, {"op": "ready"})
     while True:
         packet = inbox.get()
-        with around("taken"):  # from here on its end is the app's doing
-            _send(channel, {"op": "taken"})
+        if packet.head.get("tell-taken"):  # an older launcher does not know it
+            with around("taken"):  # from here on its end is the app's doing
+                _send(channel, {"op": "taken"})
         try:
             head, values = execute(app, packet)
         except BaseException as fault:  # noqa: BLE001 - SystemExit in a handler must not end the worker
