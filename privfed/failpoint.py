@@ -20,7 +20,7 @@ VARIABLE = "PRIVFED_FAILPOINTS"
 STEPS: dict[str, tuple[str, ...]] = {
     "superlink": (
         # commits
-        *("create-run", "run-state", "push", "lease", "complete", "pull", "forget", "release", "expire"),
+        *("create-run", "run-state", "push", "lease", "complete", "pull", "forget", "put-down", "release", "expire"),
         *("file", "round", "audit-line", "event"),
         # whose turn it is
         *("term-row", "term-sessions", "term", "term-renewal", "term-end", "term-folder", "term-copy"),
@@ -92,10 +92,13 @@ def _killer(folder: Path, role: str) -> Callable[[str], None]:
             return
         with lock:
             try:
-                left = int(path.read_text() or "1")
-                if left > 1:
-                    path.write_text(str(left - 1))
-                    return
+                with path.open("r+") as file:  # one that a test takes away meanwhile is not made again
+                    left = int(file.read() or "1")
+                    if left > 1:
+                        file.seek(0)
+                        file.truncate()
+                        file.write(str(left - 1))
+                        return
                 path.unlink()
             except (OSError, ValueError):  # another process was struck first
                 return

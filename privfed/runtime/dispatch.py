@@ -43,37 +43,70 @@ class Session:
     expires: datetime.datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A task that a node has: for which run, and with which large buffers."""
+
+    node: int
+    run_id: int
+    digests: frozenset[bytes]
+
+
 class Outbox:
-    """Large buffers of the tasks that are out: each once, whoever gets it, and who may fetch it."""
+    """The tasks that are out, and their large buffers: each once, whoever gets it, and who may fetch it."""
 
     def __init__(self) -> None:
         self._buffers: dict[bytes, Buffer] = {}
-        self._tasks: dict[str, tuple[int, frozenset[bytes]]] = {}
         self._uses: dict[bytes, int] = {}
+        self._tasks: dict[str, _Given] = {}
+        self._of_node: dict[int, set[str]] = {}
+        self._of_run: dict[int, set[str]] = {}
 
-    def put(self, token: str, node: int, buffers: dict[bytes, Buffer]) -> None:
-        """Keep the buffers of a task until it is over."""
-        self._tasks[token] = (node, frozenset(buffers))
+    def put(self, token: str, node: int, run_id: int, buffers: dict[bytes, Buffer]) -> None:
+        """Keep a task and its buffers until it is over."""
+        self._tasks[token] = _Given(node, run_id, frozenset(buffers))
+        self._of_node.setdefault(node, set()).add(token)
+        self._of_run.setdefault(run_id, set()).add(token)
         for digest, buffer in buffers.items():
             self._buffers.setdefault(digest, buffer)
             self._uses[digest] = self._uses.get(digest, 0) + 1
 
     def remove(self, token: str) -> None:
-        """Forget a task."""
-        _, digests = self._tasks.pop(token, (0, frozenset()))
-        for digest in digests:
+        """Forget a task, if it is there."""
+        given = self._tasks.pop(token, None)
+        if given is None:
+            return
+        for index, key in ((self._of_node, given.node), (self._of_run, given.run_id)):
+            index[key].discard(token)
+            if not index[key]:
+                del index[key]
+        for digest in given.digests:
             self._uses[digest] -= 1
             if not self._uses[digest]:
                 del self._uses[digest], self._buffers[digest]
 
+    def owner(self, token: str) -> int | None:
+        """Return the node that has a task."""
+        given = self._tasks.get(token)
+        return None if given is None else given.node
+
+    def of_node(self, node: int) -> set[str]:
+        """Return what a node has."""
+        return set(self._of_node.get(node, ()))
+
+    def of_run(self, run_id: int) -> set[str]:
+        """Return what is out of a run."""
+        return set(self._of_run.get(run_id, ()))
+
     def find(self, node: int, digest: bytes) -> Buffer | None:
         """Return a buffer that this node was sent."""
-        sent = any(owner == node and digest in digests for owner, digests in self._tasks.values())
+        sent = any(digest in self._tasks[token].digests for token in self._of_node.get(node, ()))
         return self._buffers.get(digest) if sent else None
 
     def of_task(self, token: str) -> dict[bytes, Buffer]:
         """Return the buffers of a task."""
-        return {digest: self._buffers[digest] for digest in self._tasks.get(token, (0, frozenset()))[1]}
+        given = self._tasks.get(token)
+        return {digest: self._buffers[digest] for digest in given.digests} if given is not None else {}
 
 
 class Dispatcher:
@@ -115,8 +148,15 @@ class Dispatcher:
         self._awake.set()
 
     def announce_end(self, run_id: int) -> None:
-        """Tell every connected node that a run ended; from any thread."""
-        self._call_soon(self.tell_all, Ended(run_id=run_id))
+        """Tell every connected node that a run ended, and forget what is out of it; from any thread."""
+        self._call_soon(self._end, run_id)
+
+    def _end(self, run_id: int) -> None:
+        self.tell_all(Ended(run_id=run_id))
+        for token in self.outbox.of_run(run_id):
+            owner = self.outbox.owner(token)
+            assert owner is not None
+            self.finished(owner, token)  # a node that hears of the end puts its task down
 
     def _call_soon(self, act: Callable[..., None], *given: object) -> None:
         """Have the loop do something, from any thread; one that was closed has nobody left to tell."""
@@ -141,8 +181,11 @@ class Dispatcher:
         self.sessions[session.node_id] = session
         kept = await self.in_thread(lambda: self.link.rejoin(session.node_id, holding))
         session.out.update(kept)
-        for token in (before.out if before is not None else set()) - kept:
+        for token in self.outbox.of_node(session.node_id) - kept.keys():
             self.outbox.remove(token)
+        for token, run_id in kept.items():  # it was given them before this process began
+            if self.outbox.owner(token) is None:
+                self.outbox.put(token, session.node_id, run_id, {})
         self._mark([session.node_id])
         self._changed()
 
@@ -163,8 +206,9 @@ class Dispatcher:
         self._call_soon(tell)
 
     def finished(self, node: int, token: str) -> None:
-        """Note that a task is over."""
-        self.outbox.remove(token)
+        """Note that a node is done with a task, whatever became of its reply: it has room for another one."""
+        if self.outbox.owner(token) == node:  # a token that comes from a node may be another's
+            self.outbox.remove(token)
         session = self.sessions.get(node)
         if session is not None:
             session.out.discard(token)
@@ -209,7 +253,7 @@ class Dispatcher:
             if lost or current is None:
                 return
             session = current
-        self.outbox.put(lease.token, session.node_id, outside)
+        self.outbox.put(lease.token, session.node_id, data.run_id, outside)
         session.out.add(lease.token)
         began, commit = self._progress(data.run_id)
         session.queue.put_nowait(

@@ -136,17 +136,22 @@ class FederationLink(Link):
             self._expire()
             return self.store.lease_many(self._clock(), self._lease_seconds, BATCH, nodes=nodes)
 
-    def rejoin(self, node: int, holding: Collection[str]) -> set[str]:
-        """Free what a node had out, but for what it still holds; return the tokens it may go on with."""
+    def rejoin(self, node: int, holding: Collection[str]) -> dict[str, int]:
+        """Free what a node had out, but for what it still holds; return the tokens it keeps, and their runs."""
         with self._lock:
             holders = {token: self.store.holder(token) for token in holding}
             kept = {
-                token
+                token: holder.run_id
                 for token, holder in holders.items()
                 if holder is not None and holder.node_id == node and not holder.counted
             }
             self.store.release(node, kept)
         return kept
+
+    def put_down(self, token: str, node: int) -> None:
+        """Note that a node is done with a task whose reply nobody waits for any more."""
+        with self._lock:
+            self.store.put_down(token, node)
 
     def holder(self, token: str) -> Holder | None:
         """Return whose lease this is, or was when its reply counted."""

@@ -230,18 +230,23 @@ class FleetService:
         except WireError as fault:
             raise malformed(fault) from None
         holder = await self.dispatcher.in_thread(lambda: self.dispatcher.link.holder(answer.token))
-        if holder is None:
-            self._expected.get(node, {}).pop(answer.token, None)
-            return pack(Verdict(counted=False))
+        if holder is None:  # it came too late
+            await self.dispatcher.in_thread(lambda: self.dispatcher.link.put_down(answer.token, node))
+            return self._done(node, answer.token, Verdict(counted=False))
         if holder.node_id != node:
             raise Denied(f"node {node} answers for another node")
-        if holder.counted:
-            return pack(Verdict(counted=True))
+        if holder.counted:  # and the node was not told
+            return self._done(node, answer.token, Verdict(counted=True))
         verdict = await self.dispatcher.in_thread(lambda: self._settle(node, holder, answer))
-        if not verdict.missing:
-            self._expected.get(node, {}).pop(answer.token, None)
-            self.answers += 1
-            self.dispatcher.finished(node, answer.token)
+        if verdict.missing:
+            return pack(verdict)
+        self.answers += 1
+        return self._done(node, answer.token, verdict)
+
+    def _done(self, node: int, token: str, verdict: Verdict) -> bytes:
+        """Expect nothing more of a task."""
+        self._expected.get(node, {}).pop(token, None)
+        self.dispatcher.finished(node, token)
         return pack(verdict)
 
     def _settle(self, node: int, holder: Holder, answer: Answer) -> Verdict:

@@ -188,9 +188,9 @@ class MemoryStore:
             return None
         lease, key = entry
         message_id = lease.message.metadata.message_id
-        task = self._tasks.get(message_id)
+        withdrawn = self._is_withdrawn(token)
         self._end_lease(token)
-        if task is None or task.token != token:  # withdrawn while it ran
+        if withdrawn:
             return None
         run = self._runs[key[0]]
         if state is not None:
@@ -207,8 +207,19 @@ class MemoryStore:
         if entry is None:
             return self._counted.get(token)
         lease, key = entry
-        message_id = lease.message.metadata.message_id
-        return Holder(*key, message_id, False) if message_id in self._tasks else None
+        return None if self._is_withdrawn(token) else Holder(*key, lease.message.metadata.message_id, False)
+
+    def _is_withdrawn(self, token: str) -> bool:
+        """Return whether a task was withdrawn while it was out; another one may have its message's id since."""
+        task = self._tasks.get(self._leases[token][0].message.metadata.message_id)
+        return task is None or task.token != token
+
+    def put_down(self, token: str, node_id: int) -> bool:
+        entry = self._leases.get(token)
+        if entry is None or entry[1][1] != node_id or not self._is_withdrawn(token):
+            return False
+        self._end_lease(token)
+        return True
 
     def release(self, node_id: int, holding: Collection[str] = ()) -> int:
         out = [token for token, (_, key) in self._leases.items() if key[1] == node_id and token not in holding]

@@ -268,6 +268,18 @@ class SqlStore:
             work.drop_tasks(work.do(sql.select(tasks.c.id).where(out & tasks.c.withdrawn)).scalars().all())
             return int(work.do(tasks.update().where(out).values(token=None, lease_until=None)).rowcount)
 
+    def put_down(self, token: str, node_id: int) -> bool:
+        asked = sql.select(tasks.c.id).where(
+            (tasks.c.token == token) & (tasks.c.node_id == node_id) & tasks.c.withdrawn
+        )
+        with self._look() as work:  # whoever sends tokens that are none keeps nobody from writing
+            if work.do(asked).first() is None:
+                return False
+        with self._transaction("put-down") as work:
+            found = work.do(asked).scalars().all()
+            work.drop_tasks(found)
+            return bool(found)
+
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
         with self._transaction("pull", shared=True) as work:
             found = work.answered(run_id)

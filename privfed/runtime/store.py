@@ -134,6 +134,13 @@ class Store(Protocol):
         """Requeue the tasks this node has out, those of the tokens in `holding` excepted; return how many."""
         ...
 
+    def put_down(self, token: str, node_id: int) -> bool:
+        """End a task that was withdrawn while this node had it out; the node is free for its next one.
+
+        Returns whether it was such a task; nothing is changed otherwise.
+        """
+        ...
+
     def complete(self, token: str, reply: Message, state: NodeState | None) -> str | None:
         """Finish a leased task: reply and state (None: unchanged) are committed together.
 

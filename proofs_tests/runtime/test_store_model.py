@@ -107,6 +107,16 @@ class StoreMachine(RuleBasedStateMachine):
         elif task.status == "gone" and task.token == token:
             task.status = "over"
 
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), node=st.integers(1, NODES))
+    def put_down(self, data: st.DataObject, node: int) -> None:
+        token, message = data.draw(st.sampled_from(self.tokens), "token")
+        task = self.model.tasks[message.metadata.message_id]
+        gone = task.status == "gone" and task.token == token and task.node == node
+        assert self.store.put_down(token, node) == gone
+        if gone:
+            task.status = "over"
+
     @rule(seconds=st.sampled_from([1.0, 4.0, 10.0]))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
