@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privfed.strategies.matrix import Floats, Matrix, as_matrix, run_blocks
+from privfed.strategies.matrix import Floats, Matrix, as_matrix, flat_vector, run_blocks
 
 
 class Refusal(ValueError):
@@ -52,10 +52,26 @@ def count(f: Any, name: str = "f") -> int:
     try:
         value = operator.index(f)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number of clients, got {f!r}") from None
+        raise ValueError(f"{name} must be a whole number, got {f!r}") from None
     if isinstance(f, bool | np.bool_) or value < 0:
-        raise ValueError(f"{name} must be a whole number of clients of at least 0, got {f!r}")
+        raise ValueError(f"{name} must be a whole number of at least 0, got {f!r}")
     return value
+
+
+def trusted_row(vector: Any, matrix: Matrix, name: str) -> Floats:
+    """Return a row of the server's own flat, in the dtype the rules work in; ValueError when no rule could use it."""
+    flat = flat_vector(vector, matrix, name)
+    largest = float(np.abs(flat).max(initial=0.0))
+    if largest > limit(matrix.work):
+        raise ValueError(f"{name} holds {largest:.3g}, more than the {limit(matrix.work):.3g} a row may hold")
+    return flat.astype(matrix.work, copy=False)
+
+
+def keep_some(rule: str, n: int, keep: int, least: int = 1) -> int:
+    """Return `keep`; Refusal when it is not from `least` to n rows."""
+    if not least <= keep <= n:
+        raise Refusal(f"{rule} would keep {keep} of n = {n} rows; it needs from {least} to n")
+    return keep
 
 
 def require(rule: str, n: int, f: int, least: int, formula: str) -> None:

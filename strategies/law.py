@@ -121,9 +121,9 @@ def _after_mixing(rule: Apply) -> Apply:
     return lambda X, f: rule(mixing.lazy_mixing(X, f), f)
 
 
-def _origin_law(apply: Apply, *, idempotence: bool = True, range: bool = False) -> Law:
+def _origin_law(apply: Apply, *, idempotence: bool = True, range: bool = False, robust: bool = True) -> Law:
     """Return the law of a rule on updates, which looks at norms or directions about zero."""
-    return Law(apply, majority, translation=False, idempotence=idempotence, range=range)
+    return Law(apply, majority, translation=False, idempotence=idempotence, range=range, robust=robust)
 
 
 LAWS: dict[str, Law] = {
@@ -157,7 +157,8 @@ LAWS: dict[str, Law] = {
     "centered_clipping": _origin_law(lambda X, f: middle.centered_clipping(X, _radius(X), steps=2)),
     "norm_bounding": _origin_law(lambda X, f: middle.norm_bounding(X, _radius(X))),
     "fltrust": _origin_law(lambda X, f: trust.fltrust(X, full_row(as_matrix(X), 0))),
-    "foolsgold": _origin_law(lambda X, f: trust.foolsgold(X), idempotence=False),
+    # made against many that push one way: one that resembles nobody counts in full
+    "foolsgold": _origin_law(lambda X, f: trust.foolsgold(X), idempotence=False, robust=False),
     "flame": _origin_law(lambda X, f: trust.flame(X)),
     "nnm+trimmed_mean": Law(_after_mixing(coordinate.trimmed_mean), majority, kappa=mixed_kappa(kappa_trimmed)),
     "nnm+median": Law(_after_mixing(lambda X, f: coordinate.median(X)), majority, kappa=mixed_kappa(kappa_median)),

@@ -18,7 +18,7 @@ from privfed.strategies.gram import (
     sum_width,
     weighted_sum,
 )
-from privfed.strategies.guard import Refusal, Screened, guarded, require_majority, taint_check
+from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority, taint_check
 from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, run_blocks
 
 CONVERGED = 1e-9
@@ -74,7 +74,7 @@ def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1)
     """
     if not radius > 0:
         raise ValueError(f"radius must be positive, got {radius}")
-    if steps < 1:
+    if count(steps, "steps") < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
 
     def body(rows: Matrix, f: int) -> Floats:
@@ -171,7 +171,7 @@ def _clip(inner: Square, radius: float, steps: int) -> Vector:
     for _ in range(steps):
         image = inner @ weights
         length = np.sqrt(np.maximum(norm - 2 * image + weights @ image, 0.0))[:n]
-        factor = np.where(length > radius, radius / np.maximum(length, radius), 1.0) / n
+        factor = np.divide(radius, length, out=np.ones(n), where=length > radius) / n
         weights = weights * (1.0 - factor.sum())
         weights[:n] += factor
     return weights
@@ -193,9 +193,12 @@ def _shares(weights: Any, n: int, cap: float | None) -> Vector:
     if len(bad):
         raise ValueError(f"weights[{bad[0]}] is {values[bad[0]]}; weights must be finite and not negative")
     if cap is not None:
+        if not cap > 0:
+            raise ValueError(f"cap must be positive, got {cap}")
         positive = values[values > 0]
         values = np.minimum(values, cap * np.median(positive)) if len(positive) else values
-    total = values.sum()
-    if not total > 0:
+    largest = values.max()
+    if not largest > 0:
         raise Refusal("weights are all zero; there is nothing to average")
-    return np.asarray(values / total)
+    shares = values / largest  # so that no sum of weights, however large or small, leaves the range
+    return np.asarray(shares / shares.sum())

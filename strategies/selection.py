@@ -10,8 +10,18 @@ from numpy.typing import NDArray
 from privfed.strategies.coordinate import around
 from privfed.strategies.diameter import BUDGET, smallest_diameter
 from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram
-from privfed.strategies.guard import Refusal, Screened, count, guarded, index_set, require, require_majority
-from privfed.strategies.matrix import Floats, Matrix, as_matrix, flat_vector, full_row
+from privfed.strategies.guard import (
+    Refusal,
+    Screened,
+    count,
+    guarded,
+    index_set,
+    keep_some,
+    require,
+    require_majority,
+    trusted_row,
+)
+from privfed.strategies.matrix import Floats, Matrix, as_matrix, full_row
 
 
 def krum_scores(G: Square | Gram, f: int, neighbours: int | None = None) -> Vector:
@@ -32,7 +42,8 @@ def krum_weights(G: Square | Gram, f: int, neighbours: int | None = None) -> Vec
 def multi_krum_weights(G: Square | Gram, f: int, keep: int, neighbours: int | None = None) -> Vector:
     """Return equal weights on the `keep` rows of least Krum score; lowest index on ties."""
     scores = krum_scores(G, f, neighbours)
-    return index_set(np.argsort(scores, kind="stable")[:keep], len(scores))
+    kept = keep_some("multi_krum_weights", len(scores), count(keep, "keep"))
+    return index_set(np.argsort(scores, kind="stable")[:kept], len(scores))
 
 
 def bulyan_rows(G: Square | Gram, f: int) -> NDArray[np.intp]:
@@ -43,7 +54,8 @@ def bulyan_rows(G: Square | Gram, f: int) -> NDArray[np.intp]:
     D = np.array(as_gram(G).distance)
     left = np.arange(len(D))
     picked = []
-    for _ in range(len(D) - 2 * f):
+    f = count(f)
+    for _ in range(keep_some("bulyan_rows", len(D), len(D) - 2 * f)):
         best = int(np.argmin(_scores(D, max(min(len(left) - f - 2, len(left) - 1), min(1, len(left) - 1)))))
         picked.append(left[best])
         left = np.delete(left, best)
@@ -54,20 +66,23 @@ def bulyan_rows(G: Square | Gram, f: int) -> NDArray[np.intp]:
 def minimum_diameter_weights(G: Square | Gram, f: int, budget: int = BUDGET) -> Vector:
     """Return equal weights on the n-f rows of least diameter; the first such set in dictionary order on ties."""
     D = as_gram(G).distance
-    return index_set(smallest_diameter(D, len(D) - f, budget), len(D))
+    kept = keep_some("minimum_diameter_weights", len(D), len(D) - count(f))
+    return index_set(smallest_diameter(D, kept, budget), len(D))
 
 
 def cge_weights(G: Square | Gram, f: int) -> Vector:
     """Return equal weights on the n-f rows of least norm; lowest index on ties."""
     norms = np.diagonal(as_gram(G).origin)
-    return index_set(np.argsort(norms, kind="stable")[: len(norms) - f], len(norms))
+    kept = keep_some("cge_weights", len(norms), len(norms) - count(f))
+    return index_set(np.argsort(norms, kind="stable")[:kept], len(norms))
 
 
 def monna_weights(G: Square | Gram, f: int, pivot: int = 0) -> Vector:
     """Return equal weights on the pivot and the n-f-1 rows nearest to it; lowest index on ties."""
     row = as_gram(G).distance[pivot].copy()
     row[pivot] = -1.0
-    return index_set(np.argsort(row, kind="stable")[: len(row) - f], len(row))
+    kept = keep_some("monna_weights", len(row), len(row) - count(f))
+    return index_set(np.argsort(row, kind="stable")[:kept], len(row))
 
 
 def krum(X: Any, f: int, *, neighbours: int | None = None, center: Any = None) -> Any:
@@ -169,7 +184,7 @@ def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
     given = X if isinstance(X, Screened) else as_matrix(X)
     everyone = given.rows if isinstance(given, Screened) else given
     trusted = full_row(everyone, int(pivot)) if isinstance(pivot, int | np.integer) else pivot
-    vector = flat_vector(trusted, everyone, "pivot").astype(everyone.work, copy=False)
+    vector = trusted_row(trusted, everyone, "pivot")
 
     def body(rows: Matrix, f: int) -> Floats:
         require_majority("monna", rows.count, f)
@@ -181,7 +196,7 @@ def monna(X: Any, f: int, *, pivot: int | Any = 0) -> Any:
 
 
 def _neighbours(n: int, f: int, neighbours: int | None) -> int:
-    number = n - f - 2 if neighbours is None else neighbours
+    number = n - count(f) - 2 if neighbours is None else count(neighbours, "neighbours")
     if not min(1, n - 1) <= number <= n - 1:  # a row alone has no neighbour to count
         raise Refusal(f"Krum needs 1 <= neighbours <= n - 1, got neighbours = {number} with n = {n}, f = {f}")
     return number

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from itertools import combinations, islice
-from math import comb
+from math import comb, isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram, near_origin
-from privfed.strategies.guard import Refusal, guarded, index_set, require, require_majority
+from privfed.strategies.guard import (
+    Refusal,
+    count,
+    guarded,
+    index_set,
+    keep_some,
+    require,
+    require_majority,
+)
 from privfed.strategies.matrix import Floats, Matrix
 
 SUBSETS = 200_000
@@ -22,7 +30,8 @@ def smea_weights(G: Square | Gram, f: int, budget: int = SUBSETS) -> Vector:
     Looks at all C(n, f) sets; Refusal when they are more than `budget`. First in dictionary order on ties.
     """
     inner = as_gram(G).inner
-    n = len(inner)
+    n, f = len(inner), count(f)
+    keep_some("smea_weights", n, n - f)
     if comb(n, f) > budget:
         raise Refusal(f"smea would look at C({n}, {f}) = {comb(n, f)} sets, more than {budget}; use caf instead")
     sets = combinations(range(n), n - f)
@@ -62,7 +71,8 @@ def caf_weights(G: Square | Gram, f: int) -> Vector:
     the weights at which that direction's variance was least are returned, summing to one.
     """
     inner = as_gram(G).inner
-    n = len(inner)
+    n, f = len(inner), count(f)
+    keep_some("caf_weights", n, n - 2 * f)
     left, best, chosen = np.ones(n), np.inf, np.full(n, 1.0 / n)
     while left.sum() > n - 2 * f:
         share = left / left.sum()
@@ -99,10 +109,11 @@ def dnc_rows(G: Square | Gram, remove: int) -> NDArray[np.intp]:
     """Return all rows but the `remove` with the greatest projection on the top direction about the mean [SH21]."""
     inner = as_gram(G).inner
     n = len(inner)
+    kept = keep_some("dnc_rows", n, n - count(remove, "remove"))
     centred = inner - inner.mean(axis=0) - inner.mean(axis=1)[:, None] + inner.mean()
     _, vectors = np.linalg.eigh((centred + centred.T) / 2)
     scores = (centred @ vectors[:, -1]) ** 2
-    return np.sort(np.argsort(scores, kind="stable")[: n - remove])
+    return np.sort(np.argsort(scores, kind="stable")[:kept])
 
 
 def dnc(
@@ -117,27 +128,33 @@ def dnc(
     """Return the mean of rows that divide-and-conquer never finds extreme [SH21].
 
     Each iteration projects `dimension` random coordinates on their top direction and drops the share * f most extreme
-    rows; rows dropped never are averaged. X: n > 2f rows, n > iterations * ceil(share * f). rng draws coordinates:
-    without one all coordinates are used, and one iteration says it all. Guarantee: no kappa is known; the paper's bound
-    supposes attackers far out in one direction. Breakdown point: share * f / n. Cost: n^2 d / 2 multiplications, and
-    n^2 dimension / 2 an iteration.
+    rows; rows dropped never are averaged. X: n > 2f rows. rng draws coordinates: without one all coordinates are used,
+    and one iteration says it all. Beyond the paper, drawn coordinates come after a look at all of them, so that nobody
+    hides in those that are seldom drawn: n > (iterations + 1) ceil(share * f). Guarantee: no kappa is known; the paper's
+    bound supposes attackers far out in one direction. Breakdown point: share * f / n, share at most 1. Cost: n^2 d / 2
+    multiplications, and n^2 dimension / 2 an iteration.
     """
+    if count(iterations, "iterations") < 1 or count(dimension, "dimension") < 1:
+        raise ValueError(f"iterations and dimension must be at least 1, got {iterations} and {dimension}")
+    if not (share > 0 and isfinite(share)):
+        raise ValueError(f"share must be positive: nothing else drops anybody, got {share}")
     if rng is None and iterations != 1:
         raise ValueError("iterations beyond the first need rng: without it every iteration sees the same coordinates")
 
     def body(rows: Matrix, f: int) -> Floats:
         require_majority("dnc", rows.count, f)
         drop = int(np.ceil(share * f))
-        require("dnc", rows.count, f, iterations * drop + 1, "iterations * ceil(share * f) + 1")
-        good = np.ones(rows.count, dtype=bool)
-        whole = rng is None or dimension >= rows.size
-        G = gram(rows)  # also what notices unusable rows, on every coordinate
-        for _ in range(iterations):
-            if not whole:
-                assert rng is not None
-                G = gram(_columns(rows, np.sort(rng.choice(rows.size, dimension, replace=False))))
+        draws = 0 if rng is None or dimension >= rows.size else iterations
+        looks = "(iterations + 1) * " if draws else ""
+        require("dnc", rows.count, f, (draws + 1) * drop + 1, f"{looks}ceil(share * f) + 1")
+        G = gram(rows)  # also what notices unusable rows
+        good = np.zeros(rows.count, dtype=bool)
+        good[dnc_rows(G, drop)] = True
+        for _ in range(draws):
+            assert rng is not None
+            part = gram(_columns(rows, np.sort(rng.choice(rows.size, dimension, replace=False))))
             kept = np.zeros(rows.count, dtype=bool)
-            kept[dnc_rows(G, drop)] = True
+            kept[dnc_rows(part, drop)] = True
             good &= kept
         return combine(rows, index_set(np.flatnonzero(good), rows.count), G.medoid)
 

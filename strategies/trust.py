@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, combine, gram
-from privfed.strategies.guard import Refusal, guarded
-from privfed.strategies.matrix import Floats, Matrix, as_matrix, flat_vector
+from privfed.strategies.guard import Exclusion, Refusal, Screened, guarded, screen, trusted_row
+from privfed.strategies.matrix import Floats, Matrix, as_matrix
 
 
 def cosines(G: Square | Gram) -> Square:
@@ -48,7 +49,7 @@ def fltrust(X: Any, server: Any, *, center: Any = None) -> Any:
     """
 
     def body(rows: Matrix, f: int) -> Floats:
-        own = flat_vector(server, rows, "server").astype(rows.work, copy=False)
+        own = trusted_row(server, rows, "server")
         origin = center_of(rows, center)
         weights = fltrust_weights(gram(rows.append(own), origin))
         return combine(rows, weights[:-1], origin)
@@ -86,26 +87,39 @@ def foolsgold_weights(G: Square | Gram) -> Vector:
 def foolsgold(X: Any, history: Any = None, *, center: Any = None) -> Any:
     """Return the mean of updates weighted by how little each client's history resembles another's [FYB20].
 
-    X: n updates; history: the clients' summed updates, rows in the same order (X alone in the first round). Made
-    against sybils that push one way; honest clients with the same data look like sybils. Guarantee: none is known.
-    Breakdown point: one attacker that resembles nobody counts in full, as far as its update is usable. Cost: n^2 d
-    multiplications.
+    X: n updates; history: the clients' summed updates, rows in the same order (X alone in the first round). A client
+    whose update or history is unusable is left out of both. Made against sybils that push one way; honest clients with
+    the same data look like sybils. Guarantee: none is known. Breakdown point: 0, one attacker that resembles nobody
+    counts in full, as long as its update is usable. Cost: n^2 d multiplications.
     """
-    record = None if history is None else as_matrix(history)
+    given, record = (X, None) if history is None else _same_clients(X, history)
 
     def body(rows: Matrix, f: int) -> Floats:
         origin = center_of(rows, center)
-        G = gram(rows, origin)
-        if record is not None:
-            if record.count != rows.count:
-                raise Refusal(
-                    f"history has {record.count} usable rows, X has {rows.count}; they must be the same clients"
-                )
-            G = gram(record)
+        G = gram(rows, origin) if record is None else gram(record)
         weights = foolsgold_weights(G) if rows.count > 1 else np.ones(1)
         return combine(rows, weights, origin)
 
-    return guarded(X, None, body)
+    return guarded(given, None, body)
+
+
+def _same_clients(X: Any, history: Any) -> tuple[Screened, Matrix]:
+    """Return usable rows and the histories of the same clients, who may lack neither."""
+    rows = X if isinstance(X, Screened) else as_matrix(X)
+    now = rows if isinstance(rows, Screened) else screen(rows, (rows.count - 1) // 2)
+    past = as_matrix(history)
+    if past.count == len(now.kept) + len(now.excluded) and len(now.kept) == now.rows.count:
+        past = past.take(now.kept)
+    if past.count != now.rows.count:
+        raise Refusal(
+            f"history has {past.count} rows, X has {now.rows.count} usable ones; they must be the same clients"
+        )
+    then = screen(past, now.f)
+    if not then.excluded:
+        return now, then.rows
+    gone = tuple(Exclusion(now.kept[e.index], f"has a history that {e.reason}") for e in then.excluded)
+    left = Screened(now.rows.take(then.kept), now.excluded + gone, then.f, tuple(now.kept[i] for i in then.kept))
+    return left, then.rows
 
 
 def flame_rows(G: Square | Gram) -> NDArray[np.intp]:
@@ -146,6 +160,8 @@ def flame(X: Any, *, center: Any = None, noise: float = 0.0, rng: np.random.Gene
     without noise, no longer than the median norm; no kappa is known. Breakdown point: 1/2. Cost: n^2 d / 2
     multiplications and n^2 log n for the clusters.
     """
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise must be finite and at least 0, got {noise}")
     if noise and rng is None:
         raise ValueError("noise needs rng, the generator it is drawn from")
 

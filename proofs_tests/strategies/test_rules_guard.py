@@ -15,7 +15,8 @@ from privfed.strategies import rules
 from privfed.strategies.gram import COLUMNS, TOGETHER, combine, gram
 from privfed.strategies.matrix import as_matrix
 
-ROBUST = sorted(name for name, law in rules.LAWS.items() if law.robust)
+# foolsgold withstands what all attackers send alike, as they do here
+ROBUST = sorted([*(name for name, law in rules.LAWS.items() if law.robust), "foolsgold"])
 VALUES = [np.nan, np.inf, -np.inf, 1e20, -1e20, 1e38, 3e4]
 
 
@@ -140,6 +141,28 @@ def test_preconditions_say_the_numbers(call: Any, words: str) -> None:
         (lambda: rules.monna(np.ones((3, 2)), 1, pivot=3), "no row 3"),
         (lambda: rules.krum_weights(np.ones((2, 3)), 0), "square"),
         (lambda: rules.krum_weights(np.full((5, 5), np.nan), 1), "not finite"),
+        (lambda: rules.krum_weights(np.eye(5), 1.0), "f must be a whole number"),
+        (lambda: rules.krum(np.ones((5, 2)), 1, neighbours=1.5), "neighbours must be a whole number"),
+        (lambda: rules.multi_krum_weights(np.eye(5), 1, 0), "would keep 0 of n = 5"),
+        (lambda: rules.multi_krum_weights(np.eye(5), 1, 6), "would keep 6 of n = 5"),
+        (lambda: rules.bulyan_rows(np.eye(5), 3), "would keep -1 of n = 5"),
+        (lambda: rules.minimum_diameter_weights(np.eye(5), 5), "would keep 0 of n = 5"),
+        (lambda: rules.cge_weights(np.eye(5), 9), "would keep -4 of n = 5"),
+        (lambda: rules.monna_weights(np.eye(5), 5), "would keep 0 of n = 5"),
+        (lambda: rules.smea_weights(np.eye(5), 6), "would keep -1 of n = 5"),
+        (lambda: rules.caf_weights(np.eye(5), 3), "would keep -1 of n = 5"),
+        (lambda: rules.dnc_rows(np.eye(5), 5), "would keep 0 of n = 5"),
+        (lambda: rules.dnc(np.ones((5, 2)), 1, iterations=0), "iterations and dimension must be at least 1"),
+        (lambda: rules.dnc(np.ones((5, 2)), 1, share=0.0), "share must be positive"),
+        (lambda: rules.dnc(np.ones((5, 2)), 1, share=-1.0), "share must be positive"),
+        (lambda: rules.flame(np.ones((5, 2)), noise=np.nan, rng=np.random.default_rng(0)), "noise must be"),
+        (lambda: rules.centered_clipping(np.ones((5, 2)), 1.0, steps=1.5), "steps must be a whole number"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [1, 2], cap=0.0), "cap must be positive"),
+        (lambda: rules.weighted_mean(np.ones((2, 2)), [1, 2], cap=np.nan), "cap must be positive"),
+        (lambda: rules.monna(np.ones((5, 2)), 1, pivot=np.array([1e200, 0])), r"pivot holds 1e\+200"),
+        (lambda: rules.monna(np.array([[1.0], [2], [3e200]]), 1, pivot=2), r"pivot holds 3e\+200"),
+        (lambda: rules.fltrust(np.ones((5, 2)), np.array([1e300, 0])), r"server holds 1e\+300"),
+        (lambda: rules.foolsgold(np.eye(5), np.eye(5)[:3]), "history has 3 rows, X has 5"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, words: str) -> None:
@@ -363,3 +386,51 @@ def test_ties_go_to_the_lowest_index() -> None:
     np.testing.assert_array_equal(rules.krum(np.array([[2.0], [2.0], [2.0], [2.0], [2.0]]), 1), [2.0])
     assert rules.krum_weights(np.zeros((5, 5)), 1).argmax() == 0
     np.testing.assert_array_equal(np.flatnonzero(rules.cge_weights(np.eye(5), 2)), [0, 1, 2])
+
+
+def test_a_radius_without_end_clips_nothing() -> None:
+    X = np.random.default_rng(0).standard_normal((7, 9))
+    np.testing.assert_allclose(rules.centered_clipping(X, math.inf, steps=3), X.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(rules.norm_bounding(X, math.inf), X.mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [5e-324, 1e-300, 1e308])
+def test_weights_of_any_size_are_shares(weight: float) -> None:
+    X = np.array([[1.0], [2.0], [6.0]])
+    np.testing.assert_allclose(rules.weighted_mean(X, [weight] * 3), [3.0])
+    np.testing.assert_allclose(rules.weighted_mean(X, [weight, 0, 0]), [1.0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("where", ["update", "history", "both", "screened"])
+def test_foolsgold_leaves_out_a_client_whose_update_or_history_is_unusable(where: str, bad: float) -> None:
+    rng = np.random.default_rng(2)
+    X, past = (rng.standard_normal((9, 40)).astype(np.float32) for _ in range(2))
+    expected = rules.foolsgold(np.delete(X, 4, axis=0), np.delete(past, 4, axis=0))
+    if where != "history":
+        X[4, 3] = bad
+    if where in ("history", "both"):
+        past[4] = bad
+    given = rules.screen(X, 3) if where == "screened" else X
+    np.testing.assert_array_equal(rules.foolsgold(given, past), expected)
+    past[:] = bad
+    with pytest.raises(rules.Refusal, match="rows cannot be used"):
+        rules.foolsgold(given, past)
+
+
+def test_one_that_resembles_nobody_counts_in_full_with_foolsgold() -> None:
+    X = np.random.default_rng(2).standard_normal((9, 400))
+    X[4] *= 1e6
+    assert not rules.LAWS["foolsgold"].robust
+    assert np.linalg.norm(rules.foolsgold(X)) > 1e5
+
+
+@pytest.mark.parametrize("value", [30.0, 1e15])
+@pytest.mark.parametrize("column", [0, 4_321, 9_999])
+def test_nobody_hides_from_dnc_in_coordinates_that_are_seldom_drawn(value: float, column: int) -> None:
+    honest = np.random.default_rng(3).standard_normal((14, 10_000)).astype(np.float32)
+    X = np.vstack([honest, np.zeros((2, 10_000), np.float32)])
+    X[14:, column] = value * 10
+    out = rules.dnc(X, 2, rng=np.random.default_rng(0), dimension=50, iterations=2)
+    assert abs(out[column]) < 5
+    assert np.linalg.norm(out - honest.mean(axis=0)) < np.linalg.norm(honest[0] - honest.mean(axis=0))
