@@ -36,9 +36,14 @@ class NearestNeighborMixing(CountingStrategy):
         """Return 2f + 1, or what the rule needs if that is more."""
         return max(super().least_rows(), self.strategy.least_rows())
 
+    def tolerated(self, n: int) -> int:
+        """Return what both the mixing and the rule withstand."""
+        own, inner = super().tolerated(n), self.strategy.tolerated(n)
+        return own if inner is None else min(own, inner)
+
     def rule(self, rows: Rows) -> NDArray[Any]:
         """Return what the rule makes of the mixed rows."""
-        mixed = rules.lazy_mixing(rows, self.tolerated(count_rows(rows)))
+        mixed = rules.lazy_mixing(rows, super().tolerated(count_rows(rows)))
         left = mixed.rows.count
         inner = self.strategy
         inner.spoiled = self.spoiled + count_rows(rows) - left

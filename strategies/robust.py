@@ -21,9 +21,9 @@ from privfed.errors import RunFailed
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
 from privfed.strategies.exchange import Exchange
-from privfed.strategies.guard import Screened
+from privfed.strategies.guard import Refusal, Screened
 from privfed.strategies.strategy import Strategy, add_update
-from privfed.strategies.view import Updates, View
+from privfed.strategies.view import GroupMeans, Outcome, Updates, View
 
 if TYPE_CHECKING:
     from privfed.strategies.strategy import _Run
@@ -58,11 +58,18 @@ class RobustStrategy(Strategy, ABC):
         """Return how many rows the rule needs for what it is to tolerate, and the formula that says so."""
         return 1, "1"
 
+    def tolerated(self, n: int) -> int | None:
+        """Return how many Byzantine rows of n the rule withstands; None when it does not say."""
+        return None
+
     def update(self, server_round: int, arrays: ArrayRecord, view: View) -> ArrayRecord:
         """Add what the rule makes of the updates."""
         if not isinstance(view, Updates):
             raise TypeError(f"{type(self).__name__} needs Updates, got {type(view).__name__}")
         self.spoiled = view.spoiled
+        least, formula = self.least_rows()
+        if isinstance(view, GroupMeans) and len(view.rows) < least:
+            raise Refusal(f"needs n >= {formula} = {least} rows, got n = {len(view.rows)} groups that ended")
         return add_update(arrays, np.asarray(self.aggregate(view.rows), np.float64))
 
     def _exchange(
@@ -80,9 +87,30 @@ class RobustStrategy(Strategy, ABC):
             )
         return super()._exchange(run, server_round, kind, content, cohort)
 
+    def _judge(self, exchange: Exchange, outcome: Outcome, quorum: int, metrics: dict[str, object] | None) -> None:
+        """Say in the round's metrics how many Byzantine nodes it withstands: as many as it withstands rows."""
+        view = outcome.view
+        if isinstance(view, Updates) and len(view.rows):
+            self.spoiled = view.spoiled
+            tolerated = self.tolerated(len(view.rows))
+            if tolerated is not None:
+                outcome.notes["tolerated"] = tolerated
+        super()._judge(exchange, outcome, quorum, metrics)
+
 
 class RuleStrategy(RobustStrategy, ABC):
-    """A strategy by a rule of `privfed.strategies.rules`, which takes rows before they are made."""
+    """A strategy by a rule of `privfed.strategies.rules`, which takes rows before they are made.
+
+    Where it does not say otherwise it withstands any minority, of three groups at least: two have none.
+    """
+
+    def least_rows(self) -> tuple[int, str]:
+        """Return 3 where rows are group means, and 1 where they are nodes' own."""
+        return (3, "2f + 1") if getattr(self.stage, "group_size", 1) > 1 else (1, "1")
+
+    def tolerated(self, n: int) -> int | None:
+        """Return the greatest minority of n."""
+        return (n - 1) // 2
 
     @abstractmethod
     def rule(self, rows: Rows) -> NDArray[Any]:
@@ -109,7 +137,9 @@ class FedTrimmedAvg(RuleStrategy):
 
     beta is a share in [0, 0.5); the number cut on each side is rounded up, so that a small share never becomes no
     protection at all, and leaves the middle one or two: 3 rows are needed unless beta is 0, which is the plain mean. It
-    withstands a share beta of the nodes; kappa = f/(n-2f), the least there is, with f nodes cut on each side.
+    withstands a share beta of the rows; kappa = f/(n-2f), the least there is, with f rows cut on each side. Rows are
+    nodes, and under GroupedStage groups, of which each Byzantine node may spoil one: 0.2 of 10 groups are 2 nodes,
+    however many are in a group.
     """
 
     share = "beta"
@@ -124,12 +154,14 @@ class FedTrimmedAvg(RuleStrategy):
         """Return 3, of which the middle one is left, or 1 when nothing is cut."""
         return (3, "2f + 1") if self.beta else (1, "1")
 
+    def tolerated(self, n: int) -> int:
+        """Return how many rows are cut on each side."""
+        # fewer than n/2 rows are a share beta, so that the middle never has to be cut for them
+        return min(math.ceil(self.beta * n - 1e-9), max((n - 1) // 2, 1))
+
     def rule(self, rows: Rows) -> NDArray[Any]:
         """Return the trimmed mean."""
-        n = count_rows(rows)
-        # fewer than n/2 nodes are a share beta, so that the middle never has to be cut for them
-        cut = min(math.ceil(self.beta * n - 1e-9), max((n - 1) // 2, 1))
-        return np.asarray(rules.trimmed_mean(rows, cut))
+        return np.asarray(rules.trimmed_mean(rows, self.tolerated(count_rows(rows))))
 
 
 class CountingStrategy(RuleStrategy, ABC):

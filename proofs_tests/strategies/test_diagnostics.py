@@ -192,11 +192,16 @@ GROUPED = [
 ]
 
 
+TOLERATED = {"Krum": 1, "MultiKrum": 1, "Bulyan": 1}
+
+
 @pytest.mark.parametrize(("make", "groups"), GROUPED)
 def test_one_attacker_spoils_one_group_and_no_rule(make: Callable[[Any], Strategy], groups: int) -> None:
     app = app_of(lambda node: np.full(2, -7.0 if node == 1 else 1.0), secure=True)
     found = simulate(make(GroupedStage(SecAgg(threshold=2), 2)), app, 2 * groups)
-    assert found["rounds"][0]["train-replies"]["groups"] == groups
+    replies = found["rounds"][0]["train-replies"]
+    assert replies["groups"] == groups
+    assert replies["tolerated"] == TOLERATED.get(type(make(None)).__name__, (groups - 1) // 2)
     np.testing.assert_allclose(found["arrays"], 2.0, atol=0.13)
     mean = simulate(FedAvg(stage=GroupedStage(SecAgg(threshold=2), 2), **NONE), app, 2 * groups)["arrays"]
     assert (mean < 1.5).all()
@@ -230,6 +235,49 @@ def test_too_few_groups_are_refused_with_the_arithmetic_before_anyone_is_asked(
         simulate(make(GroupedStage(SecAgg(threshold=2), 2)), app_of(value, secure=True), 12)
     assert "12 nodes in groups of 2" in str(caught.value)
     assert not asked
+
+
+ANY_MINORITY = [
+    lambda stage: FedMedian(stage=stage, **NONE),
+    lambda stage: RFA(stage=stage, **NONE),
+    lambda stage: FedTrimmedAvg(stage=stage, **NONE),
+    lambda stage: CenteredClipping(radius=1.0, stage=stage, **NONE),
+]
+
+
+@pytest.mark.parametrize("make", ANY_MINORITY)
+def test_two_groups_have_no_minority(make: Callable[[Any], Strategy]) -> None:
+    """Of two group means a median is the mean: one node would decide it."""
+    words = r"needs n >= 2f \+ 1 = 3 rows, got n = 2"
+    with pytest.raises(RunFailed, match=words + r" \(8 nodes in groups of 4\)"):
+        simulate(make(GroupedStage(SecAgg(threshold=2), 4)), app_of(lambda node: np.ones(2), secure=True), 8)
+
+    stage = GroupedStage(SecAgg(threshold=2), 2)
+
+    def value(node: int) -> np.ndarray:
+        if node in stage.groups[0]:
+            raise ZeroDivisionError
+        return np.ones(2)
+
+    with pytest.raises(RunFailed, match=words + " groups that ended"):
+        simulate(make(stage), app_of(value, secure=True), 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "nodes", "most"),
+    [
+        (lambda: FedMedian(**NONE), 8, 3),
+        (lambda: FedTrimmedAvg(beta=0.2, **NONE), 8, 2),
+        (lambda: FedTrimmedAvg(beta=0.0, **NONE), 8, 0),
+        (lambda: Krum(num_malicious_nodes=2, **NONE), 8, 2),
+        (lambda: NearestNeighborMixing(FedMedian(), num_malicious_nodes=2, **NONE), 8, 2),
+        (lambda: NearestNeighborMixing(Krum(), num_malicious_nodes=2, **NONE), 8, 0),
+        (lambda: FedAvg(**NONE), 8, None),
+    ],
+)
+def test_a_round_says_how_many_it_tolerates(make: Callable[[], Strategy], nodes: int, most: int | None) -> None:
+    found = simulate(make(), app_of(lambda node: np.full(2, float(node))), nodes)
+    assert found["rounds"][0]["train-replies"].get("tolerated") == most
 
 
 def test_too_few_survivors_are_refused_as_well() -> None:
