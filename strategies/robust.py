@@ -45,8 +45,8 @@ class RobustStrategy(Strategy, ABC):
         "its rule chooses among the updates, and one node may change the choice: the result then moves by the distance "
         "between two other nodes' updates, which no clip bounds by one node's share of the mean"
     )
-    share: ClassVar[str] = "num_malicious_nodes"
-    """The argument that says how many nodes to tolerate, for messages."""
+    share: ClassVar[str] = ""
+    """The argument that says how many nodes to tolerate, for messages; empty when there is none to lower."""
     spoiled = 0
     """How many nodes of the round at hand are known to be Byzantine, their replies left out."""
 
@@ -80,10 +80,11 @@ class RobustStrategy(Strategy, ABC):
         least, formula = self.least_rows()
         if kind == "train" and rows < least:
             source = f"{len(cohort)} nodes" + (f" in groups of {group_size}" if group_size > 1 else "")
-            remedy = "make the groups smaller, ask more nodes" if group_size > 1 else "ask more nodes"
+            remedies = ["make the groups smaller"] if group_size > 1 else []
+            remedies += ["ask more nodes", *([f"lower {self.share}"] if self.share else [])]
             raise RunFailed(
                 f"round {server_round}: {type(self).__name__} needs n >= {formula} = {least} rows, got n = {rows} "
-                f"({source}); {remedy}, or lower {self.share}"
+                f"({source}); {' or '.join(remedies)}"
             )
         return super()._exchange(run, server_round, kind, content, cohort)
 
@@ -166,6 +167,8 @@ class FedTrimmedAvg(RuleStrategy):
 
 class CountingStrategy(RuleStrategy, ABC):
     """A strategy by a rule that is told how many nodes to tolerate."""
+
+    share = "num_malicious_nodes"
 
     def __init__(self, *, num_malicious_nodes: int = 0, **arguments: Any) -> None:
         if num_malicious_nodes < 0:

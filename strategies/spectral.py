@@ -130,7 +130,7 @@ def dnc(
     Each iteration projects `dimension` random coordinates on their top direction and drops the share * f most extreme
     rows; rows dropped never are averaged. X: n > 2f rows. rng draws coordinates: without one all coordinates are used,
     and one iteration says it all. Beyond the paper, drawn coordinates come after a look at all of them, so that nobody
-    hides in those that are seldom drawn: n > (iterations + 1) ceil(share * f). Guarantee: no kappa is known; the paper's
+    hides in those seldom drawn: n > (iterations + 1) ceil(share * f). Guarantee: no kappa is known; the paper's
     bound supposes attackers far out in one direction. Breakdown point: share * f / n, share at most 1. Cost: n^2 d / 2
     multiplications, and n^2 dimension / 2 an iteration.
     """

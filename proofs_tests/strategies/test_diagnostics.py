@@ -249,9 +249,10 @@ ANY_MINORITY = [
 def test_two_groups_have_no_minority(make: Callable[[Any], Strategy]) -> None:
     """Of two group means a median is the mean: one node would decide it."""
     words = r"needs n >= 2f \+ 1 = 3 rows, got n = 2"
-    with pytest.raises(RunFailed, match=words + r" \(8 nodes in groups of 4\)"):
+    with pytest.raises(
+        RunFailed, match=words + r" \(8 nodes in groups of 4\); make the groups smaller or ask more nodes"
+    ):
         simulate(make(GroupedStage(SecAgg(threshold=2), 4)), app_of(lambda node: np.ones(2), secure=True), 8)
-
     stage = GroupedStage(SecAgg(threshold=2), 2)
 
     def value(node: int) -> np.ndarray:
