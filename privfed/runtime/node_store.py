@@ -207,17 +207,20 @@ class NodeStore:
         )
 
     def _retire(self, run: str, node: str) -> None:
-        """Of the answers before the newest keep only that they were given."""
+        """Of the answers before the newest keep only that they were given; of one that is not settled, what to send.
+
+        The state that went with that one stays, whatever comes of it: the newest was answered with it.
+        """
         database = self._blobs.database
         old = database.execute(
-            "SELECT reply, other FROM answers WHERE run = ? AND node = ? AND reply IS NOT NULL", (run, node)
+            "SELECT reply, other, status FROM answers WHERE run = ? AND node = ? AND reply IS NOT NULL", (run, node)
         ).fetchall()
         database.execute(
-            "UPDATE answers SET reply = NULL, other = NULL, changed = 0, status = ? "
+            "UPDATE answers SET other = NULL, changed = 0, reply = CASE status WHEN ? THEN reply END "
             "WHERE run = ? AND node = ? AND reply IS NOT NULL",
-            (_COUNTED, run, node),
+            (_PENDING, run, node),
         )
-        self._blobs.release(*(blob for row in old for blob in row))
+        self._blobs.release(*(other for _, other, _ in old), *(reply for reply, _, was in old if was != _PENDING))
 
     def settle(self, answer: Unsent, counted: bool) -> None:
         """Note whether the SuperLink counted an answer; if not, the app's state goes back."""

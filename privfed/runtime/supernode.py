@@ -43,6 +43,8 @@ T = TypeVar("T")
 _RECEIVE_SECONDS = 1.0
 _PAUSE_SECONDS = 1.0
 _TRIES = 5
+_OWED_SECONDS = 15.0
+"""Between two tries to hand in an answer that the SuperLink did not take."""
 _SWEEP_SECONDS = 600.0
 
 
@@ -185,6 +187,8 @@ class _Lane(threading.Thread):
         self._jobs: queue.SimpleQueue[Task | Unsent | None] = queue.SimpleQueue()
         self._grant: RunGrant | None = None
         self._worker: Worker | None = None
+        self._owes = False
+        self._errors: dict[str, Message] = {}
 
     def put(self, job: Task | Unsent) -> None:
         """Queue a task, or an answer to send again."""
@@ -202,9 +206,9 @@ class _Lane(threading.Thread):
         try:
             while True:
                 try:
-                    job = self._jobs.get(timeout=self._node.options.idle_seconds)
+                    job = self._jobs.get(timeout=_OWED_SECONDS if self._owes else self._node.options.idle_seconds)
                 except queue.Empty:
-                    self._rest()
+                    self._hand_in() if self._owes else self._rest()
                     continue
                 if job is None or self._node.aborting.is_set():
                     return
@@ -231,13 +235,29 @@ class _Lane(threading.Thread):
             if isinstance(job, Unsent):
                 self._send(job.message_id, job.token, self._node.store.answer(job))
                 return
+            if self._owes:
+                self._hand_in()
             self._serve(job)
         except NetworkError as fault:
+            self._owes = True
             if not self._node.stopping.is_set():
-                logger.error("run %d: the SuperLink does not take a reply: %s", self._run_id, fault)
+                logger.error("run %d: the SuperLink does not take a reply, which is kept: %s", self._run_id, fault)
         except Exception:
+            self._owes = True
             if not self._node.aborting.is_set():
                 logger.exception("run %d: an answer was not sent; it stays in the outbox", self._run_id)
+
+    def _hand_in(self) -> None:
+        """Send again what was not taken, until it is, or the SuperLink says that nobody waits for it any more."""
+        self._owes = False
+        try:
+            self._send_errors()
+            for one in self._node.store.unsent():
+                if one.run_id == self._run_id:
+                    self._send(one.message_id, one.token, self._node.store.answer(one), tries=1)
+        except Exception as fault:  # noqa: BLE001 - whatever it is, what is owed is kept and tried again
+            self._owes = True
+            logger.warning("run %d: a reply is still not taken: %s", self._run_id, fault)
 
     def _serve(self, task: Task) -> None:
         reply = self._answer(task)
@@ -264,9 +284,16 @@ class _Lane(threading.Thread):
                 logger.info("run %d: a task is put down: %s", self._run_id, fault)
                 return None
             logger.exception("run %d: message %s is not answered", self._run_id, message.metadata.message_id)
-            node.fleet.reply(task.token, _refusal(message, fault))
+            self._errors[task.token] = _refusal(message, fault)
+            self._send_errors()
             return None
         return reply
+
+    def _send_errors(self) -> None:
+        """Tell the SuperLink of tasks that are not answered; raises NetworkError for one it does not take yet."""
+        for token, error in list(self._errors.items()):
+            self._node.fleet.reply(token, error)
+            del self._errors[token]
 
     def _begin(self, task: Task) -> tuple[Message, Kept | Answered | None]:
         """Answer a task from the store, or by the app. What a full disk cut off is begun anew: none of it has left."""
@@ -292,15 +319,15 @@ class _Lane(threading.Thread):
                     told = True
             self._node.aborting.wait(_PAUSE_SECONDS)
 
-    def _send(self, message_id: str, token: str, reply: Message) -> None:
+    def _send(self, message_id: str, token: str, reply: Message, tries: int = _TRIES) -> None:
         node_id = reply.metadata.src_node_id
-        for attempt in range(1, _TRIES + 1):
+        for attempt in range(1, tries + 1):
             try:
                 with around("send"):
                     counted = self._node.fleet.reply(token, reply)
                 break
             except NetworkError as fault:
-                if self._node.stopping.is_set() or attempt == _TRIES:
+                if self._node.stopping.is_set() or attempt == tries:
                     raise  # it stays in the outbox
                 logger.warning("run %d: a reply was not taken (%s); once more", self._run_id, fault)
                 self._node.stopping.wait(_PAUSE_SECONDS)

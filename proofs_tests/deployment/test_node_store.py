@@ -101,6 +101,28 @@ def test_an_older_message_is_neither_run_again_nor_answered_again(tmp_path: Path
     store.close()
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_older_answer_that_is_not_settled_is_kept_and_sent(tmp_path: Path, counted: bool) -> None:
+    """A later answer, counted, says nothing of it: it was taken for counted once, and its reply thrown away."""
+    store, first, second, third = NodeStore(tmp_path), ask(1), ask(2), ask(3)
+    for number, message in enumerate((first, second), 1):
+        store.begin(message, "t")
+        store.commit(message, "t", answer(message, number, LARGE), kept(number))
+    store.settle(of(second), True)
+    store.close()
+    store = NodeStore(tmp_path)
+    assert store.unsent() == [of(first)]
+    assert store.answer(of(first)).content == answer(first, 1, LARGE).content
+    assert isinstance(store.begin(first, "t"), Message), "it is handed out again, and does not run again"
+    store.settle(of(first), counted)
+    assert store.unsent() == []
+    assert numbers(store.begin(third, "t")) == (2, 2), "the second was answered with its state, which stays"
+    store.commit(third, "t", answer(third, 3), kept(3))
+    with pytest.raises(ReplyGone):
+        store.begin(first, "t")
+    store.close()
+
+
 def test_what_is_not_counted_takes_the_apps_state_with_it_and_not_the_mods(tmp_path: Path) -> None:
     store, first, second = NodeStore(tmp_path), ask(1), ask(2)
     store.begin(first, "t")
