@@ -26,6 +26,8 @@ from privfed.wire import Buffer
 MAX_CALLS = 512
 PULL_BYTES = 1 << 28
 """Array bytes after which a packet of replies is full."""
+MAX_TEXT = 10_000
+"""Characters of what a call raised that are told."""
 _SLICE_SECONDS = 2.0
 
 
@@ -105,22 +107,23 @@ class GridHost:
         raise RunFailed(text)
 
     def _answer(self, packet: Packet) -> None:
-        number = packet.head.get("id")
+        number, name = packet.head.get("id"), str(packet.head.get("name"))
         try:
-            call = self._calls.get(str(packet.head.get("name")))
+            call = self._calls.get(name)
             if call is None:
-                raise ChannelError(f"there is no call {packet.head.get('name')!r}")
+                raise ChannelError(f"there is no call {name[:100]!r}")
             answer = call(packet)
             answer = Packet({"op": "answer", "id": number, **answer.head}, answer.values)
         except Exception as fault:  # noqa: BLE001 - raised again in the app's process
-            known = next((name for name, kind in KINDS.items() if type(fault) is kind), None)
-            told = _reason(fault) if known is not None else f"{type(fault).__name__}: {fault}"
-            answer = Packet({"op": "raise", "id": number, "kind": known or "PrivfedError", "text": told})
+            answer = _raised(number, fault)
         try:
             with around("grid-answer"):
                 self._channel.send(answer)
         except ChannelError:
             self._gone = True
+        except Exception as fault:  # noqa: BLE001 - an answer that cannot travel; without one the app waits for ever
+            with contextlib.suppress(ChannelError):
+                self._channel.send(_raised(number, ValueError(f"the answer to {name!r}: {fault}")))
 
     def _nodes(self, packet: Packet) -> Packet:
         del packet
@@ -173,6 +176,12 @@ class GridHost:
         fields = {str(name): value for name, value in packet.head["fields"].items()}
         self._grid.recorder.report(str(packet.head["event"]), **fields)
         return Packet()
+
+
+def _raised(number: object, fault: Exception) -> Packet:
+    known = next((name for name, kind in KINDS.items() if type(fault) is kind), None)
+    told = _reason(fault) if known is not None else f"{type(fault).__name__}: {fault}"
+    return Packet({"op": "raise", "id": number, "kind": known or "PrivfedError", "text": told[:MAX_TEXT]})
 
 
 def _reason(fault: Exception) -> str:

@@ -22,11 +22,13 @@ from privfed.grid import Checkpoint, Grid
 from privfed.message import Message
 from privfed.record import RecordDict
 from privfed.runtime.capsule import state_of
-from privfed.runtime.channel import Channel, ChannelError, Packet, large_buffers
+from privfed.runtime.channel import MAX_HEAD, Channel, ChannelError, Packet, large_buffers
 from privfed.runtime.store import StoreError
 
 PUSH_BYTES = 1 << 28
 """Array bytes after which a batch of instructions goes out and the next one begins."""
+MAX_RESULT = MAX_HEAD // 2
+"""Characters of a result of `main` that is told."""
 KEPT = ("push", "commit")
 """Calls whose large buffers the other side keeps until the next call of the same name: a model that was committed, and
 sent to some nodes, is not sent again for the others."""
@@ -42,11 +44,12 @@ KINDS: dict[str, type[Exception]] = {
 
 
 def as_plain(value: object) -> tuple[Any, bool]:
-    """Return a result as data that travels, and whether it could be told; None and False otherwise."""
+    """Return a result as data that travels, and whether it could be told; None and False otherwise, or if too large."""
     try:
-        return json.loads(json.dumps(value)), True
+        text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         return None, False
+    return (json.loads(text), True) if len(text) <= MAX_RESULT else (None, False)
 
 
 class Caller:

@@ -184,6 +184,10 @@ def plain(grid, context):
     return [1, 2.5, "x", None, {"inf": float("inf")}]
 
 
+def huge(grid, context):
+    return "x" * (1 << 24)
+
+
 def odd(grid, context):
     return object()
 
