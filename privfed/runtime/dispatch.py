@@ -32,6 +32,7 @@ class Session:
     """A connected node. queue: frames to push, None to hang up. out: tokens of the tasks it has.
 
     serials: of its certificate, and of the SuperLink's that passes it on, if one does. expires: of the former.
+    waits_for: what its tasks wait for there, as it says; nothing while they go on.
     """
 
     node_id: int
@@ -41,6 +42,7 @@ class Session:
     queue: asyncio.Queue[Down | None] = field(default_factory=asyncio.Queue)
     out: set[str] = field(default_factory=set)
     expires: datetime.datetime | None = None
+    waits_for: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Federation:
         self.home = home
         self.link = link
         self.change = threading.Condition()
-        self.connected: Callable[[], set[int]] = set
+        self.connected: Callable[[], Mapping[int, str]] = dict
         self.noted: Callable[..., None] = lambda event, **fields: None
         self.insecure_test_randomness: int | None = None
         self._launcher = launcher
@@ -78,7 +78,7 @@ class Federation:
             self.change.notify_all()
 
     def _available(self) -> set[int]:
-        return self._approved() & self.connected()
+        return self._approved() & self.connected().keys()
 
     def submit(self, asked: Asked, noted: Callable[[RunFolder], None] = lambda folder: None) -> RunFolder:
         """Check an app, start a run of it, and return its folder. Raises PrivfedError naming what is wrong.
@@ -192,8 +192,7 @@ class Federation:
         status = folder.recorded_status
         if run is None or status.state in ENDED:
             return status.reason
-        here = self.connected()
-        return run.waits_for(here.__contains__)
+        return run.waits_for(self.connected())
 
     def progress(self, run_id: int) -> tuple[tuple[int, ...], int]:
         """Return the last committed round of a run when each attempt began, and now."""

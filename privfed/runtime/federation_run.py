@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,8 +316,8 @@ class FederationRun:
             what = "" if isinstance(fault, PrivfedError) else f"{type(fault).__name__}: "
             raise RunFailed(f"the ServerApp failed: {what}{fault}") from fault
 
-    def waits_for(self, connected: Callable[[int], bool]) -> str:
-        """Say what the run waits for now."""
+    def waits_for(self, connected: Mapping[int, str]) -> str:
+        """Say what the run waits for now. connected: what each node that is connected waits for itself, as it says."""
         if self.folder.recorded_status.state in ENDED:
             return ""
         if trouble := self._patiently.trouble or self._link.trouble:
@@ -328,14 +328,19 @@ class FederationRun:
         if not awaited.out:
             return self.folder.recorded_status.reason
         nodes = sorted(set(awaited.out.values()))
-        gone = [node for node in nodes if not connected(node)]
         text = f"waits for replies of {len(nodes)} nodes"
-        if gone:
-            names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
-            text += f", {len(gone)} of them not connected ({names})"
+        if gone := [node for node in nodes if node not in connected]:
+            text += f", {len(gone)} of them not connected ({_names(gone)})"
+        for reason in sorted({connected.get(node, "") for node in nodes} - {""})[:3]:
+            stalled = [node for node in nodes if connected.get(node) == reason]
+            text += f", {len(stalled)} of them for {reason} ({_names(stalled)})"
         came, what = awaited.asked - len(awaited.out), self._asking or awaited.kind
         where = f" of round {awaited.group}" if awaited.group.isdecimal() else ""
         return f"{text}: {came} of {awaited.asked} to {what}{where} have come"
+
+
+def _names(nodes: Sequence[int]) -> str:
+    return ", ".join(map(str, nodes[:5])) + (", ..." if len(nodes) > 5 else "")
 
 
 def round_facts(metrics: Mapping[str, object]) -> dict[str, int | str]:

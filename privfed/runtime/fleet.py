@@ -8,25 +8,28 @@ not asked by all its nodes at once; one that could not be reached is asked as so
 from __future__ import annotations
 
 import hashlib
+import logging
 import queue
 import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
 
+from privfed import wire
 from privfed.errors import WireError
 from privfed.failpoint import around
-from privfed.message import Message
+from privfed.message import Error, ErrorCode, Message
+from privfed.record import RecordDict
 from privfed.runtime.blob import BlobError, BlobFolder
 from privfed.runtime.certificate import CertificateError
 from privfed.runtime.credentials import Credentials
 from privfed.runtime.disk import disk_fault
+from privfed.runtime.fleet_options import FleetOptions as FleetOptions
 from privfed.runtime.frame import (
     CHUNK,
     Answer,
@@ -39,7 +42,6 @@ from privfed.runtime.frame import (
     Offer,
     Part,
     Progress,
-    RosterQuery,
     RunQuery,
     Verdict,
     Waiting,
@@ -55,34 +57,16 @@ from privfed.runtime.frame import (
 )
 from privfed.runtime.handshake import ACKNOWLEDGED, OLDEST, STORAGE, NetworkError, Refused, agree, explain, greeting
 from privfed.runtime.line import Line
-from privfed.runtime.roster import MAX_BYTES as ROSTER_BYTES
 from privfed.runtime.task import RunGrant as RunGrant
 from privfed.runtime.task import Task as Task
-from privfed.runtime.transfer import fetch, send
+from privfed.runtime.transfer import fetch, fetch_roster, send
+from privfed.runtime.voice import Voice
 
+logger = logging.getLogger("privfed.node")
 MAX_PAUSE = 15.0
 MAX_SWIFT_PAUSE = 2.0  # where there is another SuperLink to try
 R = TypeVar("R")
 F = TypeVar("F", bound=Frame)
-
-
-@dataclass(slots=True)
-class FleetOptions:
-    """What a node tells its connection.
-
-    slots: tasks it takes at a time. holding: tokens of tasks it received before a restart and will still answer; all
-    others are handed out again. runs: runs it keeps workers or state for, to be told when they ended.
-    on_status: told in one line what the connection does ("connected", "waiting for approval", ...).
-    on_ended: told the id of each run that ended, from a thread of the client.
-    cache: folder for what was downloaded; None keeps it in memory.
-    """
-
-    slots: int = 4
-    holding: tuple[str, ...] = ()
-    runs: tuple[int, ...] = ()
-    on_status: Callable[[str], None] = field(default=lambda text: None)
-    on_ended: Callable[[int], None] = field(default=lambda run_id: None)
-    cache: str | None = None
 
 
 _SERVICE = "/privfed.Fleet/"
@@ -128,6 +112,7 @@ class FleetClient:
         self._welcomes = 0
         self._fatal: Refused | None = None
         self._status = ""
+        self._voice = Voice()
         self._hangup: Callable[[], object] = bool
         self._fetchers = ThreadPoolExecutor(self.options.slots, thread_name_prefix="privfed-fetch")
         self._thread = threading.Thread(target=self._stay_connected, name="privfed-fleet", daemon=True)
@@ -198,6 +183,10 @@ class FleetClient:
         """Return the runs that ended since the last call."""
         return [self._ended.get() for _ in range(self._ended.qsize())]
 
+    def report_wait(self, reason: str) -> None:
+        """Tell the SuperLink what this node's tasks wait for, so that it can say so; nothing when they go on."""
+        self._voice.report_wait(reason)
+
     def close(self) -> None:
         """Close the connection; whoever waits is released."""
         with self._holding:  # whoever hands a fetch over holds this, and looks at the flag first
@@ -263,21 +252,18 @@ class FleetClient:
 
     def _open(self) -> Iterator[bytes]:
         """Open the session and introduce the node; yield what the SuperLink pushes."""
-        over = threading.Event()
         call: grpc.StreamStreamMultiCallable[bytes, bytes] = self._line.channel.stream_stream(_SERVICE + "Session")
 
-        def say() -> Iterator[bytes]:
-            runs = tuple(sorted(self._runs))
+        def hello() -> Hello:
             with self._holding:
-                held = tuple(sorted(self._held))
                 self._fetching.clear()  # what was not received whole is handed out again
-            with around("hello"):
-                yield pack(Hello(slots=self.options.slots, holding=held, runs=runs))
-            over.wait()
+                held, runs = tuple(sorted(self._held)), tuple(sorted(self._runs))
+            return Hello(slots=self.options.slots, holding=held, runs=runs)
 
-        stream = call(say(), metadata=self._greeting)
-        if not stream.add_callback(over.set):  # it is over already
-            over.set()
+        words, end = self._voice.begin(hello)
+        stream = call(words, metadata=self._greeting)
+        if not stream.add_callback(end):  # it is over already
+            end()
         self._hangup = stream.cancel
         if self._closing.is_set():
             stream.cancel()
@@ -314,40 +300,52 @@ class FleetClient:
         held = self._credentials
         if held is None or version <= held.trust.roster.version:
             return
-        call: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._line.channel.unary_stream(_SERVICE + "Roster")
-        query, document = pack(RosterQuery(version=held.trust.roster.version)), bytearray()
-        with around("download"):
-            for piece in call(query, metadata=self._greeting, timeout=CALL_SECONDS):
-                document += piece
-                if len(document) > ROSTER_BYTES:
-                    raise NetworkError(f"{self.address} sends a roster that does not end")
         try:
-            held.take_roster(bytes(document))
+            held.take_roster(fetch_roster(self._line.channel, self._greeting, held.trust.roster.version, CALL_SECONDS))
         except CertificateError as fault:
             raise NetworkError(f"the roster of {self.address} is not accepted: {fault}") from None
 
     def _fetch(self, offer: Offer) -> None:
-        """Complete a task with what did not fit into its frame, and hand it to whoever receives."""
-        try:
-            for _ in range(_TRIES):
-                outside = offer.parcel.outside()
-                self._download(outside, lambda: offer.token in self._fetching)
-                if offer.token not in self._fetching:
-                    return
-                try:
-                    message = offer.parcel.open(self._blobs)
-                except (WireError, KeyError) as fault:
-                    self._blobs.drop([part.digest for part in outside])
-                    self._tell(f"a task arrived damaged and is fetched again: {fault}")
-                    continue
-                with self._holding:
-                    if offer.token in self._fetching:
-                        self._held.add(offer.token)
-                        self._tasks.put(Task(offer.token, message, offer.expires_at, offer.began, offer.commit))
+        """Complete a task, and hand it to whoever receives; the SuperLink is told of one that cannot be completed."""
+        for number in range(1, _TRIES + 1):
+            try:
+                self._complete(offer)
                 break
-        except NetworkError as fault:
-            self._tell(f"a task was lost: {fault}")
+            except Exception as fault:  # noqa: BLE001 - told, tried again, and told to the SuperLink
+                if self._closing.is_set() or offer.token not in self._fetching:
+                    break
+                self._tell(f"a task arrived damaged and is fetched again: {type(fault).__name__}: {fault}")
+                if number == _TRIES:
+                    self._put_down(offer, fault)
+                self._closing.wait(_FIRST_PAUSE * 2**number)
         self._fetching.discard(offer.token)
+
+    def _complete(self, offer: Offer) -> None:
+        """Fetch what did not fit into a task's frame, and queue it if it is wanted still."""
+        outside = offer.parcel.outside()
+        self._download(outside, lambda: offer.token in self._fetching)
+        if offer.token not in self._fetching:
+            return
+        try:
+            message = offer.parcel.open(self._blobs)
+        except (WireError, KeyError):
+            self._blobs.drop([part.digest for part in outside])
+            raise
+        with self._holding:
+            if offer.token in self._fetching:
+                self._held.add(offer.token)
+                self._tasks.put(Task(offer.token, message, offer.expires_at, offer.began, offer.commit))
+
+    def _put_down(self, offer: Offer, fault: Exception) -> None:
+        """Answer a task that did not arrive with an error; without its envelope it waits for the next connection."""
+        logger.error("a task does not arrive, and the SuperLink is told so", exc_info=fault)
+        envelope = offer.parcel.envelope
+        try:
+            found = wire.peek(envelope.data if envelope.is_inside else self._blobs[envelope.digest])
+            error = Error(ErrorCode.MESSAGE_UNAVAILABLE, type(fault).__name__)
+            self.reply(offer.token, Message(error, reply_to=Message.restore(found, RecordDict())))
+        except (WireError, KeyError, NetworkError) as again:
+            self._tell(f"a task was lost until the next connection, or its time is over: {again}")
 
     def _call(self, method: str, request: bytes, kind: type[F]) -> F:
         def ask() -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from privfed.runtime.frame import (
     Progress,
     RosterQuery,
     RunQuery,
+    Stalled,
     Verdict,
     Waiting,
     Want,
@@ -51,6 +53,9 @@ SERVICE = "privfed.Fleet"
 HELLO_SECONDS = 10.0
 STALL_SECONDS = 60.0
 MAX_HELD = 4096
+MAX_REASON = 100
+HEAR_SECONDS = 1.0
+"""Between two things that a node says of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,11 @@ class FleetService:
         session.queue.put_nowait(self._welcome(node))
         try:
             await self.dispatcher.join(session, hello.holding)
-            await self._push(session, hello, context)
+            hearing = asyncio.create_task(_hear(session, frames))
+            try:
+                await self._push(session, hello, context)
+            finally:
+                hearing.cancel()
         finally:
             self.dispatcher.leave(session)
             if node not in self.dispatcher.sessions:
@@ -381,6 +390,20 @@ def _cut(source: memoryview, digest: bytes, at: int, size: int) -> Callable[[], 
         return frame
 
     return cut
+
+
+async def _hear(session: Session, frames: AsyncIterator[bytes]) -> None:
+    """Note what a node says its tasks wait for; what a newer one says besides is not understood, and no fault."""
+    with contextlib.suppress(grpc.aio.BaseError):  # the node is gone
+        async for frame in frames:
+            with contextlib.suppress(WireError):
+                session.waits_for = _readable(unpack(frame, Stalled).reason)
+            await asyncio.sleep(HEAR_SECONDS)
+
+
+def _readable(reason: str) -> str:
+    """Return what a node says as it may be shown to users."""
+    return "".join(letter for letter in reason if letter.isascii() and letter.isprintable())[:MAX_REASON]
 
 
 def _node(peer: Peer) -> int:

@@ -153,6 +153,12 @@ class Waiting(Frame, frozen=True, tag=5):
     reason: str
 
 
+class Stalled(Frame, frozen=True, tag=6):
+    """A node says what its tasks wait for there; nothing when they go on. A SuperLink need not listen."""
+
+    reason: str
+
+
 class Answer(Frame, frozen=True):
     """A reply to a task."""
 

@@ -69,7 +69,7 @@ class SuperLink:
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="privfed-store")
         self.dispatcher = Dispatcher(self.link, self._threads, self.federation.progress, self.federation.nodes_changed)
         sessions = self.dispatcher.sessions
-        self.federation.connected = lambda: set(sessions)
+        self.federation.connected = lambda: {node: one.waits_for for node, one in list(sessions.items())}
         incoming = options.home / "incoming"
         self.fleet = FleetService(
             self.name, self.dispatcher, self.register, self.federation, incoming, options.limits, options.credentials

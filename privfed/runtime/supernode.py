@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from structlog.contextvars import bound_contextvars
 
@@ -31,12 +31,12 @@ from privfed.runtime.app_process import NobodyLaunches
 from privfed.runtime.bundle import Bundle, BundleError, open_bundle
 from privfed.runtime.disk import disk_fault
 from privfed.runtime.engine import Assignment, execute
-from privfed.runtime.fleet import RunGrant, Task
 from privfed.runtime.handshake import NetworkError
 from privfed.runtime.launcher import Launcher, Worker
 from privfed.runtime.node_store import Kept, NodeStore, Unsent
 from privfed.runtime.store import Lease, NodeState
 from privfed.runtime.taken import note_taken, taken_up
+from privfed.runtime.task import Fleet, RunGrant, Task
 
 logger = logging.getLogger("privfed.node")
 T = TypeVar("T")
@@ -46,19 +46,6 @@ _TRIES = 5
 _OWED_SECONDS = 15.0
 """Between two tries to hand in an answer that the SuperLink did not take."""
 _SWEEP_SECONDS = 600.0
-
-
-class Fleet(Protocol):
-    """What a node uses of `privfed.runtime.fleet.FleetClient`."""
-
-    @property
-    def node_id(self) -> int: ...
-    def receive(self, timeout: float | None = None) -> Task | None: ...
-    def reply(self, token: str, reply: Message) -> bool: ...
-    def run(self, run_id: int) -> RunGrant: ...
-    def bundle(self, digest: str) -> bytes: ...
-    def ended(self) -> list[int]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +105,7 @@ class SuperNode:
         try:
             while not self.stopping.is_set():
                 self._receive()
+                self.fleet.report_wait(self._waits_for())
                 for run_id in self.fleet.ended():
                     self._end(run_id)
                 if self._over or time.monotonic() > swept:
@@ -131,6 +119,13 @@ class SuperNode:
         task = self.fleet.receive(_RECEIVE_SECONDS)
         if task is not None:
             self._lane(task.message.metadata.run_id).put(task)
+
+    def _waits_for(self) -> str:
+        """Say what tasks here wait for, in a few words that any user of the federation may read."""
+        at_work = [lane for lane in list(self._lanes.values()) if lane.at_work]
+        if at_work and (missing := self.launcher.waits_for()):
+            return missing.partition(":")[0]
+        return next((lane.waits_for for lane in at_work if lane.waits_for), "")
 
     def stop(self) -> None:
         """Take no more tasks; `run` returns when those at work are done, or their time is over."""
@@ -187,7 +182,8 @@ class _Lane(threading.Thread):
         self._jobs: queue.SimpleQueue[Task | Unsent | None] = queue.SimpleQueue()
         self._grant: RunGrant | None = None
         self._worker: Worker | None = None
-        self._owes = False
+        self._owes = self.at_work = False
+        self.waits_for = ""
         self._errors: dict[str, Message] = {}
 
     def put(self, job: Task | Unsent) -> None:
@@ -228,7 +224,11 @@ class _Lane(threading.Thread):
         """Do a job; a fault of the node itself costs the task its lease, and not the node its life."""
         task = job.message_id if isinstance(job, Unsent) else job.message.metadata.message_id
         with bound_contextvars(run=self._run_id, node=self._node.fleet.node_id, task=task):
-            self._try(job)
+            self.at_work = True
+            try:
+                self._try(job)
+            finally:
+                self.at_work = False
 
     def _try(self, job: Task | Unsent) -> None:
         try:
@@ -307,16 +307,17 @@ class _Lane(threading.Thread):
 
     def _on_disk(self, step: Callable[[], T]) -> T:
         """Do something with the store; while the disk does not take it, wait, and send nothing."""
-        told = False
         while True:
             try:
-                return step()
+                done = step()
+                self.waits_for = ""
+                return done
             except (OSError, sqlite3.OperationalError) as fault:
                 if self._node.aborting.is_set() or isinstance(fault, ConnectionError | TimeoutError):
                     raise
-                if not told:
+                if not self.waits_for:
                     logger.error("run %d waits for the disk: %s", self._run_id, disk_fault(fault) or fault)
-                    told = True
+                self.waits_for = "the node's disk"
             self._node.aborting.wait(_PAUSE_SECONDS)
 
     def _send(self, message_id: str, token: str, reply: Message, tries: int = _TRIES) -> None:

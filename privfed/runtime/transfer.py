@@ -11,8 +11,10 @@ from typing import TypeAlias
 
 import grpc
 
-from privfed.runtime.frame import Want, pack
-from privfed.runtime.handshake import Metadata
+from privfed.failpoint import around
+from privfed.runtime.frame import RosterQuery, Want, pack
+from privfed.runtime.handshake import Metadata, NetworkError
+from privfed.runtime.roster import MAX_BYTES
 
 STALL_SECONDS = 120.0
 """Seconds without a chunk, or without news of one, after which a transfer is given up and taken up again."""
@@ -46,6 +48,18 @@ class _Turn:
             self._hang_up()
             return False
         return not self._over
+
+
+def fetch_roster(channel: grpc.Channel, metadata: Metadata, version: int, seconds: float) -> bytes:
+    """Return the signed roster if it is newer than this version. Raises NetworkError for what does not end."""
+    method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/privfed.Fleet/Roster")
+    document = bytearray()
+    with around("download"):
+        for piece in method(pack(RosterQuery(version=version)), metadata=metadata, timeout=seconds):
+            document += piece
+            if len(document) > MAX_BYTES:
+                raise NetworkError(f"the SuperLink sends a roster of more than {MAX_BYTES} bytes")
+    return bytes(document)
 
 
 def send(method: Method, metadata: Metadata, frames: Iterable[bytes]) -> None:

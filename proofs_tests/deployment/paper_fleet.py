@@ -71,6 +71,7 @@ class PaperFleet:
         self.offline = threading.Event()
         self.closed = threading.Event()
         self.over: list[int] = []
+        self.waits = [""]
         self.refuse: Callable[[Message], bool] = lambda reply: False
         self.told: Callable[[RunGrant], RunGrant] = lambda grant: grant
 
@@ -99,6 +100,10 @@ class PaperFleet:
     def ended(self) -> list[int]:
         over, self.over = self.over, []
         return over
+
+    def report_wait(self, reason: str) -> None:
+        if self.waits[-1] != reason:
+            self.waits.append(reason)
 
     def close(self) -> None:
         self.closed.set()

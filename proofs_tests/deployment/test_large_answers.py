@@ -1,4 +1,4 @@
-"""What does not fit into a packet between a ServerApp and its Grid is an error that says so, and nobody waits for it."""
+"""What does not fit into a packet between a ServerApp and its Grid is an error that says so; nobody waits for it."""
 
 from __future__ import annotations
 

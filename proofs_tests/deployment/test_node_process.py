@@ -156,6 +156,8 @@ def test_a_node_that_waits_for_its_superexec_ends_at_once_when_asked(app: Path, 
                 eventually(lambda: [row.connected for row in control.nodes()] == [True])
             name = submit(link, app, 1, rounds=1)
             eventually(lambda: "the task waits for a superexec" in node.output)
+            told = "waits for replies of 1 nodes, 1 of them for a superexec (1): 0 of 1 to train"
+            eventually(lambda: control.show(name).reason.startswith(told))
             assert node.end() == 0, "its task is put down, and taken up by the next one"
             node.start("--isolation", "inline")
             assert ended(link, name).state == "completed"

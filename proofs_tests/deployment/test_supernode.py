@@ -20,6 +20,7 @@ from privfed.runtime.supernode import NodeOptions
 from proofs_tests.deployment import odd_app
 from proofs_tests.deployment.paper_fleet import RUN, PaperLink
 from proofs_tests.deployment.paper_node import Place, ask, confined, exchange, grid_of, running, seen
+from proofs_tests.deployment.waiting import eventually
 
 STEPS = ("before-begin", "before-commit", "after-commit", "before-send", "after-send", "after-settle")
 
@@ -148,10 +149,12 @@ def test_a_full_disk_holds_the_answer_back_until_there_is_room(
         ids = grid.push_messages(ask(grid))
         assert not grid.wait(ids, 0.5)
         assert "waits for the disk: the disk is full" in caplog.text
+        eventually(lambda: place.fleet.waits[-1] == "the node's disk")
         full.clear()
         assert grid.wait(ids, 10)
         assert seen(grid.pull_messages(ids)[0]) == 1
         assert [seen(reply) for reply in exchange(paper)] == [2]
+        eventually(lambda: not place.fleet.waits[-1])
     paper.close()
 
 
