@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: a fresh cluster on a free port, gone when the process ends."""
+"""A PostgreSQL server of the tests' own: a fresh cluster on a socket in its folder, gone when the process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -39,9 +38,6 @@ class Postgres:
             user = pwd.getpwnam("postgres")
             os.chown(self.folder, user.pw_uid, user.pw_gid)
             self._as = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
         self._run(binary("initdb"), "-D", f"{self.folder}/data", "-U", "privfed", "-A", "trust", "--no-sync")
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -52,11 +48,12 @@ class Postgres:
         assert done.returncode == 0, done.stderr
 
     def url(self, name: str) -> str:
-        return f"postgresql+psycopg://privfed@127.0.0.1:{self.port}/{name}"
+        # Not a port: whoever looks for a free one may find it taken by the time it listens.
+        return f"postgresql+psycopg://privfed@/{name}?host={self.folder}"
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        command = [binary("postgres"), "-D", f"{self.folder}/data", "-p", str(self.port), "-k", str(self.folder)]
+        command = [binary("postgres"), "-D", f"{self.folder}/data", "-c", "listen_addresses=", "-k", str(self.folder)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._as, *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
