@@ -39,6 +39,8 @@ def count(message, context):
         with Path(journal).open("a") as file:
             file.write(message.metadata.message_id + "\\n")
     time.sleep(float(context.node_config.get("seconds", 0)))
+    while "hold" in context.node_config and Path(context.node_config["hold"]).exists():
+        time.sleep(0.01)
     arrays = ArrayRecord([np.full(4, seen, np.float32)])
     metrics = MetricRecord({"seen": seen, "pid": os.getpid(), "num-examples": 1})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,22 +139,6 @@ def test_a_confined_worker_ends_at_a_failpoint_and_its_message_is_answered_once(
         assert worker.execute(ask(), context).content.metric_records["metrics"]["seen"] == seen
     assert not (tmp_path / f"client-app.{moment}").exists()
     assert caplog.text.count("killed by SIGKILL") == 1
-    worker.close()
-
-
-def test_a_worker_killed_from_outside_is_replaced_and_its_message_answered(
-    processes: ProcessLauncher, app: Path, tmp_path: Path
-) -> None:
-    """What was asked is asked again of a process with the same state: no failure, no gap, nothing counted twice."""
-    worker, context = processes.client(app, tmp_path / "log.txt"), Context(node_id=1, node_config={"seconds": 0.5})
-    first = worker.execute(ask(), context).content.metric_records["metrics"]["pid"]
-    assert isinstance(first, int)
-    killer = threading.Timer(0.2, os.kill, (first, signal.SIGKILL))
-    killer.start()
-    again = worker.execute(ask(), context).content.metric_records["metrics"]
-    killer.join()
-    assert again["pid"] != first
-    assert again["seen"] == 2
     worker.close()
 
 
