@@ -126,7 +126,8 @@ class Bench:
         for node in range(1, self.nodes + 1):
             keys = "-" if self.insecure else str(self.folder / "keys" / f"n{node}")
             words = [sys.executable, __file__, "--node", self.addresses["fleet"], str(node), keys]
-            self.processes.append(subprocess.Popen(words, stdout=self.log, stderr=self.log))
+            here = {**os.environ, "TMPDIR": str(self.folder)}  # they are killed, and nothing of theirs is to be left
+            self.processes.append(subprocess.Popen(words, stdout=self.log, stderr=self.log, env=here))
 
     def control(self) -> ControlClient:
         """Return a connection as an operator."""
@@ -200,7 +201,8 @@ def active(insecure: bool, nodes: int, size: int = 1_000_000) -> None:
         for first in range(1, nodes + 1, 50):
             count = str(min(50, nodes + 1 - first))
             words = [sys.executable, __file__, "--serve", bench.addresses["fleet"], str(first), count, keys]
-            bench.processes.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log))
+            here = {**os.environ, "TMPDIR": folder}  # as for `start_nodes`
+            bench.processes.append(subprocess.Popen(words, stdout=bench.log, stderr=bench.log, env=here))
         with Watch(bench.link.pid) as watch:
             seconds = bench.run(2, size)
         nodes_seconds = sum(cpu(process.pid) for process in bench.processes[1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from privfed.failpoint import around
 from privfed.mapped import MappedFile, file_of, hand_on_digests, identify, map_file
-from privfed.runtime.disk import sync_folder, write_atomically
+from privfed.runtime.disk import sweep, sync_folder, write_atomically
 
 Buffer = bytes | memoryview
 MARKER = "marker"
@@ -30,6 +30,7 @@ class ArrayFolder:
         # What came in lately is read soon: its map, which knows that its hash was checked, is kept until then.
         self._recent: OrderedDict[bytes, MappedFile] = OrderedDict()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep(path, "*/.*.tmp")
 
     def _file(self, digest: bytes) -> Path:
         name = digest.hex()

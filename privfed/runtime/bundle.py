@@ -31,6 +31,7 @@ from privfed.runtime import certificate as cert
 from privfed.runtime.app_folder import AppFolder
 from privfed.runtime.certificate import CertificateError, Peer
 from privfed.runtime.credentials import Credentials, Trust
+from privfed.runtime.disk import sweep
 
 MANIFEST = "privfed-bundle.json"
 SIGNATURES = "privfed-signatures.json"
@@ -104,6 +105,7 @@ class Bundle:
         if self._is_in(target):
             return target
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sweep(folder, ".unpack-*")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as fresh:
             for path, data in self.files.items():
                 place = Path(fresh) / "app" / path

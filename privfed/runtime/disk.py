@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from privfed.failpoint import around
 from privfed.mapped import pieces
 
+STRAY_SECONDS = 3600.0
 _REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -58,6 +62,14 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what writers that were killed have left in a folder; what is younger than an hour may be at work."""
+    for stray in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # it is gone
+            if stray.stat().st_mtime < time.time() - STRAY_SECONDS:
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
 
 
 def sync_folder(path: Path) -> None:

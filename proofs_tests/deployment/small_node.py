@@ -1,4 +1,4 @@
-"""The smallest node: one FleetClient, the app in this process, state in memory. `python small_node.py ADDRESS ID N`."""
+"""The smallest node: one FleetClient, the app in this process, state in memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,3 @@ class SmallNode:
                     self.serve(task)
                 except NetworkError:
                     assert not going(), "only a client that was closed gives up"
-
-
-if __name__ == "__main__":
-    SmallNode(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).run()
