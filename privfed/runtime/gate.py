@@ -69,16 +69,24 @@ class Gate:
         self._known: OrderedDict[bytes, tuple[Roster, Peer]] = OrderedDict()
         self.refusals = 0
         self._reasons: Counter[str] = Counter()
+        self._taken: set[str] = set()
 
-    def take_reasons(self) -> dict[str, int]:
-        """Return why callers were turned away since the last call, and how often."""
-        found, self._reasons = self._reasons, Counter()
-        return dict(found)
+    def take_reasons(self, *, new: bool = False) -> dict[str, int]:
+        """Return why callers were turned away since the last call, and how often; from the loop that serves them.
+
+        new: only for reasons that were not taken since all were; the others wait, so that few are told at a time.
+        """
+        found = {reason: count for reason, count in self._reasons.items() if not (new and reason in self._taken)}
+        for reason in found:
+            del self._reasons[reason]
+        self._taken = self._taken | found.keys() if new else set()
+        return found
 
     def _note(self, fault: Denied) -> None:
         if fault.code in _TURNED_AWAY:
             reason = str(fault)[:MAX_REASON].encode(errors="replace").decode()
-            known = reason in self._reasons or len(self._reasons) < MAX_REASONS
+            told = self._taken | self._reasons.keys()
+            known = reason in told or len(told) < MAX_REASONS
             self._reasons[reason if known else "for other reasons"] += 1
 
     def admit(self, context: Context) -> Peer:

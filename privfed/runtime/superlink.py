@@ -27,7 +27,7 @@ __all__ = ["SuperLink", "SuperLinkError", "SuperLinkOptions"]
 log = logging.getLogger("privfed.superlink")
 STORE_THREADS = 8
 REFUSALS_SECONDS = 60.0
-"""Between two notes in the audit log of who was turned away."""
+"""Between two notes in the audit log of how often callers were turned away for a reason; the first is noted at once."""
 
 
 class SuperLink:
@@ -94,15 +94,20 @@ class SuperLink:
         noted = time.monotonic()
         while True:
             self.fleet.part_with_expired()
-            if time.monotonic() - noted >= REFUSALS_SECONDS:
-                noted = time.monotonic()
-                await self.dispatcher.in_thread(self._note_refusals)
+            over = time.monotonic() - noted >= REFUSALS_SECONDS
+            noted = time.monotonic() if over else noted
+            if refused := self._refused(new=not over):
+                await self.dispatcher.in_thread(functools.partial(self._note_refusals, refused))
             await asyncio.sleep(RELOAD_SECONDS)
 
-    def _note_refusals(self) -> None:
-        for listener, gate in self._gates.items():
-            for reason, count in gate.take_reasons().items():
-                self._note("callers-refused", listener=listener, reason=reason, count=count)
+    def _refused(self, *, new: bool) -> list[tuple[str, str, int]]:
+        """Return who was turned away and is not noted: listener, reason, how often. new: for a reason not noted yet."""
+        gates = self._gates.items()
+        return [(name, *told) for name, gate in gates for told in gate.take_reasons(new=new).items()]
+
+    def _note_refusals(self, refused: list[tuple[str, str, int]]) -> None:
+        for listener, reason, count in refused:
+            self._note("callers-refused", listener=listener, reason=reason, count=count)
 
     def _note(self, event: str, **fields: str | int) -> None:
         """Write what nobody waits for into the audit log, if the disk takes it."""
@@ -172,7 +177,7 @@ class SuperLink:
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
         self._threads.shutdown(wait=True)
         self._store.close()
-        self._note_refusals()
+        self._note_refusals(self._refused(new=False))
         self._note("superlink-ended")
         self.audit.close()
         if self.options.tenure is not None:

@@ -199,6 +199,10 @@ def test_the_audit_log_says_who_was_turned_away_how_often_and_which_roster_is_in
         for _ in range(3):
             with pytest.raises(NetworkError, match="user-vera is a viewer"):
                 vera.submit(app)
+        # It is there before the minute is over, or the SuperLink ends: it may be killed.
+        eventually(lambda: b"user-vera is a viewer" in (link.options.home / "audit.jsonl").read_bytes(), 15)
+        with pytest.raises(NetworkError, match="user-vera is a viewer"):
+            vera.submit(app)
         members.join("node", "hospital-a")
         version = olga.hand_roster(members.authority.roster_document)
         for user in range(12):  # each for another reason: the log must not grow by what strangers do
@@ -207,8 +211,9 @@ def test_the_audit_log_says_who_was_turned_away_how_often_and_which_roster_is_in
     link.end()
     lines = [msgspec.json.decode(line) for line in (link.options.home / "audit.jsonl").read_bytes().splitlines()]
     refused = [line["fields"] for line in lines if line["event"] == "callers-refused"]
-    assert sum(one["count"] for one in refused) == 15 and len(refused) <= MAX_REASONS + 1
-    assert [one["count"] for one in refused if "user-vera is a viewer" in one["reason"]] == [3]
+    assert sum(one["count"] for one in refused) == 16 and len({one["reason"] for one in refused}) <= MAX_REASONS + 1
+    assert len(refused) <= 2 * (MAX_REASONS + 1), "each reason at once, and once more for how often"
+    assert sum(one["count"] for one in refused if "user-vera is a viewer" in one["reason"]) == 4
     assert {one["listener"] for one in refused} == {"control"}
     assert [line["fields"] for line in lines if line["event"] == "roster-taken"] == [{"version": version}]
     assert {"event": "roster-handed-on", "by": "user-olga"} in [
