@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from privfed.array import Array
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
+from privfed.strategies.guard import count
 from privfed.strategies.robust import Rows, RuleStrategy
 
 CENTER = "centered-clipping"
@@ -29,11 +30,10 @@ class CenteredClipping(RuleStrategy):
     def __init__(self, *, radius: float, steps: int = 1, **arguments: Any) -> None:
         if not (math.isfinite(radius) and radius > 0):
             raise ValueError(f"radius must be finite and > 0, got {radius}")
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
+        whole = count(steps, "steps", 1)
         super().__init__(**arguments)
         self.radius = radius
-        self.steps = steps
+        self.steps = whole
         self._center: NDArray[np.float32] | None = None
 
     def rule(self, rows: Rows) -> NDArray[Any]:

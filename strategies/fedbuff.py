@@ -24,6 +24,7 @@ from privfed.record import ArrayRecord, ConfigRecord, RecordDict
 from privfed.strategies.cohort import wait_for_nodes
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.fold import MeanFold
+from privfed.strategies.guard import count
 from privfed.strategies.pace import Pace
 from privfed.strategies.reply import BadReply, Reply, read_train
 from privfed.strategies.strategy import EvaluateFunction, Strategy, add_update
@@ -76,15 +77,14 @@ class FedBuff(Strategy):
         reply_timeout: float | None = None,
         **arguments: Any,
     ) -> None:
-        for name, count in (("buffer_size", buffer_size), ("concurrency", concurrency)):
-            if count < 1:
-                raise ValueError(f"{name} must be >= 1, got {count}")
+        for name, number in (("buffer_size", buffer_size), ("concurrency", concurrency)):
+            count(number, name, 1)
         if not (math.isfinite(server_learning_rate) and server_learning_rate > 0):
             raise ValueError(f"server_learning_rate must be finite and > 0, got {server_learning_rate}")
         if not (math.isfinite(staleness_exponent) and staleness_exponent >= 0):
             raise ValueError(f"staleness_exponent must be finite and >= 0, got {staleness_exponent}")
-        if max_staleness is not None and max_staleness < 0:
-            raise ValueError(f"max_staleness must be >= 0 or None, got {max_staleness}")
+        if max_staleness is not None:
+            count(max_staleness, "max_staleness (or None)")
         if reply_timeout is not None and not reply_timeout > 0:
             raise ValueError(f"reply_timeout must be > 0 seconds or None, got {reply_timeout}")
         super().__init__(**arguments)

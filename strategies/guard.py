@@ -47,14 +47,14 @@ def limit(dtype: np.dtype[Any]) -> float:
     return 2.0**57 if dtype.itemsize <= 4 else 2.0**490
 
 
-def count(f: Any, name: str = "f") -> int:
-    """Return f as an int; ValueError, with the argument's name, when it is no whole number of at least 0."""
+def count(f: Any, name: str = "f", least: int = 0) -> int:
+    """Return f as an int; ValueError, with the argument's name, when it is no whole number of at least `least`."""
     try:
         value = operator.index(f)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {f!r}") from None
-    if isinstance(f, bool | np.bool_) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {f!r}")
+    if isinstance(f, bool | np.bool_) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {f!r}")
     return value
 
 

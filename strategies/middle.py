@@ -74,8 +74,7 @@ def centered_clipping(X: Any, radius: float, center: Any = None, steps: int = 1)
     """
     if not radius > 0:
         raise ValueError(f"radius must be positive, got {radius}")
-    if count(steps, "steps") < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    count(steps, "steps", 1)
 
     def body(rows: Matrix, f: int) -> Floats:
         origin = center_of(rows, center)

@@ -21,7 +21,7 @@ from privfed.errors import RunFailed
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
 from privfed.strategies.exchange import Exchange
-from privfed.strategies.guard import Refusal, Screened
+from privfed.strategies.guard import Refusal, Screened, count
 from privfed.strategies.strategy import Strategy, add_update
 from privfed.strategies.view import GroupMeans, Outcome, Updates, View
 
@@ -171,10 +171,9 @@ class CountingStrategy(RuleStrategy, ABC):
     share = "num_malicious_nodes"
 
     def __init__(self, *, num_malicious_nodes: int = 0, **arguments: Any) -> None:
-        if num_malicious_nodes < 0:
-            raise ValueError(f"num_malicious_nodes must be >= 0, got {num_malicious_nodes}")
+        tolerated = count(num_malicious_nodes, "num_malicious_nodes")
         super().__init__(**arguments)
-        self.num_malicious_nodes = num_malicious_nodes
+        self.num_malicious_nodes = tolerated
 
     @abstractmethod
     def rows_for(self, f: int) -> tuple[int, str]:
@@ -212,10 +211,9 @@ class MultiKrum(CountingStrategy):
     """
 
     def __init__(self, *, num_malicious_nodes: int = 0, num_nodes_to_select: int = 1, **arguments: Any) -> None:
-        if num_nodes_to_select < 1:
-            raise ValueError(f"num_nodes_to_select must be >= 1, got {num_nodes_to_select}")
+        selected = count(num_nodes_to_select, "num_nodes_to_select", 1)
         super().__init__(num_malicious_nodes=num_malicious_nodes, **arguments)
-        self.num_nodes_to_select = num_nodes_to_select
+        self.num_nodes_to_select = selected
 
     def rows_for(self, f: int) -> tuple[int, str]:
         """Return 2f + 3."""

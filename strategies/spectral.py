@@ -134,8 +134,7 @@ def dnc(
     bound supposes attackers far out in one direction. Breakdown point: share * f / n, share at most 1. Cost: n^2 d / 2
     multiplications, and n^2 dimension / 2 an iteration.
     """
-    if count(iterations, "iterations") < 1 or count(dimension, "dimension") < 1:
-        raise ValueError(f"iterations and dimension must be at least 1, got {iterations} and {dimension}")
+    count(iterations, "iterations", 1), count(dimension, "dimension", 1)
     if not (share > 0 and isfinite(share)):
         raise ValueError(f"share must be positive: nothing else drops anybody, got {share}")
     if rng is None and iterations != 1:

@@ -16,6 +16,7 @@ from privfed.mapped import let_go, zeros_in_file
 from privfed.record import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from privfed.strategies.cohort import cohort_size, draw_cohort, wait_for_nodes
 from privfed.strategies.exchange import Exchange
+from privfed.strategies.guard import count
 from privfed.strategies.metric import MetricsFunction, average_metrics
 from privfed.strategies.pace import Pace
 from privfed.strategies.result import Result
@@ -89,9 +90,8 @@ class Strategy:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {fraction}")
         least = {"min_train_nodes": min_train_nodes, "min_evaluate_nodes": min_evaluate_nodes}
-        for name, count in {**least, "min_available_nodes": min_available_nodes}.items():
-            if count < 1:
-                raise ValueError(f"{name} must be >= 1, got {count}")
+        for name, number in {**least, "min_available_nodes": min_available_nodes}.items():
+            count(number, name, 1)
         for name, key in (("arrayrecord_key", arrayrecord_key), ("configrecord_key", configrecord_key)):
             if key.startswith(RESERVED):
                 raise ValueError(f"{name} {key!r} is reserved: choose one that does not start with {RESERVED!r}")

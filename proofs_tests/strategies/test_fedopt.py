@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from privfed.strategies import (
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedBuff,
     FedMedian,
     FedProx,
     FedTrimmedAvg,
@@ -277,7 +279,18 @@ def test_optimisers_run_under_secure_aggregation() -> None:
         (FedYogi, {"beta_1": -0.1}),
         (FedTrimmedAvg, {"beta": 0.5}),
         (Krum, {"num_malicious_nodes": -1}),
+        (Krum, {"num_malicious_nodes": 1.5}),
+        (Krum, {"num_malicious_nodes": math.nan}),
+        (Krum, {"num_malicious_nodes": True}),
+        (Krum, {"num_malicious_nodes": "1"}),
         (MultiKrum, {"num_nodes_to_select": 0}),
+        (MultiKrum, {"num_nodes_to_select": 1.5}),
+        (CenteredClipping, {"steps": 1.5, "radius": 1.0}),
+        (FedBuff, {"buffer_size": 2.5}),
+        (FedBuff, {"max_staleness": 0.5}),
+        (FedAvg, {"min_train_nodes": math.nan}),
+        (FedAvg, {"min_evaluate_nodes": 1.5}),
+        (FedAvg, {"min_available_nodes": "2"}),
     ],
 )
 def test_constructors_name_the_argument(make: Any, arguments: dict[str, Any]) -> None:

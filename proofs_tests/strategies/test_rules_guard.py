@@ -152,7 +152,7 @@ def test_preconditions_say_the_numbers(call: Any, words: str) -> None:
         (lambda: rules.smea_weights(np.eye(5), 6), "would keep -1 of n = 5"),
         (lambda: rules.caf_weights(np.eye(5), 3), "would keep -1 of n = 5"),
         (lambda: rules.dnc_rows(np.eye(5), 5), "would keep 0 of n = 5"),
-        (lambda: rules.dnc(np.ones((5, 2)), 1, iterations=0), "iterations and dimension must be at least 1"),
+        (lambda: rules.dnc(np.ones((5, 2)), 1, iterations=0), "iterations must be a whole number >= 1"),
         (lambda: rules.dnc(np.ones((5, 2)), 1, share=0.0), "share must be positive"),
         (lambda: rules.dnc(np.ones((5, 2)), 1, share=-1.0), "share must be positive"),
         (lambda: rules.flame(np.ones((5, 2)), noise=np.nan, rng=np.random.default_rng(0)), "noise must be"),
