@@ -19,10 +19,11 @@ Kappa = Callable[[int, int], float]
 class Law:
     """The laws of one rule, with parameters as `apply(X, f)` fixes them.
 
-    least: the fewest rows for this f. translation: F(X + t) = F(X) + t. scale: F(c X) = c F(X), any c > 0 (with
-    parameters that are lengths scaled too, in `apply`, by the row norms). permutation: the order of rows does
-    not matter for rows in general position; False where ties are natural or one row has a part of its own. Ties go
-    to the lowest index, so that rows in the order of node ids give one result whatever order they arrived in.
+    least: the fewest rows for this f. translation: F(X + t) = F(X) + t. scale: F(c X) = c F(X), any c > 0 at which
+    squares are still numbers (with parameters that are lengths scaled too, in `apply`, by the row norms). permutation:
+    the order of rows does not matter for rows in general position; False where ties are natural or one row has a part
+    of its own. Ties go to the lowest index, so that rows in the order of node ids give one result whatever order they
+    arrived in.
     idempotence: equal rows give that row. range: every coordinate stays between its least and greatest value.
     robust: outliers of any size move it by a bounded amount only. kappa, as published: for every S of n-f rows,
     |F(X) - mean_S|^2 <= kappa(n, f) * variance_S. sharp: the same with what docs/robustness.md proves, if that is less.

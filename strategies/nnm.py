@@ -12,6 +12,7 @@ from privfed.record import RecordDict
 from privfed.strategies import rules
 from privfed.strategies.matrix import dense
 from privfed.strategies.robust import CountingStrategy, RobustStrategy, Rows, RuleStrategy, count_rows
+from privfed.strategies.stage import PlainStage
 
 
 class NearestNeighborMixing(CountingStrategy):
@@ -25,6 +26,11 @@ class NearestNeighborMixing(CountingStrategy):
     def __init__(self, strategy: RobustStrategy, *, num_malicious_nodes: int, **arguments: Any) -> None:
         if not isinstance(strategy, RobustStrategy):
             raise ValueError(f"strategy must be a robust one, got {type(strategy).__name__}")
+        if not isinstance(strategy.stage, PlainStage):
+            raise ValueError(
+                f"strategy: only its rule is used, so that {strategy.stage!r} would hide nothing; give stage= to "
+                "NearestNeighborMixing"
+            )
         super().__init__(num_malicious_nodes=num_malicious_nodes, **arguments)
         self.strategy = strategy
 

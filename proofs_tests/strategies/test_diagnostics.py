@@ -291,6 +291,11 @@ def test_too_few_survivors_are_refused_as_well() -> None:
         simulate(Krum(num_malicious_nodes=1, **NONE), app_of(value), 6)
 
 
+def test_mixing_refuses_a_stage_that_nobody_would_ask() -> None:
+    with pytest.raises(ValueError, match="would hide nothing; give stage= to NearestNeighborMixing"):
+        NearestNeighborMixing(FedMedian(stage=GroupedStage(SecAgg(threshold=2), 2), **NONE), num_malicious_nodes=1)
+
+
 @pytest.mark.parametrize("make", [make for make, _ in GROUPED])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_robust_and_private_without_a_sensitivity_is_refused(

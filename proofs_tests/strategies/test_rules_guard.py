@@ -434,3 +434,12 @@ def test_nobody_hides_from_dnc_in_coordinates_that_are_seldom_drawn(value: float
     out = rules.dnc(X, 2, rng=np.random.default_rng(0), dimension=50, iterations=2)
     assert abs(out[column]) < 5
     assert np.linalg.norm(out - honest.mean(axis=0)) < np.linalg.norm(honest[0] - honest.mean(axis=0))
+
+
+@pytest.mark.parametrize(("kind", "power"), [(np.float32, -20), (np.float64, -159)])
+def test_distances_are_right_down_to_the_documented_length(kind: type, power: int) -> None:
+    for seed in range(10):
+        X = np.random.default_rng(seed).standard_normal((11, 30))
+        found = gram(as_matrix((X * 10.0**power).astype(kind))).distance / 10.0**power / 10.0**power
+        exact = ((X[:, None] - X[None]) ** 2).sum(axis=-1)
+        assert np.abs(found - exact).max() <= 1e-4 * exact.max()
