@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from privfed.strategies.compiled import Kernels
 from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority, screen
 from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, flat_vector, run_blocks
 from privfed.strategies.network import by_rank
+from privfed.strategies.sums import sum_rows
 
 
 def median(X: Any, f: int | None = None) -> Any:
@@ -103,13 +105,10 @@ def median_rows(rows: Matrix) -> Floats:
     n = rows.count
     low, high = (n - 1) // 2, n // 2
 
-    def few(ranked: Floats) -> Floats:
+    def finish(ranked: Floats, kernels: Kernels | None) -> Floats:
         return ranked[0] if low == high else _middle(ranked[0], ranked[1])
 
-    def many(ranked: Floats) -> Floats:
-        return ranked[:, low] if low == high else _middle(ranked[:, low], ranked[:, high])
-
-    return by_rank(rows, (low,) if low == high else (low, high), few, many, together=True)
+    return by_rank(rows, (low,) if low == high else (low, high), finish, together=True)
 
 
 def trimmed_rows(rows: Matrix, f: int) -> Floats:
@@ -117,13 +116,10 @@ def trimmed_rows(rows: Matrix, f: int) -> Floats:
     n = rows.count
     share, room = 1.0 / (n - 2 * f), Room()
 
-    def few(ranked: Floats) -> Floats:
-        return _sum_rows(ranked) * share
+    def finish(ranked: Floats, kernels: Kernels | None) -> Floats:
+        return sum_rows(ranked, room, kernels) * share
 
-    def many(ranked: Floats) -> Floats:
-        return _sum_ranks(ranked[:, f : n - f], room) * share
-
-    return by_rank(rows, tuple(range(f, n - f)), few, many, together=True)
+    return by_rank(rows, tuple(range(f, n - f)), finish, together=True)
 
 
 def around(rows: Matrix, keep: int, reference: str, f: int) -> Floats:
@@ -140,23 +136,21 @@ def around(rows: Matrix, keep: int, reference: str, f: int) -> Floats:
     ranks = tuple(range(first, first + keep + shifts))
     room = Room()
 
-    def few(ranked: Floats) -> Floats:
+    def finish(ranked: Floats, kernels: Kernels | None) -> Floats:
         if reference == "median":
             lower, upper = ranked[low - first], ranked[high - first]
             middle = lower if n % 2 else _middle(lower, upper)
         else:
-            middle = (_sum_rows(ranked[low - first : high - first + 1]) * (1.0 / (n - 2 * f))).astype(rows.work)
+            inner = sum_rows(ranked[low - first : high - first + 1], room, kernels)
+            middle = (inner * (1.0 / (n - 2 * f))).astype(rows.work)
         window = room.take("window", (keep, len(middle)), rows.work)
         window[:] = ranked[:keep]
         for i in range(shifts):
             # a later move implies all earlier ones, so a slot's newest value is the right one
             _replace_if_nearer(window[i % keep], ranked[i], ranked[i + keep], middle, room)
-        return _sum_rows(window) * (1.0 / keep)
+        return sum_rows(window, room, kernels) * (1.0 / keep)
 
-    def many(ranked: Floats) -> Floats:
-        return few(np.array(ranked[:, ranks[0] : ranks[-1] + 1].T, order="C"))
-
-    return by_rank(rows, ranks, few, many)
+    return by_rank(rows, ranks, finish)
 
 
 def _replace_if_nearer(slot: Floats, low: Floats, high: Floats, middle: Floats, room: Room) -> None:
@@ -178,19 +172,3 @@ def _replace_if_nearer(slot: Floats, low: Floats, high: Floats, middle: Floats, 
 
 def _middle(low: Floats, high: Floats) -> Floats:
     return (low + high) * low.dtype.type(0.5)  # half of each would lose the last digit of the least numbers there are
-
-
-def _sum_rows(rows: Floats) -> Floats:
-    """Return the sum of the rows, in float64."""
-    return np.asarray(np.add.reduce(rows, axis=0, dtype=np.float64))
-
-
-def _sum_ranks(ranked: Floats, room: Room) -> Floats:
-    """Return the sum of each row, in float64."""
-    ones, total = np.ones(ranked.shape[1]), np.empty(len(ranked))
-    for low in range(0, len(ranked), 512):  # what is converted stays in cache until it is added
-        part = ranked[low : low + 512]
-        wide = room.take("wide", part.shape, np.float64)
-        wide[...] = part
-        np.matmul(wide, ones, out=total[low : low + 512])
-    return total

@@ -5,13 +5,13 @@ A rule of this kind is `weights(G, f) -> w`, then `w @ X`: two reads of the inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from privfed.strategies.compiled import kernels_for
 from privfed.strategies.guard import Tainted, limit
 from privfed.strategies.matrix import (
     Floats,
@@ -23,6 +23,7 @@ from privfed.strategies.matrix import (
     full_row,
     run_blocks,
 )
+from privfed.strategies.sums import sum_width, weighted_sum
 
 Square: TypeAlias = NDArray[np.float64]
 Vector: TypeAlias = NDArray[np.float64]
@@ -30,8 +31,6 @@ Vector: TypeAlias = NDArray[np.float64]
 # A squared distance below this share of the two squared norms has lost the digits the rules need: recentre.
 RESOLVED = 1e-3
 BLOCK = 8192
-# A weighted sum converts this many rows and columns to float64 at a time, which takes most of its time.
-TOGETHER, COLUMNS = 10, 24576
 # Products of up to a million multiplications need no packing in OpenBLAS, which is half the time of a thin one.
 PANEL_ROWS, PANEL_PRODUCTS, PANEL_MOST = 8, 10**6, 128
 SEGMENTS = 4  # sums run in this fixed tree, so that results do not depend on the number of threads
@@ -197,68 +196,17 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
         origin = full_row(matrix, origin)
     everything = len(chosen) == matrix.count
     rows = matrix if everything else matrix.take(chosen)
-    factor, room = weights[chosen], Room()
+    factor, room, kernels = weights[chosen], Room(), kernels_for(rows)
 
     def add(start: int, stop: int) -> None:
         part = None if origin is None else origin[start:stop]
-        weighted_sum(rows, start, stop, factor, out[start:stop], room, about=part)
+        weighted_sum(rows, start, stop, factor, out[start:stop], room, kernels=kernels, about=part)
 
     if len(chosen):
         run_blocks(matrix.size, sum_width(rows), add)
     elif origin is not None:
         out[:] = origin
     return out
-
-
-def sum_width(matrix: Matrix) -> int:
-    """Return how many columns a block of a weighted sum has."""
-    return matrix.width(COLUMNS) if isinstance(matrix, Mixed) else COLUMNS
-
-
-def weighted_sum(
-    matrix: Matrix,
-    start: int,
-    stop: int,
-    factor: Vector,
-    out: Floats,
-    room: Room,
-    *,
-    about: Floats | None = None,
-    look: Callable[[Matrix, Floats | list[Floats]], None] | None = None,
-) -> None:
-    """Write o + factor @ (X - o) of columns start..stop, o = `about`, zero by default, all of it in float64.
-
-    Error: at most (n + 2) 2^-53 sum |factor (X - o)|, and half a last digit of `out`, whatever cancels. look: sees
-    every group of rows before it is added, and brings it into the cache by that.
-    """
-    # rows of their own are views, and need not be gathered before they are converted
-    block = matrix.block(start, stop) if matrix.direct or isinstance(matrix, Mixed) else None
-    total, part = (room.take(name, (stop - start,), np.float64) for name in ("total", "part"))
-    for low in range(0, matrix.count, TOGETHER):
-        high = min(low + TOGETHER, matrix.count)
-        group = [matrix.row(i, start, stop) for i in range(low, high)] if block is None else block[low:high]
-        if look is not None:
-            look(matrix, group)
-        if isinstance(group, list) or about is not None or group.dtype != np.float64:
-            wide = room.take("wide", (high - low, stop - start), np.float64)
-            _widen(group, about, wide)
-        else:
-            wide = group
-        np.matmul(factor[low:high], wide, out=part if low else total)
-        if low:
-            np.add(total, part, out=total)
-    out[...] = total if about is None else np.add(total, about, out=total)
-
-
-def _widen(rows: Floats | list[Floats], about: Floats | None, out: Floats) -> None:
-    if about is not None:
-        for row, target in zip(rows, out, strict=True):
-            np.subtract(row, about, out=target, dtype=np.float64)
-    elif isinstance(rows, list):
-        for row, target in zip(rows, out, strict=True):
-            target[...] = row
-    else:
-        out[...] = rows
 
 
 def _unresolved(G: Square, D: Square) -> list[NDArray[np.intp]]:

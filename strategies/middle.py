@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from privfed.strategies.compiled import kernels_for
 from privfed.strategies.gram import (
     Gram,
     Square,
@@ -15,11 +16,10 @@ from privfed.strategies.gram import (
     combine,
     gram,
     near_origin,
-    sum_width,
-    weighted_sum,
 )
-from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority, taint_check
+from privfed.strategies.guard import Refusal, Screened, count, guarded, require_majority
 from privfed.strategies.matrix import Floats, Matrix, Room, as_matrix, run_blocks
+from privfed.strategies.sums import sum_width, weighted_sum
 
 CONVERGED = 1e-9
 
@@ -45,10 +45,10 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
 
     def body(rows: Matrix, f: int) -> Floats:
         out = np.empty(rows.size, rows.work)
-        room = Room()
+        room, kernels = Room(), kernels_for(rows)
 
         def columns(start: int, stop: int) -> None:
-            weighted_sum(rows, start, stop, factor, out[start:stop], room, look=taint_check)
+            weighted_sum(rows, start, stop, factor, out[start:stop], room, kernels=kernels, look=True)
 
         run_blocks(rows.size, sum_width(rows), columns)
         return out

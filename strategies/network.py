@@ -8,16 +8,21 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from privfed.strategies.guard import taint_check
-from privfed.strategies.matrix import SCRATCH_BYTES, Floats, Matrix, Room, run_blocks
+from privfed.strategies.compiled import Kernels, kernels_for
+from privfed.strategies.guard import Tainted, limit, taint_check
+from privfed.strategies.matrix import SCRATCH_BYTES, Floats, Matrix, Mixed, Room, run_blocks
 
 Comparator: TypeAlias = tuple[int, int, bool, bool]  # wires a, b; keep the minimum in a, the maximum in b
 Step: TypeAlias = tuple[bool, int, int, int]  # maximum or minimum, of two registers, into a third
-Finish: TypeAlias = Callable[[Floats], Floats]
+Block: TypeAlias = tuple[Floats, Floats | None]  # rows of ranks, and what they come less of
+Finish: TypeAlias = Callable[[Floats, Kernels | None], Floats]
 
 # Above this many rows the comparators cost more than numpy's vectorised sort of contiguous rows.
 NETWORK_ROWS = 64
+# The same for comparators that are compiled.
+COMPILED_ROWS = 128
 # Columns of a block of the network: fewer, and the calls cost more than the cache saves.
 NETWORK_COLUMNS = 24576
 TURNED_COLUMNS = 2048  # columns of a block that is transposed and sorted by rows
@@ -29,6 +34,15 @@ class Program:
 
     steps: tuple[Step, ...]
     scratch: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The ranks to find, whether as a set, and the compiled loops if there are any."""
+
+    ranks: tuple[int, ...]
+    together: bool
+    kernels: Kernels | None
 
 
 def pairwise(size: int) -> list[tuple[int, int]]:
@@ -93,6 +107,12 @@ def _pruned(pairs: list[tuple[int, int]], ranks: tuple[int, ...], together: bool
 
 
 @lru_cache(maxsize=128)
+def wires(n: int, ranks: tuple[int, ...], together: bool = False) -> NDArray[np.int32]:
+    """Return the wires of `comparators`, two a row, all of them kept: a row nobody needs may hold anything."""
+    return np.array([pair[:2] for pair in comparators(n, ranks, together)], np.int32).reshape(-1, 2)
+
+
+@lru_cache(maxsize=128)
 def program(n: int, ranks: tuple[int, ...], together: bool = False) -> Program:
     """Return the calls of `comparators`, each with the register it writes to: one that nothing needs any more."""
     held, free, steps, scratch = list(range(n)), list[int](), list[Step](), 0
@@ -130,34 +150,64 @@ def run_program(made: Program, rows: Floats | list[Floats], scratch: Floats) -> 
         (most if high else least)(at[a], at[b], out=at[to])
 
 
-def by_rank(matrix: Matrix, ranks: tuple[int, ...], few: Finish, many: Finish, *, together: bool = False) -> Floats:
+def by_rank(matrix: Matrix, ranks: tuple[int, ...], finish: Finish, *, together: bool = False) -> Floats:
     """Sort every column and return what a finisher makes of it: one number a column.
 
-    What it makes must move along with the column, since columns may come less a number that is added afterwards.
-    few: takes the rows of `ranks`, shape (ranks, columns of the block), as its own.
-    many: takes columns as sorted rows, shape (columns of the block, n). together: see `comparators`.
+    ranks: without gaps. finish: takes the rows of `ranks`, shape (ranks, columns of the block), as its own, and the
+    compiled loops if there are any. What it makes must move along with the column, since columns may come less a number
+    that is added afterwards. together: its result hardly depends on the order of those rows; see `comparators`.
     """
     out = np.empty(matrix.size, matrix.work)
     n = matrix.count
-    small = n <= NETWORK_ROWS
-    made = program(n, ranks, together) if small else None
-    width = matrix.width(NETWORK_COLUMNS, 2 * SCRATCH_BYTES) if small else matrix.width(TURNED_COLUMNS)
+    few = n <= NETWORK_ROWS
+    kernels = kernels_for(matrix) if n <= COMPILED_ROWS else None
+    exchanged = kernels is not None and (few or not isinstance(matrix, Mixed))  # products of many rows come transposed
+    block = _exchanged if exchanged else _by_calls if few else _sorted
+    # the same order of rows in a sum, whichever of these it is
+    wanted = Wanted(ranks, together and few, kernels)
+    width = matrix.width(NETWORK_COLUMNS, 2 * SCRATCH_BYTES) if few or exchanged else matrix.width(TURNED_COLUMNS)
     room = Room()
 
     def columns(start: int, stop: int) -> None:
-        if made is not None:
-            rows, part = matrix.apart(start, stop)
-            taint_check(matrix, rows)
-            scratch = room.take("ranked", (made.scratch, stop - start), matrix.work)
-            run_program(made, rows, scratch)
-            out[start:stop] = few(scratch[: len(ranks)])
-        else:
-            turned = room.take("ranked", (stop - start, n), matrix.work)
-            part = matrix.turned(start, stop, turned, lambda block: taint_check(matrix, block))
-            turned.sort(axis=1)
-            out[start:stop] = many(turned)
+        ranked, part = block(matrix, start, stop, wanted, room)
+        made = out[start:stop]
+        made[...] = finish(ranked, kernels)
+        made += 0.0  # which zero is the lesser is not for the ways to differ in
         if part is not None:
-            out[start:stop] += part
+            made += part
 
     run_blocks(matrix.size, width, columns)
     return out
+
+
+def _exchanged(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room) -> Block:
+    """Return the rows of the ranks by the network, compiled."""
+    assert wanted.kernels is not None
+    rows, part = matrix.apart(start, stop)
+    held = room.take("ranked", (matrix.count, stop - start), matrix.work)
+    for row, target in zip(rows, held, strict=True):
+        target[...] = row
+    if not (matrix.clean or wanted.kernels.within(held, limit(matrix.work))):
+        raise Tainted
+    wanted.kernels.exchange(held, wires(matrix.count, wanted.ranks, wanted.together))
+    return held[wanted.ranks[0] : wanted.ranks[-1] + 1], part
+
+
+def _by_calls(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room) -> Block:
+    """Return the rows of the ranks by the network, in calls of numpy."""
+    made = program(matrix.count, wanted.ranks, wanted.together)
+    rows, part = matrix.apart(start, stop)
+    taint_check(matrix, rows)
+    scratch = room.take("ranked", (made.scratch, stop - start), matrix.work)
+    run_program(made, rows, scratch)
+    return scratch[: len(wanted.ranks)], part
+
+
+def _sorted(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room) -> Block:
+    """Return the rows of the ranks by sorting the columns, as rows."""
+    turned = room.take("turned", (stop - start, matrix.count), matrix.work)
+    part = matrix.turned(start, stop, turned, lambda block: taint_check(matrix, block))
+    turned.sort(axis=1)
+    ranked = room.take("ranked", (len(wanted.ranks), stop - start), matrix.work)
+    ranked[...] = turned[:, wanted.ranks[0] : wanted.ranks[-1] + 1].T
+    return ranked, part

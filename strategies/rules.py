@@ -6,6 +6,7 @@ to the lowest index. Rows that hold NaN, infinity or huge numbers are left out a
 does it apart and says which. Everything else that cannot be promised raises Refusal.
 """
 
+from privfed.strategies.compiled import fast
 from privfed.strategies.coordinate import meamed, mean_around, median, phocas, trimmed_mean
 from privfed.strategies.gram import Gram, gram
 from privfed.strategies.guard import Exclusion, Refusal, Screened, screen
@@ -82,6 +83,7 @@ __all__ = [
     "clipping",
     "dnc",
     "dnc_rows",
+    "fast",
     "flame",
     "flame_weights",
     "fltrust",

@@ -24,7 +24,7 @@ from privfed.errors import AppError
 NETWORKS = ("off", "auto", "on")
 ENVIRONMENT = (
     "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", failpoint.VARIABLE,
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PRIVFED_FAST", failpoint.VARIABLE,
 )  # fmt: skip
 """What an app's process inherits; all else, tokens above all, stays outside. The last is set in tests only."""
 _CLONE_NEWNS = 0x00020000

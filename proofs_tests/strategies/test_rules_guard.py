@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privfed.strategies import rules
-from privfed.strategies.gram import COLUMNS, TOGETHER, combine, gram
+from privfed.strategies.compiled import TOGETHER
+from privfed.strategies.gram import combine, gram
 from privfed.strategies.matrix import as_matrix
+from privfed.strategies.sums import COLUMNS
 
 # foolsgold withstands what all attackers send alike, as they do here
 ROBUST = sorted([*(name for name, law in rules.LAWS.items() if law.robust), "foolsgold"])
