@@ -2,9 +2,10 @@
 
     python benchmarks/strategies.py --rows 20 100 --dim 1000000 [--threads 2]
 
-float32, one BLAS thread, the least of `--repeat` CPU times; memory by tracemalloc in a run of its own, output
-included. Peers are measured in the same run when they are installed, and left out when they are not. flwr's Bulyan
-is its one-shot selection, not the paper's; byzfl's geometric median stops after three steps.
+With PRIVFED_FAST=0 in the environment the compiled loops of the extra `fast` are left out, as they are without numba.
+float32, one BLAS thread, the least of `--repeat` CPU times, after a call that compiles; memory by tracemalloc in a run
+of its own, output included. Peers are measured in the same run when they are installed, and left out when they are not.
+flwr's Bulyan is its one-shot selection, not the paper's; byzfl's geometric median stops after three steps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Call = Callable[[], Any]
 
 def cpu_seconds(call: Call, repeat: int) -> float:
     """Return the least CPU time of `repeat` calls."""
+    call()
     best = float("inf")
     for _ in range(repeat):
         start = time.process_time()
