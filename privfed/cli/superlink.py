@@ -93,6 +93,7 @@ def superlink(
     On one machine:  privfed superlink --insecure --home link-home
 
     Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
+    Ctrl-C and SIGTERM end it in good order, a second one at once.
     With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: nodes and users
     may connect to either, and it goes on with the runs within seconds when this one dies, hangs or is cut off.
     """
@@ -219,8 +220,15 @@ async def _serve(options: SuperLinkOptions, shared: Path | None, launched: Launc
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        """End in good order, and at once when asked again: a database that hangs may keep it waiting."""
+        ended.set()
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, end, number)
     listeners = Listeners(options)
     if shared is not None and options.tenure is not None:
         state = await _stand_by(options, options.tenure, listeners, shared, ended)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,9 +47,11 @@ ARCHIVE_BYTES = MAX_BUNDLE + (8 << 20)
 MAX_SETTINGS = 1000
 PIECE = 1 << 20
 STALL_SECONDS = 30.0
+USER_THREADS = 8
 _PEEK_SECONDS = 0.1
 _FILES = {"log": "log.txt", "events": "events.jsonl"}
 F = TypeVar("F", bound=Frame)
+T = TypeVar("T")
 
 
 class ControlService:
@@ -69,7 +72,16 @@ class ControlService:
         self._federation = federation
         self._register = register
         self._dispatcher = dispatcher
-        self._results = ResultService(federation, self._own, dispatcher.in_thread, audit)
+        # Threads of its own: those of the store may all wait for a database that hangs, and users are told so.
+        self._threads = ThreadPoolExecutor(USER_THREADS, thread_name_prefix="privfed-control")
+        self._results = ResultService(federation, self._own, self._in_thread, audit)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Let go of its threads."""
+        self._threads.shutdown(wait=False)
 
     def handlers(self, gate: Gate) -> grpc.GenericRpcHandler:
         """Return the service for a gRPC server."""
@@ -118,7 +130,7 @@ class ControlService:
 
     async def _done(self, work: Callable[[], RunFolder]) -> bytes:
         try:
-            return await self._dispatcher.in_thread(lambda: pack(self._row(work())))
+            return await self._in_thread(lambda: pack(self._row(work())))
         except PrivfedError as fault:
             raise Denied(str(fault), grpc.StatusCode.INVALID_ARGUMENT) from None
 
@@ -141,7 +153,7 @@ class ControlService:
         _need(peer, "submitter", "operator")
         if peer.role == "operator":
             return
-        by = await self._dispatcher.in_thread(lambda: self._federation.find(name).config.get("by"))
+        by = await self._in_thread(lambda: self._federation.find(name).config.get("by"))
         if by != peer.common_name:
             raise Denied(f"run {name} was submitted by {by}: {peer.common_name} may only do this with runs of its own")
 
@@ -158,7 +170,7 @@ class ControlService:
             folders = self._federation.folders()[-limit:] if limit > 0 else []
             return pack(RunRows(rows=tuple(self._row(folder) for folder in folders)))
 
-        return await self._dispatcher.in_thread(collect)
+        return await self._in_thread(collect)
 
     def _row(self, folder: RunFolder) -> RunRow:
         try:
@@ -180,7 +192,7 @@ class ControlService:
     async def _nodes(self, peer: Peer, request: bytes) -> bytes:
         del peer
         asked = _read(request, Listing)
-        entries = await self._dispatcher.in_thread(self._register.entries)
+        entries = await self._in_thread(self._register.entries)
         chosen = [entry for entry in entries if entry.node_id > asked.after][: max(0, min(asked.limit, MAX_ROWS))]
         here = self._dispatcher.sessions
         rows = (
@@ -199,7 +211,7 @@ class ControlService:
             self._audit.record(event, node=change.node_id, by=peer.common_name)
 
         try:
-            await self._dispatcher.in_thread(decide)
+            await self._in_thread(decide)
         except PrivfedError as fault:
             raise Denied(str(fault), grpc.StatusCode.INVALID_ARGUMENT) from None
         if not change.approve:
@@ -216,9 +228,9 @@ class ControlService:
             document += frame
             if len(document) > ROSTER_BYTES:
                 raise Denied(f"a roster is at most {ROSTER_BYTES >> 20} MiB")
-        version = await self._dispatcher.in_thread(lambda: self._take_roster(bytes(document)))
+        version = await self._in_thread(lambda: self._take_roster(bytes(document)))
         audit = functools.partial(self._audit.record, "roster-handed-on", version=version, by=peer.common_name)
-        await self._dispatcher.in_thread(audit)
+        await self._in_thread(audit)
         return pack(RosterTaken(version=version))
 
     async def _follow(self, peer: Peer, request: bytes, context: Context) -> None:
@@ -226,7 +238,7 @@ class ControlService:
         asked = _read(request, Follow)
         if asked.what not in _FILES or asked.offset < 0:
             raise Denied(f"a run has no {asked.what!r}", grpc.StatusCode.INVALID_ARGUMENT)
-        in_thread = self._dispatcher.in_thread
+        in_thread = self._in_thread
         try:
             folder = await in_thread(lambda: self._federation.find(asked.name))
         except PrivfedError as fault:

@@ -21,6 +21,14 @@ _ALONE = sql.text("SELECT pg_advisory_xact_lock(:lock)")
 _BESIDE = sql.text("SELECT pg_advisory_xact_lock_shared(:lock)")
 _READS = "privfed_reads"
 _LOOK_AGAIN_SECONDS = 0.0005
+_SILENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""After how long a connection to a machine that says nothing any more ends: seconds, and the last in milliseconds."""
 NEWEST = "0004"
 """The newest of the migrations."""
 
@@ -105,8 +113,16 @@ def _postgres(url: str) -> sql.Engine:
         import psycopg  # noqa: F401 - asked for by its dialect; found out here, with the fix
     except ImportError:
         raise AppError("PostgreSQL needs its driver: pip install 'privfed[postgres]'") from None
-    # A connection that died with its server is found out before it is used.
-    return sql.create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=24, isolation_level="READ COMMITTED")
+    told = sql.make_url(url).query
+    # A connection that died with its server is found out before it is used; one to a server that vanished ends in time.
+    return sql.create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=8,
+        max_overflow=24,
+        isolation_level="READ COMMITTED",
+        connect_args={name: value for name, value in _SILENCE.items() if name not in told},
+    )
 
 
 def is_postgres(engine: sql.Engine) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from privfed.runtime.patience import storage_fault
 from privfed.runtime.store import Holder, Lease, Store
 
 BATCH = 32
+SILENT_SECONDS = 10.0
+"""For so long a transaction may be under way before users are told that the database does not answer."""
 
 
 def steady_clock() -> Callable[[], float]:
@@ -60,6 +63,7 @@ class FederationLink(Link):
     """A Link whose workers are nodes on the network. A lease lasts as long as its message: a node that comes back
     says what it still holds.
 
+    busy_seconds: says for how long the store is at one transaction.
     on_work: told of nodes there may be work for. on_end: told of a run that ended. Both in any thread.
     """
 
@@ -68,7 +72,9 @@ class FederationLink(Link):
         self.on_work: Callable[[Iterable[int]], None] = lambda nodes: None
         self.on_end: Callable[[int], None] = lambda run_id: None
         self._asked: dict[int, Awaited] = {}
+        self._awaiting = threading.Lock()  # its own: who asks what is waited for does not wait for the store
         self._troubles: dict[str, str] = {}
+        self.busy_seconds: Callable[[], float] = lambda: 0.0
         self._arrived: deque[_Arrived] = deque()
 
     def push(self, run_id: int, messages: Iterable[Message]) -> list[str]:
@@ -76,7 +82,7 @@ class FederationLink(Link):
         # By this clock alone, whatever that of the app's process says.
         given = [message.with_metadata(created_at=self._clock()) for message in messages]
         ids = super().push(run_id, given)
-        with self._lock:
+        with self._awaiting:
             self._asked.setdefault(run_id, Awaited()).add(given)
         self.on_work(message.metadata.dst_node_id for message in given)
         return ids
@@ -84,7 +90,7 @@ class FederationLink(Link):
     def pull(self, run_id: int, message_ids: Iterable[str]) -> list[Message]:
         """Return replies; what was asked is then answered."""
         replies = super().pull(run_id, message_ids)
-        with self._lock:
+        with self._awaiting:
             awaited = self._asked.get(run_id)
             if awaited is not None:
                 for reply in replies:
@@ -95,7 +101,7 @@ class FederationLink(Link):
         """Withdraw instructions."""
         given = list(message_ids)
         super().forget(run_id, given)
-        with self._lock:
+        with self._awaiting:
             awaited = self._asked.get(run_id)
             if awaited is not None:
                 for message_id in given:
@@ -105,18 +111,20 @@ class FederationLink(Link):
         """Move a run to another state."""
         super().set_run_state(run_id, state, reason)
         if state != "running":
-            with self._lock:
+            with self._awaiting:
                 self._asked.pop(run_id, None)
 
     def waits_for(self, run_id: int) -> Awaited:
         """Return what a run waits for."""
-        with self._lock:
+        with self._awaiting:
             found = self._asked.get(run_id, Awaited())
             return replace(found, out=dict(found.out))
 
     @property
     def trouble(self) -> str:
         """What is wrong with the storage that tasks and replies go through, in words; nothing while it works."""
+        if (seconds := self.busy_seconds()) >= SILENT_SECONDS:
+            return f"the database does not answer, for {seconds:.0f} s now"
         return next(iter(list(self._troubles.values())), "")
 
     @contextlib.contextmanager

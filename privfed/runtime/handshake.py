@@ -187,6 +187,8 @@ def explain(fault: grpc.RpcError, address: str) -> NetworkError:
         return Refused(details)
     if details.startswith(STORAGE):
         return NetworkError(f"{address}: {details}")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and "deadline exceeded" in details.lower():  # gRPC's own, not a peer's
+        return NetworkError(f"{address} does not answer: it may be stopped, or wait for its storage; see its log")
     if code == grpc.StatusCode.UNAVAILABLE:
         return NetworkError(f"{address} cannot be reached: {details.rpartition('last error: ')[2]}; {_advice(details)}")
     return NetworkError(details or f"{address}: {code.name}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ class SqlStore:
     ) -> None:
         self._fence = fence
         self._lock = threading.Lock()
+        self._begun: dict[object, float] = {}
         path = Path(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engine = open_database(path / "link.db" if database is None else database)
@@ -94,6 +96,19 @@ class SqlStore:
                     f"{self._arrays.name} has {found}: give the folder that belongs to this database"
                 )
 
+    def busy_seconds(self) -> float:
+        """Return for how long the longest transaction is under way: a database that hangs raises nothing."""
+        return time.monotonic() - min(list(self._begun.values()), default=time.monotonic())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        mine = object()
+        self._begun[mine] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._begun[mine]
+
     @contextmanager
     def _transaction(self, step: str = "", *, shared: bool = False, times: int = 1) -> Iterator[Transaction]:
         """Do all of it, durably, or nothing. step: its name among the failpoints; nothing for one that only reads.
@@ -103,7 +118,7 @@ class SqlStore:
         doomed: set[bytes] = set()
         shared = shared and is_postgres(self._engine)
         try:
-            with alone(self._engine, shared=shared) as connection:
+            with self._timed(), alone(self._engine, shared=shared) as connection:
                 self._fence(connection)
                 work = Transaction(connection, self._arrays)
                 if not shared and self._doomed:
@@ -124,7 +139,7 @@ class SqlStore:
     @contextmanager
     def _look(self) -> Iterator[Transaction]:
         """See what was last committed; one that reads twice may see two states."""
-        with reader(self._engine).connect() as connection:
+        with self._timed(), reader(self._engine).connect() as connection:
             self._fence(connection)
             yield Transaction(connection, self._arrays)
 
@@ -220,7 +235,7 @@ class SqlStore:
                 return work.hand_out(asked, given, now + seconds)
         while True:
             try:
-                with around("lease"), self._engine.begin() as connection:
+                with around("lease"), self._timed(), self._engine.begin() as connection:
                     self._fence(connection)
                     return Transaction(connection, self._arrays).hand_out(asked, given, now + seconds)
             except sql.exc.DBAPIError as fault:

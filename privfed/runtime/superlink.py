@@ -46,6 +46,7 @@ class SuperLink:
             self._store = SqlStore(state, options.tenure.url, fence=options.tenure.fence)
             self._share_roster()
         self.link = FederationLink(self._store)
+        self.link.busy_seconds = self._store.busy_seconds
         self.register = NodeRegister(state / "nodes.json", trust)
         self.federation = Federation(state, self.link, launcher, self.register.approved)
         self.audit = AuditLog(home / "audit.jsonl", own_key(home / "audit.key"))
@@ -75,7 +76,7 @@ class SuperLink:
             self.name, self.dispatcher, self.register, self.federation, incoming, options.limits, options.credentials
         )
         decide = self._take_roster, self.fleet.reconsider, self.audit
-        control = ControlService(self.federation, self.register, self.dispatcher, *decide)
+        self._control = control = ControlService(self.federation, self.register, self.dispatcher, *decide)
         self._tasks = [asyncio.create_task(self.dispatcher.run()), asyncio.create_task(self._part_with_expired())]
         self.listeners.roster_changed, self.listeners.renewed = self._roster_changed, self._renewed
         # Before anybody is served: a node would be told that a run that is not there has ended.
@@ -175,6 +176,7 @@ class SuperLink:
         self.dispatcher.hang_up_all()  # these calls end at no other time: there would be no end to wait for
         await self.listeners.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.federation.close)
+        self._control.close()
         self._threads.shutdown(wait=True)
         self._store.close()
         self._note_refusals(self._refused(new=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -39,6 +41,38 @@ def test_a_sqlite_file_that_somebody_else_has_locked_is_waited_for(
         other.close()
         assert link.wait(name, 60).state == "completed"
         assert same_bits(link.folder(name))
+
+
+@pytest.mark.postgres
+def test_a_postgresql_that_says_nothing_is_named_and_nobody_who_asks_waits_for_it(tmp_path: Path) -> None:
+    """It raised nothing: users waited for a minute, and were told of a stream that was removed."""
+    from proofs_tests.runtime.postgres import Postgres
+
+    server = Postgres()
+    link = SuperLinkProcess(tmp_path / "link", options=["--database", server.database()])
+    silent = "waits for its storage: the database does not answer, for "
+    try:
+        with link, nodes_at(link.fleet, 12) as nodes, ControlClient(link.control) as control:
+            eventually(lambda: sum(row.connected for row in control.nodes()) == len(nodes))
+            name = submit(control, 100_000)
+            eventually(lambda: control.show(name).round > 1)
+            with server.frozen():
+                eventually(lambda: control.show(name).reason.startswith(silent), 40)
+                assert [row.state for row in control.runs()] == ["running"]
+                assert len(list(control.nodes())) == len(nodes)
+                reached = control.show(name).round
+            eventually(lambda: control.show(name).round > reached + 2, 60)
+            found = RunFolder.open(link.home / "runs" / name).restore()
+            assert found is not None
+            assert all(row["train-replies"]["valid"] == len(nodes) for row in found.metrics), "nothing was lost"
+            with server.frozen():
+                eventually(lambda: control.show(name).reason.startswith(silent), 40)
+                os.kill(link.pid, signal.SIGTERM)
+                eventually(lambda: "ending; runs go on" in link.output)
+                assert link.end() == -signal.SIGTERM, "it waits for the database, and whoever asks again does not"
+        assert "Traceback" not in link.output
+    finally:
+        server.remove()
 
 
 @pytest.mark.postgres

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pwd
 import secrets
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -79,6 +81,21 @@ class Postgres:
         while subprocess.run(["pgrep", "-g", str(self._process.pid)], capture_output=True, check=False).returncode == 0:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have the server and all its backends say nothing for a while; connections to it stay open."""
+        assert self._process is not None
+        own = self._process.pid
+        found = subprocess.run(["pgrep", "-P", str(own)], capture_output=True, text=True, check=True).stdout.split()
+        processes = [own, *map(int, found)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
 
     def database(self) -> str:
         """Make an empty database; return its URL."""
