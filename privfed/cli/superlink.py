@@ -92,10 +92,9 @@ def superlink(
     privfed superlink --keys link --home link-home --fleet link.example.org:7810 --control link.example.org:7811
     On one machine:  privfed superlink --insecure --home link-home
 
-    Runs, tasks and replies are kept in --home; after a crash or a restart, runs go on from their last committed round.
-    Ctrl-C and SIGTERM end it in good order, a second one at once.
-    With --database and --shared, another SuperLink may be started elsewhere, with a --home of its own: nodes and users
-    may connect to either, and it goes on with the runs within seconds when this one dies, hangs or is cut off.
+    Runs are kept in --home, and go on from their last committed round after a restart. Ctrl-C and SIGTERM end it in
+    good order, a second one at once. With --database and --shared, another SuperLink may be started elsewhere, with a
+    --home of its own: nodes and users may connect to either, and it takes over within seconds when this one is gone.
     """
     from privfed.cli.journal import configure
     from privfed.runtime.credentials import Credentials, require_tls_1_3
