@@ -19,7 +19,8 @@ PROMISED = {
     "privfed.privacy": "Gaussian Laplace DiscreteGaussian Skellam RandomizedResponse PoissonSampled FixedSizeSampled "
     "Accountant Bound calibrate",
     "privfed.strategies": "FedAvg FedAvgM FedProx FedAdagrad FedAdam FedYogi FedMedian FedTrimmedAvg Krum "
-    "MultiKrum Bulyan rules PlainStage SecureStage GroupedStage",
+    "MultiKrum Bulyan rules PlainStage SecureStage GroupedStage QFedAvg RFA CenteredClipping NearestNeighborMixing "
+    "FLTrust FedXgbBagging FedXgbCyclic SCAFFOLD FedNova FedBuff FedAnalytics",
     "privfed.strategies.rules": "median trimmed_mean krum multi_krum bulyan geometric_median centered_clipping meamed "
     "minimum_diameter_mean nearest_neighbor_mixing bucketing cge",
     "privfed.mods": "clip secure_aggregation message_size compose",
@@ -29,6 +30,11 @@ PROMISED = {
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in PROMISED.items() for n in names.split()])
 def test_promised_name_exists(module: str, name: str) -> None:
     assert getattr(importlib.import_module(module), name) is not None
+
+
+def test_attacks_are_there_without_further_imports() -> None:
+    statement = "from privfed import attacks; attacks.client.forge(attacks.forgery.mimic), attacks.search.strongest"
+    subprocess.run([sys.executable, "-c", statement], check=True)
 
 
 def test_everything_in_all_exists() -> None:

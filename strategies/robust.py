@@ -207,7 +207,8 @@ class Krum(CountingStrategy):
 class MultiKrum(CountingStrategy):
     """The unweighted mean of the `num_nodes_to_select` updates of least Krum score [BEGS17]; n >= 2f + 3.
 
-    Of n updates at most n - f are taken, since more would be sure to take in an attacker.
+    Of n updates at most n - f are taken, since more would be sure to take in an attacker. The default of 1, which is
+    Flower's, is Krum.
     """
 
     def __init__(self, *, num_malicious_nodes: int = 0, num_nodes_to_select: int = 1, **arguments: Any) -> None:
