@@ -177,12 +177,19 @@ def _advice(details: str) -> str:
             "are the keys of both sides of one federation and in date, do the SuperLink's keys name this host, and are "
             "both clocks right?"
         )
+    if "socket closed" in details.lower():
+        return "was the SuperLink stopped, or does it serve with keys and this side call without --keys?"
     return "is the SuperLink running, is this the address it prints, and does the network let it through?"
 
 
 def explain(fault: grpc.RpcError, address: str) -> NetworkError:
     """Turn what gRPC says into an error for a person."""
     code, details = fault.code(), fault.details() or ""
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return Refused(
+            f"{address} answers, and has nothing of this kind: "
+            "nodes connect where the SuperLink has --fleet, users where it has --control"
+        )
     if code in PERMANENT:
         return Refused(details)
     if details.startswith(STORAGE):

@@ -17,7 +17,7 @@ from privfed.runtime.credentials import Credentials, accept_answer
 from privfed.runtime.federation import open_app
 from privfed.runtime.fleet import FleetClient, FleetOptions
 from privfed.runtime.gate import MAX_REASONS
-from privfed.runtime.handshake import NetworkError
+from privfed.runtime.handshake import NetworkError, Refused
 from privfed.runtime.superlink import SuperLink, SuperLinkError, SuperLinkOptions
 from proofs_tests.deployment.local_link import EXAMPLES, FreshLauncher, LocalLink
 from proofs_tests.deployment.waiting import eventually
@@ -56,6 +56,25 @@ def control(link: LocalLink, credentials: Credentials | None) -> ControlClient:
 def connected(link: LocalLink, credentials: Credentials) -> tuple[FleetClient, list[str]]:
     statuses: list[str] = []
     return FleetClient(link.fleet, credentials, None, FleetOptions(on_status=statuses.append)), statuses
+
+
+def test_who_mistakes_a_listener_or_comes_without_keys_is_told_what_to_look_at(
+    link: LocalLink, members: Members
+) -> None:
+    """They were told that a method was not found, and to look whether the SuperLink is running."""
+    with (
+        ControlClient(link.fleet, members.join("viewer", "vera")) as vera,
+        pytest.raises(NetworkError, match="nodes connect where the SuperLink has --fleet, users where it has --con"),
+    ):
+        list(vera.nodes())
+    statuses: list[str] = []
+    told = FleetOptions(on_status=statuses.append)
+    client = FleetClient(link.control, members.join("node", "hospital-a"), None, told)
+    with pytest.raises(Refused, match="nodes connect where the SuperLink has --fleet"):
+        client.receive(20)
+    client.close()
+    with control(link, None) as nobody, pytest.raises(NetworkError, match="serve with keys and this side call without"):
+        list(nobody.nodes())
 
 
 def test_a_node_is_served_only_once_it_is_approved_or_in_the_roster(link: LocalLink, members: Members) -> None:
