@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from privfed.errors import RunFailed
 from privfed.record import ArrayRecord, RecordDict
 from privfed.strategies import rules
+from privfed.strategies.cohort import cohort_size
 from privfed.strategies.exchange import Exchange
 from privfed.strategies.guard import Refusal, Screened, count
 from privfed.strategies.strategy import Strategy, add_update
@@ -76,10 +77,14 @@ class RobustStrategy(Strategy, ABC):
         self, run: _Run, server_round: int, kind: str, content: RecordDict, cohort: tuple[int, ...]
     ) -> Exchange:
         group_size = getattr(self.stage, "group_size", 1)
-        rows = max(1, len(cohort) // group_size)
+        counted = len(cohort)
+        if self.pace.over_selection and group_size == 1:  # the round closes when as many as wanted have answered
+            wanted = cohort_size(len(run.grid.get_node_ids()), self.fraction_train, self.min_train_nodes)
+            counted = min(counted, wanted)
+        rows = max(1, counted // group_size)
         least, formula = self.least_rows()
         if kind == "train" and rows < least:
-            source = f"{len(cohort)} nodes" + (f" in groups of {group_size}" if group_size > 1 else "")
+            source = f"{counted} nodes" + (f" in groups of {group_size}" if group_size > 1 else "")
             remedies = ["make the groups smaller"] if group_size > 1 else []
             remedies += ["ask more nodes", *([f"lower {self.share}"] if self.share else [])]
             raise RunFailed(

@@ -281,6 +281,22 @@ def test_a_round_says_how_many_it_tolerates(make: Callable[[], Strategy], nodes:
     assert found["rounds"][0]["train-replies"].get("tolerated") == most
 
 
+def test_over_selection_lends_a_rule_no_rows() -> None:
+    """Eight are asked and the round closes with five: too few for f = 2, which is said before anybody trains."""
+    asked: list[int] = []
+
+    def value(node: int) -> np.ndarray:
+        asked.append(node)
+        return np.ones(2)
+
+    with pytest.raises(RunFailed, match=r"2f \+ 3 = 7 rows, got n = 5 \(5 nodes\)"):
+        strategy = Krum(num_malicious_nodes=2, fraction_train=0.5, pace=Pace(over_selection=0.5), **NONE)
+        simulate(strategy, app_of(value), 10)
+    assert not asked
+    strategy = Krum(num_malicious_nodes=1, fraction_train=0.5, pace=Pace(over_selection=0.5), **NONE)
+    assert simulate(strategy, app_of(value), 10)["rounds"][0]["train-replies"]["tolerated"] == 1
+
+
 def test_too_few_survivors_are_refused_as_well() -> None:
     def value(node: int) -> np.ndarray:
         if node > 4:
