@@ -203,7 +203,7 @@ def combine(matrix: Matrix, weights: Vector, origin: int | Floats | None = None)
         weighted_sum(rows, start, stop, factor, out[start:stop], room, kernels=kernels, about=part)
 
     if len(chosen):
-        run_blocks(matrix.size, sum_width(rows), add)
+        run_blocks(matrix.size, sum_width(rows, kernels), add)
     elif origin is not None:
         out[:] = origin
     return out

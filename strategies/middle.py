@@ -50,7 +50,7 @@ def weighted_mean(X: Any, weights: Any = None, *, cap: float | None = None) -> A
         def columns(start: int, stop: int) -> None:
             weighted_sum(rows, start, stop, factor, out[start:stop], room, kernels=kernels, look=True)
 
-        run_blocks(rows.size, sum_width(rows), columns)
+        run_blocks(rows.size, sum_width(rows, kernels), columns)
         return out
 
     return guarded(given, None if isinstance(given, Screened) else 0, body)

@@ -183,10 +183,13 @@ def by_rank(matrix: Matrix, ranks: tuple[int, ...], finish: Finish, *, together:
 def _exchanged(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room) -> Block:
     """Return the rows of the ranks by the network, compiled."""
     assert wanted.kernels is not None
-    rows, part = matrix.apart(start, stop)
-    held = room.take("ranked", (matrix.count, stop - start), matrix.work)
-    for row, target in zip(rows, held, strict=True):
-        target[...] = row
+    if isinstance(matrix, Mixed):
+        held, part = matrix.shifted(start, stop)  # made for this block
+    else:
+        rows, part = matrix.apart(start, stop)
+        held = room.take("ranked", (matrix.count, stop - start), matrix.work)
+        for row, target in zip(rows, held, strict=True):
+            target[...] = row
     if not (matrix.clean or wanted.kernels.within(held, limit(matrix.work))):
         raise Tainted
     wanted.kernels.exchange(held, wires(matrix.count, wanted.ranks, wanted.together))

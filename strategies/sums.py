@@ -13,12 +13,15 @@ from privfed.strategies.matrix import Floats, Matrix, Mixed, Room
 
 # Columns of a block: longer, and it leaves the cache; shorter, and memory is read in pieces too short to foresee.
 COLUMNS = 65536
+COMPILED_COLUMNS = 131072
 LOOKED = 4  # rows that numpy looks at together before it adds them, in cache
 
 
-def sum_width(matrix: Matrix) -> int:
-    """Return how many columns a block of a weighted sum has."""
-    return matrix.width(COLUMNS) if isinstance(matrix, Mixed) else COLUMNS
+def sum_width(matrix: Matrix, kernels: Kernels | None) -> int:
+    """Return how many columns a block of a weighted sum has: of mixed rows the same ones, compiled or not."""
+    if isinstance(matrix, Mixed):
+        return matrix.width(COLUMNS)
+    return COLUMNS if kernels is None else COMPILED_COLUMNS
 
 
 def weighted_sum(

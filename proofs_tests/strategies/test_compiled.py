@@ -17,7 +17,7 @@ from privfed.strategies import compiled, rules
 from privfed.strategies.compiled import TILE, TOGETHER, VARIABLE, kernels_for
 from privfed.strategies.matrix import Room, as_matrix
 from privfed.strategies.network import COMPILED_ROWS, NETWORK_ROWS, comparators, wires
-from privfed.strategies.sums import COLUMNS, sum_rows
+from privfed.strategies.sums import COMPILED_COLUMNS, sum_rows
 
 pytest.importorskip("numba")
 
@@ -115,7 +115,7 @@ def test_compiled_loops_and_numpy_make_the_same_bits(name: str, tmp_path: Path, 
 
 @pytest.mark.parametrize("name", RULES)
 def test_blocks_and_threads_change_no_bit(name: str) -> None:
-    X = numbers("cancelling", 23, COLUMNS + 37, 5, np.float32)
+    X = numbers("cancelling", 23, COMPILED_COLUMNS + 37, 5, np.float32)
     plain, fast = both(RULES[name], X, 4)
     with rules.threads(2), rules.fast(0):
         assert plain == fast == bits(RULES[name](X, 4))
