@@ -143,7 +143,7 @@ def byzfl_peers(X: Any, f: int) -> dict[str, dict[str, Call]]:
         "nnm+median": lambda: byzfl.Median()(byzfl.NNM(f)(X)),
         "nnm+geometric_median": lambda: byzfl.GeometricMedian()(byzfl.NNM(f)(X)),
     }
-    if len(X) > 30:  # its mixing holds n (n-f) d numbers: tens of gigabytes at 100 x 1e6
+    if len(X) * (len(X) - f) * X.nbytes // len(X) > 4 << 30:  # its mixing holds n (n-f) d numbers: 32 GB at 100 x 1e6
         del found["nnm+median"], found["nnm+geometric_median"]
     return {name: {"byzfl": call} for name, call in found.items()}
 

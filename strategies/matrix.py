@@ -103,11 +103,14 @@ class Matrix:
             self._copy(i, start, stop, out[i])
         return out
 
-    def shifted(self, start: int, stop: int) -> tuple[Floats, Floats | None]:
-        """Return columns start..stop of all rows less one vector, and that vector's part; None stands for zero."""
+    def shifted(self, start: int, stop: int, room: Room | None = None) -> tuple[Floats, Floats | None]:
+        """Return columns start..stop of all rows less one vector, and that vector's part; None stands for zero.
+
+        What is made lies in the room, if one is given, until the next block.
+        """
         return self.block(start, stop), None
 
-    def apart(self, start: int, stop: int) -> tuple[list[Floats], Floats | None]:
+    def apart(self, start: int, stop: int, room: Room | None = None) -> tuple[list[Floats], Floats | None]:
         """Return what `shifted` does row by row: views also of rows that are no one array, never to be written to."""
         return [self.row(i, start, stop) for i in range(self.count)], None
 
@@ -181,13 +184,13 @@ class Mixed(Matrix):
         made, origin = self.shifted(start, stop)
         return made if origin is None else np.add(made, origin, out=made)
 
-    def shifted(self, start: int, stop: int) -> tuple[Floats, Floats | None]:
+    def shifted(self, start: int, stop: int, room: Room | None = None) -> tuple[Floats, Floats | None]:
         """Return columns start..stop of the mixed rows less the origin, and its part."""
-        return self._make(self.source, self.weights, start, stop)
+        return self._make(self.source, self.weights, start, stop, room)
 
-    def apart(self, start: int, stop: int) -> tuple[list[Floats], Floats | None]:
+    def apart(self, start: int, stop: int, room: Room | None = None) -> tuple[list[Floats], Floats | None]:
         """Return what `shifted` does row by row."""
-        made, origin = self.shifted(start, stop)
+        made, origin = self.shifted(start, stop, room)
         return list(made), origin
 
     def turned(self, start: int, stop: int, out: Floats, look: Callable[[Floats], None]) -> Floats | None:
@@ -200,14 +203,21 @@ class Mixed(Matrix):
         return origin
 
     def _make(
-        self, source: Matrix | None, weights: NDArray[np.float64], start: int, stop: int
+        self,
+        source: Matrix | None,
+        weights: NDArray[np.float64],
+        start: int,
+        stop: int,
+        room: Room | None = None,
     ) -> tuple[Floats, Floats | None]:
         assert source is not None
-        centred, origin = centred_block(source, start, stop, self.origin)
+        room = Room() if room is None else room
+        held = None if self.origin is None else room.take("centred", (source.count, stop - start), self.work)
+        centred, origin = centred_block(source, start, stop, self.origin, held)
         factor = weights.astype(self.work)
+        made = room.take("made", (len(factor), stop - start), self.work)
         if factor.ndim == 1:
-            return centred * factor[:, None], origin
-        made = np.empty((len(factor), stop - start), self.work)
+            return np.multiply(centred, factor[:, None], out=made), origin
         for low in range(0, stop - start, MIXED_COLUMNS):
             np.matmul(factor, centred[:, low : low + MIXED_COLUMNS], out=made[:, low : low + MIXED_COLUMNS])
         return made, origin
@@ -239,13 +249,15 @@ def mixed(source: Matrix, weights: NDArray[np.float64], origin: int | Floats | N
     return Mixed(*shape, None, (), True, source, weights, origin, known)
 
 
-def centred_block(matrix: Matrix, start: int, stop: int, origin: int | Floats | None) -> tuple[Floats, Floats | None]:
-    """Return columns start..stop less the origin (a row's index or a flat vector), and that origin's part."""
+def centred_block(
+    matrix: Matrix, start: int, stop: int, origin: int | Floats | None, out: Floats | None = None
+) -> tuple[Floats, Floats | None]:
+    """Return columns start..stop less the origin (a row's index or a flat vector), in `out`, and that origin's part."""
     block = matrix.block(start, stop)
     if origin is None:
         return block, None
     part = matrix.row(origin, start, stop) if isinstance(origin, int) else origin[start:stop]
-    return centred(block, part), part.astype(matrix.work, copy=False)
+    return centred(block, part, out), part.astype(matrix.work, copy=False)
 
 
 def centred(block: Floats, origin: Floats, out: Floats | None = None) -> Floats:

@@ -184,7 +184,7 @@ def _exchanged(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room
     """Return the rows of the ranks by the network, compiled."""
     assert wanted.kernels is not None
     if isinstance(matrix, Mixed):
-        held, part = matrix.shifted(start, stop)  # made for this block
+        held, part = matrix.shifted(start, stop, room)  # made for this block
     else:
         rows, part = matrix.apart(start, stop)
         held = room.take("ranked", (matrix.count, stop - start), matrix.work)
@@ -199,7 +199,7 @@ def _exchanged(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room
 def _by_calls(matrix: Matrix, start: int, stop: int, wanted: Wanted, room: Room) -> Block:
     """Return the rows of the ranks by the network, in calls of numpy."""
     made = program(matrix.count, wanted.ranks, wanted.together)
-    rows, part = matrix.apart(start, stop)
+    rows, part = matrix.apart(start, stop, room)
     taint_check(matrix, rows)
     scratch = room.take("ranked", (made.scratch, stop - start), matrix.work)
     run_program(made, rows, scratch)
