@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     ),
     "node": (
         *("begin", "commit", "settle", "end", "evict", "file", "audit-line", "charge"),
-        *("hello", "query", "send", "upload", "download"),
+        *("hello", "stalled", "query", "send", "upload", "download"),
     ),
     "superexec": ("hello", "start", "launched", "ended", "failed"),
     "server-app": ("call", "result", "journal", "charge"),

@@ -338,7 +338,8 @@ class FleetClient:
 
     def _put_down(self, offer: Offer, fault: Exception) -> None:
         """Answer a task that did not arrive with an error; without its envelope it waits for the next connection."""
-        logger.error("a task does not arrive, and the SuperLink is told so", exc_info=fault)
+        if not isinstance(fault, NetworkError):  # which says that it is over already, as a rule
+            logger.error("a task does not arrive, and the SuperLink is told so", exc_info=fault)
         envelope = offer.parcel.envelope
         try:
             found = wire.peek(envelope.data if envelope.is_inside else self._blobs[envelope.digest])

@@ -122,7 +122,7 @@ class GridHost:
         except ChannelError:
             self._gone = True
         except Exception as fault:  # noqa: BLE001 - an answer that cannot travel; without one the app waits for ever
-            with contextlib.suppress(ChannelError):
+            with contextlib.suppress(ChannelError), around("grid-answer"):
                 self._channel.send(_raised(number, ValueError(f"the answer to {name!r}: {fault}")))
 
     def _nodes(self, packet: Packet) -> Packet:

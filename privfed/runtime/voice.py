@@ -19,8 +19,9 @@ class Voice:
     def report_wait(self, reason: str) -> None:
         """Say what tasks wait for; nothing when they go on."""
         with self._changed:
-            self._reason = reason
-            self._changed.notify_all()
+            if reason != self._reason:
+                self._reason = reason
+                self._changed.notify_all()
 
     def begin(self, hello: Callable[[], Hello]) -> tuple[Iterator[bytes], Callable[[], None]]:
         """Return what is said on a new connection, and what to call when that is over."""
@@ -43,6 +44,7 @@ class Voice:
                     if over.is_set():
                         return
                     told = self._reason
-                yield pack(Stalled(reason=told))
+                with around("stalled"):
+                    yield pack(Stalled(reason=told))
 
         return say(), end
