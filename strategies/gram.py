@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfed.strategies.compiled import kernels_for
-from privfed.strategies.guard import Tainted, limit
+from privfed.strategies.guard import Tainted, limit, usable_vector
 from privfed.strategies.matrix import (
     Floats,
     Matrix,
     Mixed,
     Room,
     centred_block,
-    flat_vector,
     full_row,
     run_blocks,
 )
@@ -266,4 +265,4 @@ def _congruent(W: Square, G: Square) -> Square:
 
 def center_of(matrix: Matrix, center: Any) -> Floats | None:
     """Return a caller's centre (None, array, or list of layers) flat, in the dtype blocks are read in."""
-    return None if center is None else flat_vector(center, matrix, "center")
+    return None if center is None else usable_vector(center, matrix, "center")

@@ -60,11 +60,16 @@ def count(f: Any, name: str = "f", least: int = 0) -> int:
 
 def trusted_row(vector: Any, matrix: Matrix, name: str) -> Floats:
     """Return a row of the server's own flat, in the dtype the rules work in; ValueError when no rule could use it."""
+    return usable_vector(vector, matrix, name).astype(matrix.work, copy=False)
+
+
+def usable_vector(vector: Any, matrix: Matrix, name: str) -> Floats:
+    """Return a row-shaped vector flat; ValueError, with its name, when it holds more than a row may."""
     flat = flat_vector(vector, matrix, name)
     largest = float(np.abs(flat).max(initial=0.0))
     if largest > limit(matrix.work):
         raise ValueError(f"{name} holds {largest:.3g}, more than the {limit(matrix.work):.3g} a row may hold")
-    return flat.astype(matrix.work, copy=False)
+    return flat
 
 
 def keep_some(rule: str, n: int, keep: int, least: int = 1) -> int:
@@ -112,6 +117,8 @@ def screen(X: Any, f: int, *, largest: float | None = None) -> Screened:
     matrix = as_matrix(X)
     f = count(f)
     bound = limit(matrix.work) if largest is None else float(largest)
+    if not bound > 0:
+        raise ValueError(f"largest must be positive, got {largest}")
     reasons = _reasons(matrix, bound)
     excluded = tuple(Exclusion(i, reason) for i, reason in enumerate(reasons) if reason)
     if len(excluded) > f:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -299,6 +299,8 @@ def as_matrix(X: Any) -> Matrix:
         return X
     if isinstance(X, np.ndarray):
         return _from_array(X)
+    if isinstance(X, Mapping):  # its keys may be numbers, too
+        raise ValueError("X is a mapping; give its values, one row a client")
     rows = list(X)
     if not rows:
         raise ValueError("X has no rows; a rule needs at least one")
@@ -339,7 +341,13 @@ def _kind(dtype: np.dtype[Any]) -> np.dtype[Any]:
     raise ValueError(f"X has dtype {dtype}; a rule needs real numbers (float16, float32, float64 or integers)")
 
 
+def _refuse_masked(*arrays: NDArray[Any]) -> None:
+    if any(isinstance(array, np.ma.MaskedArray) for array in arrays):
+        raise ValueError("X has a masked array, and what it hides would be used; fill it, or leave those rows out")
+
+
 def _from_array(X: NDArray[Any]) -> Matrix:
+    _refuse_masked(X)
     if X.ndim == 0 or len(X) == 0:
         raise ValueError(f"X has shape {X.shape}; a rule needs at least one row")
     shape = X.shape[1:]
@@ -351,6 +359,7 @@ def _from_array(X: NDArray[Any]) -> Matrix:
 
 
 def _from_rows(rows: list[NDArray[Any]]) -> Matrix:
+    _refuse_masked(*rows)
     first = rows[0]
     for i, row in enumerate(rows):
         if row.shape != first.shape or row.dtype != first.dtype:
@@ -364,6 +373,7 @@ def _from_rows(rows: list[NDArray[Any]]) -> Matrix:
 
 
 def _from_layers(rows: list[list[NDArray[Any]]]) -> Matrix:
+    _refuse_masked(*(layer for row in rows for layer in row))
     kinds = [(layer.shape, layer.dtype) for layer in rows[0]]
     for i, row in enumerate(rows):
         if [(layer.shape, layer.dtype) for layer in row] != kinds:

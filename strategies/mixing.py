@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from privfed.strategies.gram import Gram, Square, Vector, as_gram, center_of, gram
-from privfed.strategies.guard import Screened, Tainted, count, require_majority, screen
+from privfed.strategies.guard import Refusal, Screened, Tainted, count, require_majority, screen
 from privfed.strategies.matrix import Floats, Matrix, as_matrix, dense, mixed
 
 Plan: TypeAlias = Callable[[Matrix, int], tuple[Square | Vector, int | Floats | None, tuple[Square, Square] | None]]
@@ -22,7 +22,9 @@ Plan: TypeAlias = Callable[[Matrix, int], tuple[Square | Vector, int | Floats | 
 def neighbor_weights(G: Square | Gram, f: int) -> Square:
     """Return W of nearest-neighbour mixing: row i averages its n-f nearest rows, itself among them."""
     D = np.array(as_gram(G).distance)
-    n = len(D)
+    n, f = len(D), count(f)
+    if f >= n:
+        raise Refusal(f"neighbor_weights averages the n-f nearest of n = {n} rows, and f = {f}")
     np.fill_diagonal(D, -1.0)
     nearest = np.argsort(D, axis=1, kind="stable")[:, : n - f]
     W = np.zeros((n, n))
@@ -32,7 +34,7 @@ def neighbor_weights(G: Square | Gram, f: int) -> Square:
 
 def bucket_weights(n: int, size: int, rng: np.random.Generator) -> Square:
     """Return W of bucketing: rows in random order, averaged `size` at a time, the last bucket maybe smaller."""
-    if not 1 <= size <= n:
+    if not count(size, "size", 1) <= n:
         raise ValueError(f"size must be from 1 to n = {n}, got {size}")
     order = rng.permutation(n)
     buckets = -(-n // size)
@@ -76,11 +78,14 @@ def bucketing(X: Any, size: int, rng: np.random.Generator) -> Any:
 
 def lazy_bucketing(X: Any, size: int, rng: np.random.Generator, f: int | None = None) -> Screened:
     """Return the buckets of `bucketing` unmade: for any rule, in place of X. f None: any minority."""
+    size = count(size, "size", 1)
+    if not isinstance(rng, np.random.Generator):
+        raise ValueError(f"rng must be a numpy.random.Generator, got {type(rng).__name__}")
     rows = X if isinstance(X, Screened) else as_matrix(X)
     if isinstance(rows, Matrix):
         rows = screen(rows, (rows.count - 1) // 2 if f is None else f)
     if f is None:  # what a rule can tolerate among the buckets
-        rows = replace(rows, f=min(rows.f, (-(-rows.rows.count // max(size, 1)) - 1) // 2))
+        rows = replace(rows, f=min(rows.f, (-(-rows.rows.count // size) - 1) // 2))
     return _lazy(rows, rows.f, lambda rows, f: (bucket_weights(rows.count, size, rng), None, None))
 
 
