@@ -31,6 +31,8 @@ Metadata = tuple[tuple[str, str], ...]
 MAX_METADATA = 16 << 10
 MAX_STREAMS = 16
 """Calls at a time on one connection; more wait. What peers that are refused take of memory grows with it."""
+LOOKAHEAD = CHUNK // 8
+"""Bytes that a listener takes in of a connection before it has judged the call: so much costs each that is refused."""
 HANDSHAKE_SECONDS = 10
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
@@ -113,7 +115,7 @@ def is_loopback(address: str) -> bool:
 def server_options() -> list[tuple[str, int]]:
     """Return what a listener allows, before it knows who calls."""
     return [
-        *_TRANSFER,
+        *(dict(_TRANSFER) | {"grpc.http2.lookahead_bytes": LOOKAHEAD}).items(),
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
