@@ -8,11 +8,11 @@ noise of a distributed plan, or the node's own; clipping; what an app may reply 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from privfed.apps import CallNext, Mod, wrap
 from privfed.context import Context
@@ -35,12 +35,27 @@ if TYPE_CHECKING:
 # What accounts for privacy is large and is loaded with the first message that needs it: an idle node stays small.
 log = logging.getLogger("privfed.node")
 _DAY = 86_400
+T = TypeVar("T")
 
 
 class Record(Protocol):
     """Writes one line of an audit log; durable when it returns."""
 
     def __call__(self, event: str, **fields: Value) -> None: ...
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Make something when it is first asked for, once: the tasks of several runs may ask together, from threads."""
+    made: list[T] = []
+    making = threading.Lock()
+
+    def get() -> T:
+        with making:
+            if not made:
+                made.append(make())
+            return made[0]
+
+    return get
 
 
 def node_wrap(
@@ -249,7 +264,7 @@ def _budgets(policy: NodePolicy, ledgers: Path | None, record: Record | None) ->
 
     limits = ((privacy.max_epsilon_per_period, period), (privacy.max_epsilon_per_run, run))
 
-    @cache
+    @_once
     def made() -> list[Mod]:
         from privfed.mods import privacy_budget
         from privfed.privacy.events import Gaussian
@@ -293,7 +308,7 @@ def _noise(policy: NodePolicy) -> Mod:
     """Add the noise that is the node's to add: its share of a distributed plan, or its own."""
     privacy, mods = policy.privacy, policy.mods
 
-    @cache
+    @_once
     def share() -> Mod:
         from privfed.distributed import PlanLimits
         from privfed.mods import distributed_dp
@@ -301,7 +316,7 @@ def _noise(policy: NodePolicy) -> Mod:
         corrupt = policy.secure_aggregation.corrupt
         return distributed_dp(PlanLimits(min_nodes=max(2, privacy.min_cohort), corrupt=corrupt, delta=privacy.delta))
 
-    @cache
+    @_once
     def own() -> Mod | None:
         if mods.clip is None or mods.local_noise_multiplier is None:
             return None

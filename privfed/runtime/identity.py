@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Sequence
-from functools import cached_property
 
 from privfed.protocols.keys import signing_public
 from privfed.protocols.session import Identity
@@ -15,15 +15,14 @@ class SimulatedIdentities:
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self._nodes = nodes
-
-    @cached_property
-    def _keys(self) -> dict[int, bytes]:
-        return {node: secrets.token_bytes(32) for node in self._nodes}
-
-    @cached_property
-    def _roster(self) -> dict[int, bytes]:
-        return {node: signing_public(key) for node, key in self._keys.items()}
+        self._keys: dict[int, bytes] = {}
+        self._roster: dict[int, bytes] = {}
+        self._making = threading.Lock()  # nodes run in threads, and all must know the same keys
 
     def __call__(self, node: int) -> Identity:
         """Return the identity of a node of the run."""
+        with self._making:
+            if not self._roster:
+                self._keys = {one: secrets.token_bytes(32) for one in self._nodes}
+                self._roster = {one: signing_public(key) for one, key in self._keys.items()}
         return Identity(node, self._keys[node], self._roster)

@@ -30,6 +30,7 @@ import socket
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ LAUNCH_SECONDS = 60.0
 EXIT_SECONDS = 2.0
 SHARE_SECONDS = 1.0
 SHARED = 0o1770
+REPEAT_SECONDS, MAX_REASONS = 60.0, 10
+"""Who is turned away is told about once in so long for a reason, and for so many reasons."""
 logger = logging.getLogger("privfed.exec")
 
 
@@ -152,7 +155,8 @@ class ExecHost:
         self._ready = False
         self._closed = False
         self._greeting = threading.Semaphore(MAX_GREETINGS)
-        self._told = ""
+        self._told: set[str] = set()
+        self._forget_at = 0.0
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -208,9 +212,12 @@ class ExecHost:
         self._serve(connection)
 
     def _warn(self, text: str) -> None:
-        """Say that somebody was turned away; the same again and again is said once."""
-        if text != self._told:
-            self._told = text
+        """Say that somebody was turned away: each reason once a minute, and not many, or a stranger fills the log."""
+        now = time.monotonic()
+        if now >= self._forget_at:
+            self._told, self._forget_at = set(), now + REPEAT_SECONDS
+        if text not in self._told and len(self._told) < MAX_REASONS:
+            self._told.add(text)
             logger.warning("a superexec was turned away: %s", text)
 
     def _take_place(self, connection: socket.socket) -> bool:

@@ -266,3 +266,15 @@ def test_a_launch_that_fails_is_told_with_its_cause(pair: Pair, tmp_path: Path) 
     with pytest.raises(ExecError, match="did not start a process: FileNotFoundError"):
         pair.host.spawn(Place(tmp_path / "nowhere", tmp_path / "log.txt"))
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_strangers_do_not_fill_the_log(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever they take turns in saying."""
+    for number in range(60):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(20)
+            stranger.connect(str(pair.host.path))
+            stranger.send(b"{" if number % 2 else json.dumps({"token": "x", "version": 1}).encode())
+            while stranger.recv(1 << 16):  # what it is told, until it is hung up on
+                pass
+    assert 2 <= caplog.text.count("turned away") <= superexec.MAX_REASONS
