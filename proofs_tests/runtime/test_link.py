@@ -91,6 +91,7 @@ def test_the_store_and_the_threads_do_not_change_a_bit(tmp_path: Path) -> None:
         link.set_run_state(RUN, "completed")
         link.close()
         assert workers.stop()
+        close(link.store)
         totals.add(total.tobytes())
     assert len(totals) == 1
 

@@ -259,6 +259,7 @@ def test_a_refused_push_queues_nothing(tmp_path: Path) -> None:
         store.push(RUN, [instruction(2), known])
     assert leased(store).message.metadata.message_id == known.metadata.message_id
     assert store.lease(EPOCH, 50) is None
+    store.close()
 
 
 def weights(mark: int, size: int = LARGE // 4) -> ArrayRecord:

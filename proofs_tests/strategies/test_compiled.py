@@ -19,8 +19,6 @@ from privfed.strategies.matrix import Room, as_matrix
 from privfed.strategies.network import COMPILED_ROWS, NETWORK_ROWS, comparators, wires
 from privfed.strategies.sums import COMPILED_COLUMNS, sum_rows
 
-pytest.importorskip("numba")
-
 ROWS = [*range(1, 2 * TOGETHER + 2), NETWORK_ROWS, NETWORK_ROWS + 1, 100, COMPILED_ROWS, COMPILED_ROWS + 1]
 LENGTHS = [1, 2, 3, 15, 16, 17, 40, TILE + 1]
 Rule = Callable[[Any, int], Any]
